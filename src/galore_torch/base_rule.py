@@ -1,0 +1,80 @@
+"""Ground: any ``torch.optim`` class as an inner optimizer.
+
+GaLore is independent of the optimizer (arXiv 2403.03507, section 4.1), so the class is not imitated but run, on the
+coordinates x = basis^T W of the weight inside the subspace, whose gradient is exactly R = basis^T G.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from galore_torch.codecs import TensorSpec
+from galore_torch.rules import Group, Moment, Moments
+
+PREFIX = "base_"  # state keys of the inner optimizer: base_exp_avg, base_step, ...
+
+# How the moments of torch's own classes cross a change of basis; names not listed stay as they are.
+FIRST = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}
+SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"}
+DECOUPLED = {"AdamW", "Adafactor", "Muon"}  # classes whose weight_decay shrinks the weight and not the gradient
+
+
+class BaseRule:
+    """Runs ``base`` (a torch.optim.Optimizer subclass) one parameter at a time, with its state held outside."""
+
+    def __init__(self, base: type[torch.optim.Optimizer], kwargs: dict[str, Any]):
+        self.base, self.kwargs = base, kwargs
+        try:
+            self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2))], **kwargs).defaults)
+            self.spec((2, 2), torch.float32)
+        except Exception as error:
+            raise ValueError(
+                f"base={base.__name__} with {kwargs} cannot run inside a subspace: {error}. It must be a torch.optim.Optimizer "
+                f"class that steps without a closure and keeps its state in tensors, such as torch.optim.RMSprop."
+            ) from error
+
+    def decouples(self, group: Group) -> bool:
+        """Whether weight decay acts on the whole weight, outside the subspace."""
+        return self.base.__name__ in DECOUPLED or bool(group.get("decoupled_weight_decay"))
+
+    @lru_cache(maxsize=None)  # noqa: B019 - lives as long as its optimizer
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """The state tensors of a parameter of ``shape``, seen by stepping a scratch one."""
+        x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        x.grad = torch.zeros_like(x)
+        optimizer = self.base([x], **self.kwargs)
+        optimizer.step()
+        wrong = {k: type(v).__name__ for k, v in optimizer.state[x].items() if not isinstance(v, Tensor | None)}
+        if wrong:
+            raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors only")
+        return {
+            PREFIX + k: TensorSpec(tuple(v.shape), v.dtype, host=v.dim() == 0)
+            for k, v in optimizer.state[x].items()
+            if v is not None
+        }
+
+    def moments(self, shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+        """How each state tensor crosses a change of basis. Tensors of another shape than the parameter's stay as they are."""
+
+        def kind(name: str) -> Literal["first", "second", "other"]:
+            return "first" if name in FIRST else "second" if name in SECOND else "other"
+
+        spec = self.spec(shape, torch.float32)
+        return {key: Moment(kind(key.removeprefix(PREFIX)) if tensor.shape == shape else "other") for key, tensor in spec.items()}
+
+    def step_(self, x: Tensor, grad: Tensor, moments: Moments | None, group: Group) -> Moments:
+        """One step of the base class on ``x`` in place. ``moments``: its state tensors, or None at the first step."""
+        optimizer = self.base([x], **self.kwargs)
+        optimizer.param_groups[0].update({key: group[key] for key in self.defaults})
+        if moments is not None:
+            optimizer.state[x] = {key.removeprefix(PREFIX): value for key, value in moments.items()}
+        held, x.grad = x.grad, grad
+        try:
+            optimizer.step()
+        finally:
+            x.grad = held
+        return {PREFIX + key: value for key, value in optimizer.state[x].items() if value is not None}

@@ -1,0 +1,200 @@
+"""Ground: how a state tensor is stored. fp32 inside, storage dtype outside; no optimizer, no configuration.
+
+A codec turns one real tensor ("value", fp32 or fp64) into named storage tensors and back:
+    fp32   the value itself (fp64 for fp64 parameters)
+    bf16   2 bytes an element, stochastically rounded so that small changes survive on average
+    int8   1 byte an element and one fp32 scale a block: the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+CODECS = ("fp32", "bf16", "int8")
+BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and first value of one state tensor. ``host`` tensors live on the CPU whatever the parameter's device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+    host: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def allocate(self, device: torch.device) -> Tensor:
+        """A new tensor with a storage of exactly ``nbytes``."""
+        if self.host:
+            return torch.full(self.shape, self.fill, dtype=self.dtype, pin_memory=device.type == "cuda")
+        return torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that int8 blocks run along.
+
+    The axis is the long one, so that a block stays inside one singular direction. ``signed`` is False for second moments;
+    ``real`` is the arithmetic dtype (fp32 or fp64); ``fill`` >= 0 is the first value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str = "fp32"
+    axis: int = 0
+    signed: bool = True
+    real: torch.dtype = torch.float32
+    fill: float = 0.0
+
+    @property
+    def block(self) -> int:
+        """Elements of ``axis`` that share one scale."""
+        return block_length(self.shape[self.axis])
+
+    def spec(self) -> dict[str, TensorSpec]:
+        """The storage tensors: the one place where their sizes are written."""
+        if self.codec != "int8":
+            return {self.name: TensorSpec(self.shape, self.real if self.codec == "fp32" else torch.bfloat16, self.fill)}
+        blocks = -(-self.shape[self.axis] // self.block)
+        code = 255 if self.fill else zero_code(self.signed)
+        scale_shape = (*self.shape[: self.axis], blocks, *self.shape[self.axis + 1 :])
+        return {
+            f"{self.name}_codes": TensorSpec(self.shape, torch.uint8, float(code)),
+            f"{self.name}_scale": TensorSpec(scale_shape, torch.float32, self.fill),
+        }
+
+    def rows(self, state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """Views of the storage tensors at some indices of the first axis; int8 blocks along it must not be cut."""
+        if self.codec != "int8":
+            return {self.name: state[self.name][rows]}
+        codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
+        if self.axis > 0:
+            return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[rows]}
+        assert rows.start % self.block == 0
+        blocks = slice(rows.start // self.block, -(-rows.stop // self.block))
+        return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[blocks]}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`."""
+        if self.codec != "int8":
+            return state[self.name].to(self.real)
+        codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
+        blocks = _blocked(levels(self.signed, codes.device)[codes.int()], self.axis, self.block)
+        blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
+        return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
+
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: int | None) -> None:
+        """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
+        if self.codec == "int8":
+            blocks = _blocked(value.float(), self.axis, self.block)
+            scale = blocks.abs().amax(self.axis + 1)
+            normed = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(self.axis + 1)
+            codes = nearest_codes(normed, self.signed).flatten(self.axis, self.axis + 1)
+            state[f"{self.name}_codes"].copy_(codes.narrow(self.axis, 0, value.shape[self.axis]))
+            state[f"{self.name}_scale"].copy_(scale)
+        elif self.codec == "bf16" and seed is not None:
+            state[self.name].copy_(stochastic_round(value.float(), seed))
+        elif value is not state[self.name]:
+            state[self.name].copy_(value)
+
+
+# --- int8: the dynamic map ------------------------------------------------------------------------------------------------
+
+
+def block_length(length: int) -> int:
+    """Elements a block: the largest divisor of ``length`` up to 256, so that nothing is padded; 256 where that is under 64."""
+    if length <= BLOCK:
+        return max(length, 1)
+    best = max(d for d in range(1, BLOCK + 1) if length % d == 0)
+    return best if best >= 64 else BLOCK
+
+
+@lru_cache(maxsize=None)
+def levels(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of the dynamic map, ascending, in [-1, 1] (signed) or [0, 1].
+
+    Seven decades below 1; decade k (10^(k-7) to 10^(k-6), k = 0..6) holds the midpoints of 2^k equal cells (twice as many
+    when no sign is stored): most levels where values are large, and still seven orders of magnitude of range.
+    """
+    positive = []
+    for k in range(7):
+        cells = 2**k if signed else 2 ** (k + 1)
+        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float64)
+        positive.append(10.0 ** (k - 6) * (edges[1:] + edges[:-1]) / 2)
+    magnitudes = torch.cat([*positive, torch.ones(1, dtype=torch.float64)])
+    negative = -torch.cat(positive) if signed else magnitudes[:0]
+    return torch.cat([negative, torch.zeros(1, dtype=torch.float64), magnitudes]).sort().values.float().to(device)
+
+
+@lru_cache(maxsize=None)
+def zero_code(signed: bool) -> int:
+    """The code whose value is 0."""
+    return int((levels(signed, torch.device("cpu")) == 0).nonzero())
+
+
+@lru_cache(maxsize=None)
+def _code_table(signed: bool, device: torch.device) -> Tensor:
+    """uint8 (65536,): the nearest level for each upper half of an fp32 number, taken at the middle of its cell.
+
+    A table look-up replaces a binary search. It is the nearest level but for values within 2^-9 of a midpoint. A positive
+    second moment is never stored as zero: dividing by its root would explode.
+    """
+    pattern = torch.arange(65536, dtype=torch.int64)
+    bits = (pattern << 16) | 0x8000
+    value = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32).nan_to_num(0.0).clamp(-1.0 if signed else 0.0, 1.0)
+    table = levels(signed, torch.device("cpu"))
+    codes = torch.bucketize(value, (table[1:] + table[:-1]) / 2)
+    if not signed:
+        codes = torch.where((value > 0) & (pattern > 0), codes.clamp_min(zero_code(signed) + 1), codes)
+    return codes.to(torch.uint8).to(device)
+
+
+def nearest_codes(normed: Tensor, signed: bool) -> Tensor:
+    """Codes (uint8) of fp32 values in [-1, 1]."""
+    upper = (normed.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    return _code_table(signed, normed.device)[upper]
+
+
+def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
+    """Split ``axis`` into (blocks, block), padding the last block with zeros where the length does not divide."""
+    missing = -value.shape[axis] % block
+    if missing:
+        shape = list(value.shape)
+        shape[axis] = missing
+        value = torch.cat([value, value.new_zeros(shape)], dim=axis)
+    return value.unflatten(axis, (-1, block))
+
+
+# --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
+
+
+def stochastic_round(value: Tensor, seed: int) -> Tensor:
+    """Round fp32 to bf16, up or down with the probability that makes the mean exact. Same seed, same bits, on every device.
+
+    Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
+    with a and b hashed from the seed: uniform, pairwise independent, and m + n random numbers instead of m x n.
+    """
+    rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
+    a = _hash16(rows.shape[0], 2 * seed, value.device).unsqueeze(1)
+    b = _hash16(rows.shape[1], 2 * seed + 1, value.device)
+    bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
+    return bits.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)
+
+
+def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
+    """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
+    mask = 0xFFFFFFFF
+    x = (torch.arange(count, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return ((x ^ (x >> 16)) & 0xFFFF).int()

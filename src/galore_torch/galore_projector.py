@@ -1,0 +1,56 @@
+"""Faces: the projector class of galore-torch 1.0, for code that imports it and checkpoints that hold it. Optimizers do not use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from galore_torch.layout import layout
+from galore_torch.linalg import mode_product, svd_bases
+from galore_torch.recipe import PROJ_TYPES, one_of
+
+
+class GaLoreProjector:
+    """Projects one matrix's gradient and its update back, refreshing the basis every ``update_proj_gap`` calls.
+
+    ``ortho_matrix`` holds the basis in the published form: U (m x r), Vh (r x n), or [U, Vh] for proj_type "full".
+    """
+
+    def __init__(
+        self, rank: int, verbose: bool = False, update_proj_gap: int = 200, scale: float = 1.0, proj_type: str = "std"
+    ):
+        one_of("proj_type", proj_type, PROJ_TYPES)
+        self.rank = rank
+        self.verbose = verbose
+        self.update_proj_gap = update_proj_gap
+        self.scale = scale
+        self.ortho_matrix: Any = None
+        self.proj_type = proj_type
+
+    def project(self, full_rank_grad: Tensor, iter: int) -> Tensor:  # noqa: A002 - the published name
+        """The low-rank gradient, in the gradient's dtype; a new basis at the first call and when iter is a multiple of the gap."""
+        shape = tuple(full_rank_grad.shape)
+        if full_rank_grad.dim() != 2:
+            raise ValueError(f"a gradient of shape {shape} is no matrix: GaLoreProjector takes two dimensions; reshape it")
+        self._modes = layout(shape, full_rank_grad.dtype, 1, self.proj_type).modes
+        if self.ortho_matrix is None or iter % self.update_proj_gap == 0:
+            left, right = (basis.to(full_rank_grad.dtype) for basis in svd_bases(full_rank_grad.float(), self.rank))
+            matrices = {0: left, 1: right.mT.contiguous()}
+            kept = [matrices[mode] for mode in self._modes]
+            self.ortho_matrix = kept if len(kept) == 2 else kept[0]
+        low = full_rank_grad
+        for mode, basis in self._bases().items():
+            low = mode_product(low, basis.mT, mode)
+        return low
+
+    def project_back(self, low_rank_grad: Tensor) -> Tensor:
+        """The full-size update, times ``scale``."""
+        full = low_rank_grad
+        for mode, basis in self._bases().items():
+            full = mode_product(full, basis, mode)
+        return full * self.scale
+
+    def _bases(self) -> dict[int, Tensor]:
+        matrices = self.ortho_matrix if isinstance(self.ortho_matrix, list) else [self.ortho_matrix]
+        return {mode: matrix if mode == 0 else matrix.mT for mode, matrix in zip(self._modes, matrices, strict=True)}

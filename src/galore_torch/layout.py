@@ -1,0 +1,120 @@
+"""Naming: from (shape, dtype, group) to sides and sizes. The ONE source of every state size.
+
+Recomputed wherever it is needed and never remembered, so a loaded optimizer, a fresh one and a planner agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+
+from galore_torch.base_rule import BaseRule
+from galore_torch.codecs import Stored, TensorSpec
+from galore_torch.rules import Moment, Rule
+
+AnyRule = Rule | BaseRule
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is seen by the engine.
+
+    ``modes``: the projected axes of its matrix, 0 = rows (basis on the left), 1 = columns (basis on the right), () = full rank.
+    A tensor of more than two dimensions is the matrix (first, product of the rest).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    modes: tuple[int, ...]
+    rank: int | None
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of the parameter's arithmetic."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.shape[0], prod(self.shape[1:])
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of the gradient that the rule sees."""
+        if self.rank is None:
+            return self.shape
+        return tuple(self.rank if mode in self.modes else size for mode, size in enumerate(self.matrix))
+
+    @property
+    def basis_keys(self) -> dict[int, str]:
+        """mode -> state key."""
+        if len(self.modes) == 2:
+            return {0: "basis_left", 1: "basis_right"}
+        return dict.fromkeys(self.modes, "basis")
+
+    @property
+    def long_axis(self) -> int:
+        """The axis inside one singular direction: the one that is not projected; the last where neither or both are."""
+        return 0 if self.modes == (1,) else max(0, len(self.low_shape) - 1)
+
+
+def fits(shape: tuple[int, ...], rank: int | float | None) -> int | None:
+    """The rank in use: None when the group has none, for vectors, and where it is not smaller than the matrix."""
+    if rank is None or len(shape) < 2:
+        return None
+    short = min(shape[0], prod(shape[1:]))
+    rank = max(1, int(rank * short)) if isinstance(rank, float) else rank
+    return rank if rank < short else None
+
+
+@lru_cache(maxsize=4096)
+def layout(shape: tuple[int, ...], dtype: torch.dtype, rank: int | float | None, proj_type: str) -> Layout:
+    """The side follows the published table: std projects the short side, reverse_std the long one; a square counts as tall."""
+    resolved = fits(shape, rank)
+    if resolved is None:
+        return Layout(shape, dtype, (), None)
+    tall = shape[0] >= prod(shape[1:])
+    modes = {"std": (1,) if tall else (0,), "reverse_std": (0,) if tall else (1,), "left": (0,), "right": (1,), "full": (0, 1)}
+    return Layout(shape, dtype, modes[proj_type], resolved)
+
+
+def stored_bases(plan: Layout, group: Mapping[str, Any]) -> dict[int, Stored]:
+    """mode -> how its basis (size of the mode x rank) is stored."""
+    assert plan.rank is not None or not plan.modes
+    return {
+        mode: Stored(key, (plan.matrix[mode], plan.rank or 0), group["basis_codec"], real=plan.real)
+        for mode, key in plan.basis_keys.items()
+    }
+
+
+def stored_moments(plan: Layout, group: Mapping[str, Any], rule: Rule) -> list[tuple[Stored, Moment]]:
+    """How each moment of the rule is stored.
+
+    Under ``min_8bit_size`` elements int8 gives way to fp32: the bytes are few and the blocks too short.
+    """
+    out = []
+    for name, moment in rule.moments(plan.low_shape, group).items():
+        shape = moment.shape(plan.low_shape)
+        small = not shape or prod(shape) < group["min_8bit_size"]
+        codec = "fp32" if small and group["state_codec"] == "int8" else group["state_codec"]
+        axis = plan.long_axis if len(shape) == len(plan.low_shape) else len(shape) - 1
+        out.append((Stored(name, shape, codec, axis, moment.kind != "second", plan.real, moment.fill), moment))
+    return out
+
+
+def state_spec(plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, TensorSpec]:
+    """Every state tensor of one parameter: key -> shape, dtype, first value. ``step`` is a Python int beside them."""
+    spec: dict[str, TensorSpec] = {}
+    if plan.rank is not None:
+        spec["basis_ready"] = TensorSpec((), torch.bool, host=True)
+        for stored in stored_bases(plan, group).values():
+            spec |= stored.spec()
+    if isinstance(rule, BaseRule):
+        return spec | rule.spec(plan.low_shape, plan.dtype if plan.rank is None else plan.real)
+    for stored, _ in stored_moments(plan, group, rule):
+        spec |= stored.spec()
+    return spec

@@ -1,0 +1,63 @@
+"""Ground: the linear algebra of subspaces. Tensors in, tensors out; no optimizer, no state, no configuration.
+
+Every function is batched over leading dimensions and works in the dtype it is given: callers hand it fp32 or fp64.
+Shape suffixes: M x N is the gradient, R the rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def usable(grad_MN: Tensor) -> Tensor:
+    """Whether a gradient may make a basis: finite and not zero. Returns a 0-d bool on the gradient's device, without a sync."""
+    largest = torch.linalg.vector_norm(grad_MN, ord=float("inf"))  # one pass, no temporary; NaN and Inf propagate
+    return largest.isfinite() & (largest > 0)
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Multiply ``matrix`` (j x k) into axis ``mode`` (0 = rows, 1 = columns) of the last two dimensions, whose size is k.
+
+    This one product is projection (matrix = basis transposed), back-projection (matrix = basis) and transport (matrix = C):
+    the side of a projection is never spelled out anywhere else.
+    """
+    if mode == 0:
+        return matrix @ tensor  # (j, k) @ (k, n) -> (j, n)
+    return tensor @ matrix.mT  # (m, k) @ (k, j) -> (m, j)
+
+
+def svd_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors on both sides: U (m x r) and V (n x r), by a full SVD (GaLore, arXiv 2403.03507, eq. 12-13).
+
+    The slices are copies: a view of U or Vh would keep the whole factor alive.
+    """
+    U, _, Vh = torch.linalg.svd(grad_MN, full_matrices=False)
+    return U[..., :rank].clone(memory_format=torch.contiguous_format), Vh[..., :rank, :].mT.contiguous()
+
+
+def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The subspaces of `svd_bases`, from the eigenvectors of the smaller Gram matrix: exact, and several times cheaper.
+
+    Squaring halves the digits of *small* singular values, which a leading subspace does not use. The long side is G times
+    the short side, re-orthonormalised.
+    """
+    if grad_MN.shape[-2] > grad_MN.shape[-1]:
+        right, left = gram_bases(grad_MN.mT, rank)
+        return left, right
+    _, vectors = torch.linalg.eigh(grad_MN @ grad_MN.mT)  # (m, m), eigenvalues ascending
+    left_MR = vectors[..., -rank:].flip(-1).contiguous()
+    right_NR = orthonormalize(grad_MN.mT @ left_MR)  # (n, m) @ (m, r)
+    return left_MR, right_NR
+
+
+def orthonormalize(columns_MR: Tensor) -> Tensor:
+    """An orthonormal basis of the columns' span, by QR, with the sign that keeps each new vector on its old side."""
+    Q, R = torch.linalg.qr(columns_MR)
+    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
+    return Q * sign.unsqueeze(-2)
+
+
+def overlap(new_MR: Tensor, old_MR: Tensor) -> Tensor:
+    """||new^T old||_F^2 / r, in [0, 1]: 1 for the same subspace whatever its signs and rotation. Returns a 0-d tensor."""
+    return (new_MR.mT @ old_MR).square().sum((-2, -1)) / new_MR.shape[-1]

@@ -1,0 +1,270 @@
+"""Faces: the torch.optim.Optimizer that every public class is a row of. Groups, step and an exact state_dict; no arithmetic."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, TypedDict, overload
+
+import torch
+from torch import Tensor
+
+from galore_torch import engine
+from galore_torch.layout import AnyRule, fits, state_spec
+from galore_torch.legacy import convert_published
+from galore_torch.low_rank_grad import ConsumedGrad, LowRankGrad
+from galore_torch.recipe import PROJECTION_DEFAULTS, Recipe, check_group
+from galore_torch.rules import RULES
+
+HINTS = ("foreach", "fused")  # accepted with any value: there is one implementation and it gives one result
+
+
+class Projection(TypedDict, total=False):
+    """The arguments, and group keys, that all classes share; their defaults are in `recipe.PROJECTION_DEFAULTS` and `RECIPES`."""
+
+    rank: int | float | None
+    update_proj_gap: int
+    scale: float
+    proj_type: str
+    projector: str
+    transport: str
+    state_codec: str
+    basis_codec: str
+    stochastic_rounding: bool
+    decay: str
+    min_8bit_size: int
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+SHARED = """
+    Shared by all classes, each also a group key:
+        params: parameters, (name, parameter) pairs, or groups of either, such as `galore_param_groups` builds.
+        rank: None trains at full rank; a whole number from 1, or a fraction of the short side. Vectors, and matrices whose
+            short side is not above the rank, train at full rank. Default None: only groups with a rank are projected.
+        update_proj_gap: steps between two refreshes of the basis. Default 200.
+        scale: factor of the projected update (alpha in arXiv 2403.03507). Default 0.25.
+        proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
+        projector: how the basis is found, "svd" or "gram"; both are exact.
+        transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
+        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32" or "bf16".
+        stochastic_rounding: round bf16 weights up or down at random, so that small updates are not lost. Default True.
+        decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
+        min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
+        maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
+
+    Raises:
+        ValueError: an argument or group key out of its bounds, with the value, the bound and the cure.
+    """
+
+
+class _Sealed:
+    """A state tensor hidden from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Any inner optimizer in the low-rank subspace of each gradient (GaLore, arXiv 2403.03507, Alg. 1 and 2).
+
+    A parameter with at least two dimensions in a group with ``rank`` is projected; all others take the same rule at full
+    rank. State is made at construction, or when a frozen parameter meets its first gradient. See the zoo for the classes.
+    """
+
+    row: ClassVar[Recipe]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
+        super().__init_subclass__(**kwargs)
+        cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SHARED
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
+        defaults = {**PROJECTION_DEFAULTS, **cls.row.group_keys()}
+        taken = {p.name for p in own}
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=annotation)
+            for name, annotation in Projection.__annotations__.items()
+            if name not in taken
+        ]
+        positional = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD and cls.row.rule == "torch"]
+        cls.__signature__ = inspect.Signature([*positional, *shared, *rest])  # type: ignore[attr-defined]
+
+    def __init__(self, params: Any, settings: dict[str, Any], projection: Projection, rule: AnyRule | None = None):
+        self.rule: AnyRule = RULES[self.row.rule] if rule is None else rule
+        if unknown := projection.keys() - Projection.__annotations__.keys():
+            raise TypeError(
+                f"{type(self).__name__} got unexpected arguments {sorted(unknown)}; beside its own it takes {sorted(Projection.__annotations__)}"
+            )
+        for flag in ("capturable", "differentiable"):
+            if projection.get(flag) or settings.get(flag):
+                raise ValueError(f"{flag}=True is not supported by {type(self).__name__}; leave it False")
+        super().__init__(params, {**PROJECTION_DEFAULTS, **self.row.group_keys(), "maximize": False, **settings, **projection})
+
+    # --- groups ---------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking it; nothing changes when it is refused."""
+        check_group({**self.defaults, **param_group}, self.row, {*self.defaults, "params", "param_names", "dim", *HINTS})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex parameters are not supported yet; "
+                    "give them to another optimizer"
+                )
+        self._warn_of_full_rank(group)
+        for p in group["params"]:
+            if p.requires_grad:
+                self.state[p] = engine.new_state(p, group, self.rule)
+
+    def _warn_of_full_rank(self, group: dict[str, Any]) -> None:
+        if group["rank"] is None:
+            return
+        whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and fits(tuple(p.shape), group["rank"]) is None]
+        if whole:
+            warnings.warn(
+                f"rank={group['rank']} is not smaller than the short side of {len(whole)} of {len(group['params'])} parameters "
+                f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
+                stacklevel=5,
+            )
+
+    # --- the step -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, group in pairs:  # every complaint comes before the first change
+            self._check(p, group)
+        for p, group in pairs:
+            if isinstance(p.grad, ConsumedGrad):
+                p.grad = None  # updated inside the backward pass: the mark has served
+            else:
+                self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state, grad = self.state[p], p.grad
+        low = grad.low if isinstance(grad, LowRankGrad) else engine.compress(p, grad, state, group, self.rule)
+        engine.apply(p, low, state, group, self.rule)
+
+    @torch.no_grad()
+    def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Replace ``p.grad`` by its projection, which accumulates further gradients of the same step."""
+        self._check(p, group)
+        plan = engine.plan_of(p, group)
+        if plan.rank is not None and not isinstance(p.grad, LowRankGrad):
+            low = engine.compress(p, p.grad, self.state[p], group, self.rule)
+            p.grad = LowRankGrad(p, low, lambda more: engine.project(more, self.state[p], plan, group))
+
+    @torch.no_grad()
+    def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One step on one parameter, whose gradient is consumed."""
+        self._check(p, group)
+        self._update(p, group)
+        p.grad = ConsumedGrad(p)
+
+    def _check(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Refuse what a step cannot use, and make the state of a parameter that is new here."""
+        if p.grad.layout != torch.strided:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
+                "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
+            )
+        state = self.state[p]
+        if not state:
+            state.update(engine.new_state(p, group, self.rule))
+        spec = state_spec(engine.plan_of(p, group), group, self.rule)
+        for key, tensor in spec.items():
+            held = state.get(key)
+            if held is None or tuple(held.shape) != tensor.shape or held.dtype != tensor.dtype:
+                raise ValueError(
+                    f"the group of a parameter of shape {tuple(p.shape)} now asks for state {key} {tensor.shape} {tensor.dtype}, but it holds "
+                    f"{'none' if held is None else (tuple(held.shape), held.dtype)}: rank, proj_type and codecs cannot change during a run. "
+                    "Set them back, or make a new optimizer"
+                )
+            if not tensor.host and held.device != p.device:  # the model moved after the optimizer was made
+                state[key] = held.to(p.device)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.
+
+        Refuses, before anything changes, a checkpoint whose tensors do not fit this optimizer's parameters and groups.
+        """
+        # Registered last, so that it sees what the user's own hooks have made of the checkpoint.
+        handle = self.register_load_state_dict_pre_hook(LowRankOptimizer._seal)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _seal(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check a checkpoint against the parameters, and hide its tensors from torch's cast."""
+        saved_groups, saved_state = state_dict["param_groups"], dict(state_dict["state"])
+        sealed: dict[Any, Any] = {}
+        groups = []
+        for saved, group in zip(saved_groups, self.param_groups, strict=False):
+            merged = {**self.defaults, **{k: v for k, v in saved.items() if k not in ("params", "param_names")}}
+            groups.append({**merged, **{k: v for k, v in saved.items() if k in ("params", "param_names")}})
+            check_group(merged, self.row, {*self.defaults, "dim", *HINTS})
+            for index, p in zip(saved["params"], group["params"], strict=False):
+                if index in saved_state:
+                    sealed[index] = self._seal_one(index, saved_state.pop(index), p, merged)
+        sealed.update(saved_state)
+        return {**state_dict, "param_groups": groups if len(groups) == len(saved_groups) else saved_groups, "state": sealed}
+
+    def _seal_one(self, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        plan = engine.plan_of(p, group)
+        saved = convert_published(saved, plan, group, self.rule)
+        spec = state_spec(plan, group, self.rule)
+        if not saved:
+            return {}
+        if saved.keys() - {"step"} != spec.keys():
+            raise ValueError(
+                f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)}) has {sorted(saved.keys() - {'step'})}, but "
+                f"{type(self).__name__} with this group needs {sorted(spec)}: load it into the optimizer class and groups that wrote it"
+            )
+        for key, tensor in spec.items():
+            if tuple(saved[key].shape) != tensor.shape:
+                raise ValueError(
+                    f"the checkpoint's {key} of parameter {index} has shape {tuple(saved[key].shape)}, but a parameter of shape "
+                    f"{tuple(p.shape)} with rank={group['rank']} needs {tensor.shape}: it belongs to another model or rank"
+                )
+        out: dict[str, Any] = {"step": int(saved["step"])}
+        for key, tensor in spec.items():
+            device = torch.device("cpu") if tensor.host else p.device
+            # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.
+            out[key] = _Sealed(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(saved[key]))
+        return out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        for entry in self.state.values():
+            for key, value in entry.items():
+                if isinstance(value, _Sealed):
+                    entry[key] = value.value
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not self.state.get(p):
+                    self.state[p] = engine.new_state(p, group, self.rule)
+

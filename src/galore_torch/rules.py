@@ -1,0 +1,143 @@
+"""Ground: what the inner optimizer does with a gradient. Tensors in, tensors out; nothing here knows about subspaces.
+
+A rule names its moments, moves them in place, and answers with an update that already carries the learning rate: the weight
+moves by minus the update. Arithmetic is in the dtype of the gradient given (fp32 or fp64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]  # a parameter group: hyperparameters by name
+Moments = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One running average of a gradient R (... x rows x columns).
+
+    ``kind``: how it crosses a change of basis: "first" moves like R, "second" like the square of R, "other" not at all.
+    ``mean_over``: the axis of R that is averaged away (-1 or -2), or None when the moment has R's shape.
+    """
+
+    kind: Literal["first", "second", "other"]
+    mean_over: int | None = None
+    fill: float = 0.0
+
+    def shape(self, full: tuple[int, ...]) -> tuple[int, ...]:
+        if self.mean_over is None:
+            return full
+        return full[:-1] if self.mean_over == -1 else full[:-2] + full[-1:]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``moments(shape of R, group)`` names the state; ``update(R, moments, group, step, lr)`` is one step (step counts from 1).
+
+    It changes the moments in place, leaves R as it is, and returns a new tensor of R's shape.
+    ``elementwise``: every element moves by itself, so the engine may hand over a few rows at a time.
+    ``lr(weight, group, step)`` is the step size: a float, or a 0-d tensor.
+    """
+
+    moments: Callable[[tuple[int, ...], Group], dict[str, Moment]]
+    update: Callable[[Tensor, Moments, Group, int, Any], Tensor]
+    elementwise: bool = True
+    lr: Callable[[Tensor, Group, int], Any] = lambda weight, group, step: group["lr"]
+
+
+def adam_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+    return {"exp_avg": Moment("first"), "exp_avg_sq": Moment("second")}
+
+
+def adam(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+    """Adam (Kingma & Ba, arXiv 1412.6980, Alg. 1, in the form of section 2 that moves the bias corrections into the step size).
+
+    R: any shape; moments of R's shape. eps is added to the root of the uncorrected second moment, as galore-torch 1.0 does.
+    """
+    beta1, beta2 = group["betas"]
+    m = moments["exp_avg"].lerp_(R, 1 - beta1)
+    v = moments["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    if group["correct_bias"]:
+        lr = lr * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+    denominator = v.sqrt().add_(group["eps"])
+    return torch.div(m, denominator, out=denominator).mul_(lr)
+
+
+def adafactor_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+    factored = {"exp_avg_sq_row": Moment("second", -1), "exp_avg_sq_col": Moment("second", -2)}
+    names = factored if len(shape) >= 2 else {"exp_avg_sq": Moment("second")}
+    return names if group["beta1"] is None else {**names, "exp_avg": Moment("first")}
+
+
+def adafactor(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+    """Adafactor (Shazeer & Stern, arXiv 1804.04235, Alg. 4 for matrices, Alg. 5 for vectors). ``lr``: see `adafactor_lr`.
+
+    The second moment of a matrix is the outer product of its row and column means; the update is clipped by its root mean
+    square. A first moment, when asked for, averages updates (learning rate included), as transformers does.
+    """
+    fresh = step ** group["decay_rate"]  # 1 - beta2 of eq. 33
+    square = R.square().add_(group["eps"][0])
+    if "exp_avg_sq" in moments:
+        update = moments["exp_avg_sq"].lerp_(square, fresh).rsqrt().mul_(R)
+    else:
+        row = moments["exp_avg_sq_row"].lerp_(square.mean(-1), fresh)
+        col = moments["exp_avg_sq_col"].lerp_(square.mean(-2), fresh)
+        del square  # full size: gone before the update is made
+        update = R * (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        update.mul_(col.rsqrt().unsqueeze(-2))
+    rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
+    update.mul_(lr / (rms / group["clip_threshold"]).clamp_(min=1.0))
+    if "exp_avg" in moments:
+        update = moments["exp_avg"].lerp_(update, 1 - group["beta1"]).clone()
+    return update
+
+
+def adafactor_lr(weight: Tensor, group: Group, step: int) -> Any:
+    """The step size of Adafactor (arXiv 1804.04235, sections 8 and 9.2): a float, or a 0-d tensor when it follows the weight."""
+    lr = group["lr"]
+    if group["relative_step"]:
+        lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
+    if group["scale_parameter"]:
+        real = torch.promote_types(weight.dtype, torch.float32)
+        rms = torch.linalg.vector_norm(weight, dtype=real) / math.sqrt(weight.numel())
+        lr = rms.clamp_(min=group["eps"][1]) * lr
+    return lr
+
+
+def adagrad_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+    return {"sum": Moment("second", fill=group["initial_accumulator_value"])}
+
+
+def adagrad(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+    """Adagrad (Duchi et al., JMLR 12, 2011, eq. 1, diagonal form), with torch's ``lr_decay``."""
+    total = moments["sum"].addcmul_(R, R)
+    denominator = total.sqrt().add_(group["eps"])
+    return torch.div(R, denominator, out=denominator).mul_(lr / (1 + (step - 1) * group["lr_decay"]))
+
+
+def momentum_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+    return {"momentum_buffer": Moment("first")} if group["momentum"] else {}
+
+
+def momentum(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+    """SGD with momentum, as torch.optim.SGD: buffer = mu buffer + (1 - dampening) R, undamped at the first step."""
+    if not group["momentum"]:
+        return R * lr
+    damping = group["dampening"] if step > 1 else 0.0
+    buffer = moments["momentum_buffer"].mul_(group["momentum"]).add_(R, alpha=1 - damping)
+    direction = R.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+    return direction * lr
+
+
+RULES = {
+    "adam": Rule(adam_moments, adam),
+    "adafactor": Rule(adafactor_moments, adafactor, elementwise=False, lr=adafactor_lr),
+    "adagrad": Rule(adagrad_moments, adagrad),
+    "momentum": Rule(momentum_moments, momentum),
+}
