@@ -6,7 +6,7 @@ coordinates x = basis^T W of the weight inside the subspace, whose gradient is e
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,9 +28,10 @@ class BaseRule:
 
     def __init__(self, base: type[torch.optim.Optimizer], kwargs: dict[str, Any]):
         self.base, self.kwargs = base, kwargs
+        self._specs: dict[Any, dict[str, TensorSpec]] = {}
         try:
             self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2))], **kwargs).defaults)
-            self.spec((2, 2), torch.float32)
+            self.spec((2, 2), torch.float32, self.defaults)
         except Exception as error:
             raise ValueError(
                 f"base={base.__name__} with {kwargs} cannot run inside a subspace: {error}. It must be a torch.optim.Optimizer "
@@ -41,21 +42,29 @@ class BaseRule:
         """Whether weight decay acts on the whole weight, outside the subspace."""
         return self.base.__name__ in DECOUPLED or bool(group.get("decoupled_weight_decay"))
 
-    @lru_cache(maxsize=None)  # noqa: B019 - lives as long as its optimizer
-    def spec(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """The state tensors of a parameter of ``shape``, seen by stepping a scratch one."""
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, TensorSpec]:
+        """The state tensors of a parameter of ``shape``. Which there are depends on which settings are on, not on their size."""
+        settings = {key: group[key] for key in self.defaults}
+        key = (shape, dtype, *((value is None, isinstance(value, Tensor) or bool(value)) for value in settings.values()))
+        if key not in self._specs:
+            self._specs[key] = self._observe(shape, dtype, settings)
+        return self._specs[key]
+
+    def _observe(self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, TensorSpec]:
+        """Step a scratch parameter and see what it left."""
         x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
         x.grad = torch.zeros_like(x)
-        optimizer = self.base([x], **self.kwargs)
-        optimizer.step()
-        wrong = {k: type(v).__name__ for k, v in optimizer.state[x].items() if not isinstance(v, Tensor | None)}
-        if wrong:
+        optimizer = self._new(x, settings)
+        _bare_step(optimizer)
+        state = {key: value for key, value in optimizer.state[x].items() if value is not None}
+        if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor)}:
             raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors only")
-        return {
-            PREFIX + k: TensorSpec(tuple(v.shape), v.dtype, host=v.dim() == 0)
-            for k, v in optimizer.state[x].items()
-            if v is not None
-        }
+        return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in state.items()}
+
+    def _new(self, x: Tensor, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+        optimizer = self.base([x], **self.kwargs)
+        optimizer.param_groups[0].update(settings)
+        return optimizer
 
     def moments(self, shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
         """How each state tensor crosses a change of basis. Tensors of another shape than the parameter's stay as they are."""
@@ -63,18 +72,23 @@ class BaseRule:
         def kind(name: str) -> Literal["first", "second", "other"]:
             return "first" if name in FIRST else "second" if name in SECOND else "other"
 
-        spec = self.spec(shape, torch.float32)
+        spec = self.spec(shape, torch.float32, group)
         return {key: Moment(kind(key.removeprefix(PREFIX)) if tensor.shape == shape else "other") for key, tensor in spec.items()}
 
     def step_(self, x: Tensor, grad: Tensor, moments: Moments | None, group: Group) -> Moments:
         """One step of the base class on ``x`` in place. ``moments``: its state tensors, or None at the first step."""
-        optimizer = self.base([x], **self.kwargs)
-        optimizer.param_groups[0].update({key: group[key] for key in self.defaults})
+        optimizer = self._new(x, {key: group[key] for key in self.defaults})
         if moments is not None:
             optimizer.state[x] = {key.removeprefix(PREFIX): value for key, value in moments.items()}
         held, x.grad = x.grad, grad
         try:
-            optimizer.step()
+            _bare_step(optimizer)
         finally:
             x.grad = held
         return {PREFIX + key: value for key, value in optimizer.state[x].items() if value is not None}
+
+
+def _bare_step(optimizer: torch.optim.Optimizer) -> None:
+    """The class's step without the hooks that torch wraps around it: those belong to the optimizer the user sees."""
+    step: Any = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)

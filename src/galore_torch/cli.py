@@ -9,6 +9,7 @@ from dataclasses import Field, fields
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from galore_torch import __version__
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import PRESETS
@@ -55,6 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="galore", description="Train full-parameter models with low-rank optimizer state.")
+    parser.add_argument("--version", action="version", version=f"galore-torch {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     pretrain = commands.add_parser(
         "pretrain",

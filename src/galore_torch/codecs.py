@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import prod
 
 import torch
@@ -119,7 +119,7 @@ def block_length(length: int) -> int:
     return best if best >= 64 else BLOCK
 
 
-@lru_cache(maxsize=None)
+@cache
 def levels(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of the dynamic map, ascending, in [-1, 1] (signed) or [0, 1].
 
@@ -136,17 +136,17 @@ def levels(signed: bool, device: torch.device) -> Tensor:
     return torch.cat([negative, torch.zeros(1, dtype=torch.float64), magnitudes]).sort().values.float().to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def zero_code(signed: bool) -> int:
     """The code whose value is 0."""
     return int((levels(signed, torch.device("cpu")) == 0).nonzero())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _code_table(signed: bool, device: torch.device) -> Tensor:
     """uint8 (65536,): the nearest level for each upper half of an fp32 number, taken at the middle of its cell.
 
-    A table look-up replaces a binary search. It is the nearest level but for values within 2^-9 of a midpoint. A positive
+    A table look-up replaces a binary search. It is the nearest level but for values within 2^-8 of a midpoint. A positive
     second moment is never stored as zero: dividing by its root would explode.
     """
     pattern = torch.arange(65536, dtype=torch.int64)
@@ -184,6 +184,8 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
     Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
     with a and b hashed from the seed: uniform, pairwise independent, and m + n random numbers instead of m x n.
     """
+    if not value.numel():
+        return value.to(torch.bfloat16)
     rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
     a = _hash16(rows.shape[0], 2 * seed, value.device).unsqueeze(1)
     b = _hash16(rows.shape[1], 2 * seed + 1, value.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,16 +19,15 @@ from torch import Tensor
 from galore_torch.base_rule import BaseRule
 from galore_torch.codecs import Stored
 from galore_torch.layout import AnyRule, Layout, layout, state_spec, stored_bases, stored_moments
-from galore_torch.linalg import mode_product, usable
+from galore_torch.linalg import chunk_elements, finite, mode_product, readable, usable
 from galore_torch.projectors import PROJECTORS
 from galore_torch.recovery import project_back, subtract
-from galore_torch.rules import Moment, Moments, Rule
+from galore_torch.rules import Moment, Rule
 from galore_torch.transport import TRANSPORTS
 
 State = dict[str, Any]
 Group = Mapping[str, Any]
 STREAMS = 1 << 20  # random streams a step: the step counts them up from the first, a refresh takes the last 64
-CHUNK = 1 << 17  # elements an elementwise rule works on at a time: its temporaries stay in the cache
 
 
 def plan_of(weight: Tensor, group: Group) -> Layout:
@@ -66,20 +66,24 @@ def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule
     A gradient that is not finite is skipped: it changes neither moments nor direction, and the weight only decays.
     """
     plan = plan_of(weight, group)
-    finite: Tensor | bool = torch.linalg.vector_norm(low).isfinite()  # NaN or Inf in G reaches R, whatever the basis
-    if low.is_cpu:
-        finite = bool(finite)  # nothing to wait for: the masks below cost nothing
+    if not weight.numel():  # an empty shard
+        state["step"] += 1
+        return
+    good: Tensor | bool = finite(low)  # NaN or Inf in G reaches R, whatever the basis
+    if readable(low):
+        good = bool(good)
     step = state["step"] + 1
     if isinstance(rule, BaseRule):
-        low = low if finite is True else torch.where(torch.as_tensor(finite), low, 0.0)
+        low = low if good is True else torch.where(torch.as_tensor(good), low, 0.0)
         _apply_base(weight, low, state, group, rule, plan)
     else:
-        _apply_rule(weight, low, finite, state, group, rule, plan, step)
+        _apply_rule(weight, low, good, state, group, rule, plan, step)
     state["step"] = step
 
 
 def _project(matrix: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
-    """basis^T X, X basis or left^T X right, in the dtype of X."""
+    """basis^T X, X basis or left^T X right, in the dtype of X, but for fp16, whose range a sum may leave."""
+    matrix = matrix.float() if matrix.dtype == torch.float16 else matrix
     for mode, basis in bases.items():
         matrix = mode_product(matrix, basis.mT.to(matrix.dtype), mode)
     return matrix
@@ -92,21 +96,36 @@ def _bases(state: State, plan: Layout, group: Group) -> dict[int, Tensor]:
 def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: AnyRule) -> None:
     """New bases from this gradient, moments carried over; nothing changes, on the device, when the gradient is not usable."""
     assert plan.rank is not None
-    good = usable(grad_MN)
-    found = PROJECTORS[group["projector"]](torch.where(good, grad_MN, 0.0).to(plan.real), plan.rank)
-    C = {}
-    for mode, stored in stored_bases(plan, group).items():
-        old = stored.decode(state)
-        new = torch.where(good, found[mode], old)
-        C[mode] = new.mT @ old  # (r, m) @ (m, r)
-        stored.encode(state, new, None)
-    if state["step"] and group["transport"] != "keep":
-        seed = state["step"] * STREAMS + STREAMS - 64
-        for i, (moment_stored, moment) in enumerate(_moments(plan, group, rule)):
-            value = moment_stored.decode(state)
-            moved = TRANSPORTS[group["transport"]](C, value, moment.kind, moment.mean_over)
-            moment_stored.encode(state, torch.where(good, moved, value), seed + i)
-    state["basis_ready"].copy_(good, non_blocking=True)
+    good: Tensor | bool = usable(grad_MN)
+    if readable(grad_MN):
+        good = bool(good)
+        if not good:
+            state["basis_ready"].fill_(False)
+            return
+    else:
+        grad_MN = torch.where(torch.as_tensor(good), grad_MN, 0.0)  # a decomposition must not meet NaN
+    found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank)
+    with _only_if(good, [value for key, value in state.items() if key not in ("step", "basis_ready")]):
+        C = {}
+        for mode, stored in stored_bases(plan, group).items():
+            C[mode] = found[mode].mT @ stored.decode(state)  # (r, m) @ (m, r)
+            stored.encode(state, found[mode], None)
+        if state["step"] and group["transport"] != "keep":
+            seed = state["step"] * STREAMS + STREAMS - 64
+            for i, (moment_stored, moment) in enumerate(_moments(plan, group, rule)):
+                value = moment_stored.decode(state)
+                moved = TRANSPORTS[group["transport"]](C, value, moment.kind, moment.mean_over)
+                moment_stored.encode(state, moved, seed + i)
+    state["basis_ready"].copy_(torch.as_tensor(good), non_blocking=True)
+
+
+@contextmanager
+def _only_if(condition: Tensor | bool, tensors: list[Tensor]) -> Iterator[None]:
+    """Undo, on the device, what the block does to ``tensors`` unless the 0-d ``condition`` holds; free when it is True."""
+    before = [] if condition is True else [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=False):
+        tensor.copy_(torch.where(torch.as_tensor(condition), tensor, old))
 
 
 def _moments(plan: Layout, group: Group, rule: AnyRule) -> list[tuple[Stored, Moment]]:
@@ -116,12 +135,10 @@ def _moments(plan: Layout, group: Group, rule: AnyRule) -> list[tuple[Stored, Mo
     return [(Stored(key, plan.low_shape, real=plan.real), moment) for key, moment in moments if moment.kind != "other"]
 
 
-def _apply_rule(
-    weight: Tensor, low: Tensor, finite: Tensor | bool, state: State, group: Group, rule: Rule, plan: Layout, step: int
-) -> None:
+def _apply_rule(weight: Tensor, low: Tensor, good: Tensor | bool, state: State, group: Group, rule: Rule, plan: Layout, step: int) -> None:
     lr = rule.lr(weight, group, step)
     shrink = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
-    factor = (1.0 if plan.rank is None else group["scale"]) * (shrink if group["decay"] == "after" else 1.0)
+    factor = (group["scale"] if plan.scaled else 1.0) * (shrink if group["decay"] == "after" else 1.0)
     shrink = _foldable(shrink, weight)
     moments = [stored for stored, _ in stored_moments(plan, group, rule)]
     streams = itertools.count(step * STREAMS)
@@ -129,7 +146,7 @@ def _apply_rule(
     update = low.new_empty(plan.low_shape, dtype=plan.real) if plan.rank is not None else None
     for rows in _row_chunks(low, rule, moments):
         views = {stored.name: stored.rows(state, rows) if rows else state for stored in moments}
-        part = _rule_step(low[rows] if rows else low, finite, views, moments, group, rule, step, lr, streams, plan.real)
+        part = _rule_step(low[rows] if rows else low, good, views, moments, group, rule, step, lr, streams, plan.real)
         part.mul_(factor)
         if update is None:
             subtract(weight[rows] if rows else weight, part, shrink, next(streams) if rounded else None)
@@ -141,20 +158,24 @@ def _apply_rule(
         _recover(weight, update, state, plan, group, shrink, next(streams) if rounded else None)
 
 
-def _foldable(shrink: Any, weight: Tensor) -> float:
-    """Weight decay as a number to fold into the update. A 0-d tensor cannot be read on the host: it is applied here."""
-    if isinstance(shrink, Tensor):
-        weight.mul_(shrink.to(weight.dtype))
+def _foldable(shrink: Any, weight: Tensor) -> Any:
+    """Weight decay as a factor to fold into the update.
+
+    A 0-d tensor cannot go into a GEMM without reading it on the host: it is applied here. 16-bit weights have no such GEMM.
+    """
+    if isinstance(shrink, Tensor) and weight.dtype.itemsize > 2:
+        weight.mul_(shrink)
         return 1.0
-    return float(shrink)
+    return shrink
 
 
 def _row_chunks(low: Tensor, rule: Rule, moments: list[Stored]) -> Iterator[slice | None]:
-    """Slices of the first axis, of about CHUNK elements, that cut no int8 block; None for everything at once."""
-    if not rule.elementwise or low.numel() <= CHUNK:
+    """Slices of the first axis, that fit the cache and cut no int8 block; None for everything at once."""
+    limit = chunk_elements(low.device)
+    if not rule.elementwise or low.numel() <= limit:
         yield None
         return
-    rows = max(1, CHUNK // low[0].numel())
+    rows = max(1, limit // low[0].numel())
     blocks = {stored.block for stored in moments if stored.codec == "int8" and stored.axis == 0}
     for block in blocks:
         rows = -(-rows // block) * block
@@ -164,7 +185,7 @@ def _row_chunks(low: Tensor, rule: Rule, moments: list[Stored]) -> Iterator[slic
 
 def _rule_step(
     low: Tensor,
-    finite: Tensor | bool,
+    good: Tensor | bool,
     views: Mapping[str, Mapping[str, Tensor]],
     moments: list[Stored],
     group: Group,
@@ -176,23 +197,21 @@ def _rule_step(
 ) -> Tensor:
     """decode -> rule -> encode on some rows: the elementwise region. Returns the update of these rows."""
     low = low.to(real)
-    if finite is False:
+    if good is False:
         return torch.zeros_like(low)
-    values = {stored.name: stored.decode(views[stored.name]) for stored in moments}
-    before: Moments = {}
-    if finite is not True:
-        low = torch.where(finite, low, 0.0)
-        before = {name: value.clone() for name, value in values.items()}
-    update = rule.update(-low if group["maximize"] else low, values, group, step, lr)
-    if finite is not True:
-        update = torch.where(finite, update, 0.0)
-        values = {name: torch.where(finite, value, before[name]) for name, value in values.items()}
-    for stored in moments:
-        stored.encode(views[stored.name], values[stored.name], next(streams))
-    return update
+    with _only_if(good, [tensor for stored in moments for tensor in _tensors(stored, views)]):
+        values = {stored.name: stored.decode(views[stored.name]) for stored in moments}
+        update = rule.update(-low if group["maximize"] else low, values, group, step, lr)
+        for stored in moments:
+            stored.encode(views[stored.name], values[stored.name], next(streams))
+    return update if good is True else torch.where(torch.as_tensor(good), update, 0.0)
 
 
-def _recover(weight: Tensor, update: Tensor, state: State, plan: Layout, group: Group, shrink: float, seed: int | None) -> None:
+def _tensors(stored: Stored, views: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
+    return [views[stored.name][key] for key in stored.spec()]
+
+
+def _recover(weight: Tensor, update: Tensor, state: State, plan: Layout, group: Group, shrink: Any, seed: int | None) -> None:
     """W <- shrink W - project_back(update); a weight that is no matrix in memory (channels last) goes through a copy."""
     bases = _bases(state, plan, group)
     if _is_matrix(weight):
@@ -214,7 +233,7 @@ def _apply_base(weight: Tensor, low: Tensor, state: State, group: Group, rule: B
 
     A gradient that is not finite counts as zero here, for the class keeps its own books.
     """
-    moments = {key: state[key] for key in rule.spec(plan.low_shape, plan.real)} if state["step"] else None
+    moments = {key: state[key] for key in rule.spec(plan.low_shape, plan.real, group)} if state["step"] else None
     if plan.rank is None:
         state.update(rule.step_(weight, low.to(weight.dtype), moments, group))
         return

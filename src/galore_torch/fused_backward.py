@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from galore_torch.optimizer import LowRankOptimizer
@@ -63,7 +62,11 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
         if p.grad is not None:
             act(p, groups[p])
 
-    return FusedBackward([_Attachment(p, p.register_post_accumulate_grad_hook(hook)) for p in mine])
+    def reread(_: Any) -> None:  # load_state_dict replaces the groups
+        groups.update((p, group) for group in optimizer.param_groups for p in group["params"])
+
+    attached = [_Attachment(p, p.register_post_accumulate_grad_hook(hook)) for p in mine]
+    return FusedBackward([*attached, optimizer.register_load_state_dict_post_hook(reread)])
 
 
 class _Attachment:

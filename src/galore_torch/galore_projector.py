@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_torch.layout import layout
+from galore_torch.layout import projected_modes
 from galore_torch.linalg import mode_product, svd_bases
 from galore_torch.recipe import PROJ_TYPES, one_of
 
@@ -17,9 +17,7 @@ class GaLoreProjector:
     ``ortho_matrix`` holds the basis in the published form: U (m x r), Vh (r x n), or [U, Vh] for proj_type "full".
     """
 
-    def __init__(
-        self, rank: int, verbose: bool = False, update_proj_gap: int = 200, scale: float = 1.0, proj_type: str = "std"
-    ):
+    def __init__(self, rank: int, verbose: bool = False, update_proj_gap: int = 200, scale: float = 1.0, proj_type: str = "std"):
         one_of("proj_type", proj_type, PROJ_TYPES)
         self.rank = rank
         self.verbose = verbose
@@ -28,12 +26,12 @@ class GaLoreProjector:
         self.ortho_matrix: Any = None
         self.proj_type = proj_type
 
-    def project(self, full_rank_grad: Tensor, iter: int) -> Tensor:  # noqa: A002 - the published name
+    def project(self, full_rank_grad: Tensor, iter: int) -> Tensor:
         """The low-rank gradient, in the gradient's dtype; a new basis at the first call and when iter is a multiple of the gap."""
         shape = tuple(full_rank_grad.shape)
         if full_rank_grad.dim() != 2:
             raise ValueError(f"a gradient of shape {shape} is no matrix: GaLoreProjector takes two dimensions; reshape it")
-        self._modes = layout(shape, full_rank_grad.dtype, 1, self.proj_type).modes
+        self._modes = projected_modes(shape, self.proj_type)
         if self.ortho_matrix is None or iter % self.update_proj_gap == 0:
             left, right = (basis.to(full_rank_grad.dtype) for basis in svd_bases(full_rank_grad.float(), self.rank))
             matrices = {0: left, 1: right.mT.contiguous()}

@@ -25,6 +25,7 @@ class Layout:
     """How one parameter is seen by the engine.
 
     ``modes``: the projected axes of its matrix, 0 = rows (basis on the left), 1 = columns (basis on the right), () = full rank.
+    ``scaled``: whether the group's scale applies; it does to a matrix whose rank turned out not to be smaller.
     A tensor of more than two dimensions is the matrix (first, product of the rest).
     """
 
@@ -32,6 +33,7 @@ class Layout:
     dtype: torch.dtype
     modes: tuple[int, ...]
     rank: int | None
+    scaled: bool
 
     @property
     def real(self) -> torch.dtype:
@@ -58,8 +60,14 @@ class Layout:
 
     @property
     def long_axis(self) -> int:
-        """The axis inside one singular direction: the one that is not projected; the last where neither or both are."""
-        return 0 if self.modes == (1,) else max(0, len(self.low_shape) - 1)
+        """The axis of int8 blocks: inside one singular direction, so the one that is not projected.
+
+        Where neither or both are, the last, or the longest when the last is too short for blocks (a convolution's kernel).
+        """
+        if len(self.modes) == 1:
+            return 1 - self.modes[0]
+        last = max(0, len(self.low_shape) - 1)
+        return last if not self.low_shape or self.low_shape[last] >= 64 else self.low_shape.index(max(self.low_shape))
 
 
 def fits(shape: tuple[int, ...], rank: int | float | None) -> int | None:
@@ -75,11 +83,15 @@ def fits(shape: tuple[int, ...], rank: int | float | None) -> int | None:
 def layout(shape: tuple[int, ...], dtype: torch.dtype, rank: int | float | None, proj_type: str) -> Layout:
     """The side follows the published table: std projects the short side, reverse_std the long one; a square counts as tall."""
     resolved = fits(shape, rank)
-    if resolved is None:
-        return Layout(shape, dtype, (), None)
+    modes = () if resolved is None else projected_modes(shape, proj_type)
+    return Layout(shape, dtype, modes, resolved, scaled=rank is not None and len(shape) > 1)
+
+
+def projected_modes(shape: tuple[int, ...], proj_type: str) -> tuple[int, ...]:
+    """The projected axes of a tensor's matrix, by the published table."""
     tall = shape[0] >= prod(shape[1:])
-    modes = {"std": (1,) if tall else (0,), "reverse_std": (0,) if tall else (1,), "left": (0,), "right": (1,), "full": (0, 1)}
-    return Layout(shape, dtype, modes[proj_type], resolved)
+    short, long = ((1,), (0,)) if tall else ((0,), (1,))
+    return {"std": short, "reverse_std": long, "left": (0,), "right": (1,), "full": (0, 1)}[proj_type]
 
 
 def stored_bases(plan: Layout, group: Mapping[str, Any]) -> dict[int, Stored]:
@@ -114,7 +126,7 @@ def state_spec(plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[st
         for stored in stored_bases(plan, group).values():
             spec |= stored.spec()
     if isinstance(rule, BaseRule):
-        return spec | rule.spec(plan.low_shape, plan.dtype if plan.rank is None else plan.real)
+        return spec | rule.spec(plan.low_shape, plan.dtype if plan.rank is None else plan.real, group)
     for stored, _ in stored_moments(plan, group, rule):
         spec |= stored.spec()
     return spec

@@ -13,6 +13,7 @@ from galore_torch.base_rule import BaseRule
 from galore_torch.layout import AnyRule, Layout, state_spec, stored_bases, stored_moments
 
 MARKS = {"projector", "state1", "RMS"}  # keys only the published package (or bitsandbytes inside it) writes
+NESTED = "__bnb_optimizer_quant_state__"  # where later releases of bitsandbytes keep theirs
 
 
 def convert_published(saved: Mapping[str, Any], plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def convert_published(saved: Mapping[str, Any], plan: Layout, group: Mapping[str
     The published projector holds its basis as ``ortho_matrix``: U (m x r), Vh (r x n), or both in a list; 8-bit moments are
     bitsandbytes' flat blocks (state1, qmap1, absmax1). Values are copied, so that no view of a whole U or Vh survives.
     """
+    saved = {**{key: value for key, value in saved.items() if key != NESTED}, **saved.get(NESTED, {})}
     if isinstance(rule, BaseRule) or not MARKS & saved.keys():
         return dict(saved)
     projector = saved.get("projector")
@@ -31,9 +33,7 @@ def convert_published(saved: Mapping[str, Any], plan: Layout, group: Mapping[str
             stacklevel=2,
         )
         return {}
-    state: dict[str, Any] = {
-        key: tensor.allocate(torch.device("cpu")) for key, tensor in state_spec(plan, group, rule).items()
-    }
+    state: dict[str, Any] = {key: tensor.allocate(torch.device("cpu")) for key, tensor in state_spec(plan, group, rule).items()}
     state["step"] = int(saved["step"])
     if projector is not None:
         matrices = projector.ortho_matrix if isinstance(projector.ortho_matrix, list | tuple) else [projector.ortho_matrix]

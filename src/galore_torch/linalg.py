@@ -9,11 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CACHED, LAUNCHED = 1 << 17, 1 << 24
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements an elementwise pass works on at a time: on a CPU its temporaries stay in the cache, elsewhere launches cost."""
+    return CACHED if device.type == "cpu" else LAUNCHED
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at a value without waiting for a device."""
+    return tensor.is_cpu
+
 
 def usable(grad_MN: Tensor) -> Tensor:
     """Whether a gradient may make a basis: finite and not zero. Returns a 0-d bool on the gradient's device, without a sync."""
-    largest = torch.linalg.vector_norm(grad_MN, ord=float("inf"))  # one pass, no temporary; NaN and Inf propagate
-    return largest.isfinite() & (largest > 0)
+    low, high = torch.aminmax(grad_MN)  # one pass, no temporary; NaN propagates
+    return low.isfinite() & high.isfinite() & ((low < 0) | (high > 0))
+
+
+def finite(grad: Tensor) -> Tensor:
+    """Whether every element is finite, a 0-d bool: their sum tells, the cheapest pass there is."""
+    return grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).isfinite()
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -45,6 +62,7 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if grad_MN.shape[-2] > grad_MN.shape[-1]:
         right, left = gram_bases(grad_MN.mT, rank)
         return left, right
+    grad_MN = grad_MN / grad_MN.abs().amax((-2, -1), keepdim=True)  # squares must neither vanish nor overflow
     _, vectors = torch.linalg.eigh(grad_MN @ grad_MN.mT)  # (m, m), eigenvalues ascending
     left_MR = vectors[..., -rank:].flip(-1).contiguous()
     right_NR = orthonormalize(grad_MN.mT @ left_MR)  # (n, m) @ (m, r)

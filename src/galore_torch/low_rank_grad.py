@@ -31,12 +31,13 @@ class _StandIn(torch.Tensor):
 class LowRankGrad(_StandIn):
     """The gradient R = basis^T G of a parameter, accumulated over micro-batches.
 
-    ``low``: R in fp32 or fp64, shape r x n, m x r or r x r. ``project``: maps a full gradient into the same basis.
+    ``low``: R in fp32 or fp64, shape r x n, m x r or r x r. ``project(grad, first)``: maps a full gradient into the same basis.
+    ``empty``: zeroed, so that the next gradient is the first of its step and may refresh the basis.
     Its norm is the norm of R, at most that of G: the length of the part the optimizer uses.
     """
 
-    def __init__(self, like: Tensor, low: Tensor, project: Callable[[Tensor], Tensor]):
-        self.low, self.project = low, project
+    def __init__(self, like: Tensor, low: Tensor, project: Callable[[Tensor, bool], Tensor], empty: bool = False):
+        self.low, self.project, self.empty = low, project, empty
         self._like = like
 
     @classmethod
@@ -44,15 +45,18 @@ class LowRankGrad(_StandIn):
         grad, *rest = args
         kwargs = kwargs or {}
         if func is aten.detach.default or func is aten.alias.default:
-            return LowRankGrad(grad._like, grad.low, grad.project)
+            return LowRankGrad(grad._like, grad.low, grad.project, grad.empty)
         if func is aten.clone.default:
-            return LowRankGrad(grad._like, grad.low.clone(), grad.project)
-        if func in (aten.add_.Tensor, aten.add.Tensor) and not kwargs and isinstance(grad, LowRankGrad):
-            more = rest[0].low if isinstance(rest[0], LowRankGrad) else grad.project(rest[0])
+            return LowRankGrad(grad._like, grad.low.clone(), grad.project, grad.empty)
+        adds = func in (aten.add_.Tensor, aten.add.Tensor) and not kwargs and isinstance(grad, LowRankGrad)
+        if adds and isinstance(rest[0], Tensor):
+            more = rest[0].low if isinstance(rest[0], LowRankGrad) else grad.project(rest[0], grad.empty)
+            grad.empty = False
             low = grad.low.add_(more) if func is aten.add_.Tensor else grad.low + more
             return grad if func is aten.add_.Tensor else LowRankGrad(grad._like, low, grad.project)
         if func in (aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.zero_.default):
             func(grad.low, *rest)
+            grad.empty = grad.empty or func is aten.zero_.default
             return grad
         if func in (aten.linalg_vector_norm.default, aten.norm.Scalar) and (rest[0] if rest else 2) == 2 and len(rest) < 2:
             return torch.linalg.vector_norm(grad.low).to(kwargs.get("dtype") or grad.dtype)

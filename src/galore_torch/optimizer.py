@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict, overload
 
 import torch
@@ -14,10 +14,8 @@ from galore_torch import engine
 from galore_torch.layout import AnyRule, fits, state_spec
 from galore_torch.legacy import convert_published
 from galore_torch.low_rank_grad import ConsumedGrad, LowRankGrad
-from galore_torch.recipe import PROJECTION_DEFAULTS, Recipe, check_group
+from galore_torch.recipe import PROJECTION_DEFAULTS, Recipe, check_group, check_spelling
 from galore_torch.rules import RULES
-
-HINTS = ("foreach", "fused")  # accepted with any value: there is one implementation and it gives one result
 
 
 class Projection(TypedDict, total=False):
@@ -62,6 +60,14 @@ SHARED = """
     """
 
 
+def _callers_level() -> int:
+    """The stacklevel of a warning that is to point at the first frame outside this package and torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
+        frame, level = frame.f_back, level + 1
+    return max(level, 1)
+
+
 class _Sealed:
     """A state tensor hidden from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
 
@@ -77,6 +83,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     row: ClassVar[Recipe]
+    fixed: ClassVar[dict[str, Any]] = {"capturable": False, "differentiable": False}  # settings with one value only
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
@@ -86,7 +93,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         defaults = {**PROJECTION_DEFAULTS, **cls.row.group_keys()}
         taken = {p.name for p in own}
         shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=annotation)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
             for name, annotation in Projection.__annotations__.items()
             if name not in taken
         ]
@@ -98,18 +105,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.rule: AnyRule = RULES[self.row.rule] if rule is None else rule
         if unknown := projection.keys() - Projection.__annotations__.keys():
             raise TypeError(
-                f"{type(self).__name__} got unexpected arguments {sorted(unknown)}; beside its own it takes {sorted(Projection.__annotations__)}"
+                f"{type(self).__name__} got unexpected arguments {sorted(unknown)}; "
+                f"beside its own it takes {sorted(Projection.__annotations__)}"
             )
-        for flag in ("capturable", "differentiable"):
-            if projection.get(flag) or settings.get(flag):
-                raise ValueError(f"{flag}=True is not supported by {type(self).__name__}; leave it False")
-        super().__init__(params, {**PROJECTION_DEFAULTS, **self.row.group_keys(), "maximize": False, **settings, **projection})
+        super().__init__(params, {**PROJECTION_DEFAULTS, **self.row.group_keys(), **settings, **projection})
 
     # --- groups ---------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; nothing changes when it is refused."""
-        check_group({**self.defaults, **param_group}, self.row, {*self.defaults, "params", "param_names", "dim", *HINTS})
+        self._check_group({**self.defaults, **param_group})
+        check_spelling(param_group, {*self.defaults, "params", "param_names", "dim"})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for p in group["params"]:
@@ -120,9 +126,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     "give them to another optimizer"
                 )
         self._warn_of_full_rank(group)
-        for p in group["params"]:
-            if p.requires_grad:
-                self.state[p] = engine.new_state(p, group, self.rule)
+        self._adopt()
+
+    def _check_fixed(self, settings: Mapping[str, Any]) -> None:
+        for key, only in self.fixed.items():
+            if settings.get(key, only) != only:
+                raise ValueError(f"{key}={settings[key]!r} is not supported by {type(self).__name__}; leave it {only!r}")
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_fixed(group)
+        check_group(group, self.row)
 
     def _warn_of_full_rank(self, group: dict[str, Any]) -> None:
         if group["rank"] is None:
@@ -132,7 +145,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"rank={group['rank']} is not smaller than the short side of {len(whole)} of {len(group['params'])} parameters "
                 f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
-                stacklevel=5,
+                stacklevel=_callers_level(),
             )
 
     # --- the step -------------------------------------------------------------------------------------------------------
@@ -141,6 +154,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
+    @torch.compiler.disable  # a caller's torch.compile would trace every step anew: the plan of a step is Python
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss."""
@@ -148,6 +162,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._check_group(group)
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, group in pairs:  # every complaint comes before the first change
             self._check(p, group)
@@ -160,6 +176,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[p], p.grad
+        assert grad is not None
         low = grad.low if isinstance(grad, LowRankGrad) else engine.compress(p, grad, state, group, self.rule)
         engine.apply(p, low, state, group, self.rule)
 
@@ -167,10 +184,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
         """Replace ``p.grad`` by its projection, which accumulates further gradients of the same step."""
         self._check(p, group)
-        plan = engine.plan_of(p, group)
-        if plan.rank is not None and not isinstance(p.grad, LowRankGrad):
-            low = engine.compress(p, p.grad, self.state[p], group, self.rule)
-            p.grad = LowRankGrad(p, low, lambda more: engine.project(more, self.state[p], plan, group))
+        plan, grad = engine.plan_of(p, group), p.grad
+        if plan.rank is not None and grad is not None and not isinstance(grad, LowRankGrad):
+            low = engine.compress(p, grad, self.state[p], group, self.rule)
+
+            def project(more: Tensor, first: bool) -> Tensor:
+                """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
+                if first or not self.state[p]["basis_ready"]:
+                    return engine.compress(p, more, self.state[p], group, self.rule)
+                return engine.project(more, self.state[p], plan, group)
+
+            p.grad = LowRankGrad(p, low, project)
 
     @torch.no_grad()
     def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -181,27 +205,42 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _check(self, p: Tensor, group: dict[str, Any]) -> None:
         """Refuse what a step cannot use, and make the state of a parameter that is new here."""
-        if p.grad.layout != torch.strided:
+        if p.grad is not None and p.grad.layout != torch.strided:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
                 "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
             )
+        if not self.state.get(p):
+            self._adopt()
+            self.state.setdefault(p, engine.new_state(p, group, self.rule))  # a frozen one with a gradient
         state = self.state[p]
-        if not state:
-            state.update(engine.new_state(p, group, self.rule))
         spec = state_spec(engine.plan_of(p, group), group, self.rule)
         for key, tensor in spec.items():
             held = state.get(key)
             if held is None or tuple(held.shape) != tensor.shape or held.dtype != tensor.dtype:
                 raise ValueError(
-                    f"the group of a parameter of shape {tuple(p.shape)} now asks for state {key} {tensor.shape} {tensor.dtype}, but it holds "
-                    f"{'none' if held is None else (tuple(held.shape), held.dtype)}: rank, proj_type and codecs cannot change during a run. "
-                    "Set them back, or make a new optimizer"
+                    f"the group of a parameter of shape {tuple(p.shape)} now asks for state {key} {tensor.shape} {tensor.dtype}, but it "
+                    f"holds {'none' if held is None else (tuple(held.shape), held.dtype)}: rank, proj_type and codecs cannot change "
+                    "during a run. Set them back, or make a new optimizer"
                 )
             if not tensor.host and held.device != p.device:  # the model moved after the optimizer was made
                 state[key] = held.to(p.device)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by index and groups: plain tensors and numbers, which torch.load reads with its defaults."""
+        self._adopt()
+        return super().state_dict()
+
+    def _adopt(self) -> None:
+        """Follow the groups: frameworks such as FSDP2 exchange the parameters in them after construction."""
+        present = {p: group for group in self.param_groups for p in group["params"]}
+        for p in [p for p in self.state if p not in present]:
+            del self.state[p]
+        for p, group in present.items():
+            if p.requires_grad and not self.state.get(p):
+                self.state[p] = engine.new_state(p, group, self.rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.
@@ -209,7 +248,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Refuses, before anything changes, a checkpoint whose tensors do not fit this optimizer's parameters and groups.
         """
         # Registered last, so that it sees what the user's own hooks have made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(LowRankOptimizer._seal)
+        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: self._seal(checkpoint))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -221,9 +260,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         sealed: dict[Any, Any] = {}
         groups = []
         for saved, group in zip(saved_groups, self.param_groups, strict=False):
-            merged = {**self.defaults, **{k: v for k, v in saved.items() if k not in ("params", "param_names")}}
-            groups.append({**merged, **{k: v for k, v in saved.items() if k in ("params", "param_names")}})
-            check_group(merged, self.row, {*self.defaults, "dim", *HINTS})
+            # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
+            merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
+            groups.append(merged)
+            self._check_group(merged)
             for index, p in zip(saved["params"], group["params"], strict=False):
                 if index in saved_state:
                     sealed[index] = self._seal_one(index, saved_state.pop(index), p, merged)
@@ -247,12 +287,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"the checkpoint's {key} of parameter {index} has shape {tuple(saved[key].shape)}, but a parameter of shape "
                     f"{tuple(p.shape)} with rank={group['rank']} needs {tensor.shape}: it belongs to another model or rank"
                 )
+        if "step" not in saved:
+            raise ValueError(f"the checkpoint's state of parameter {index} has no step: it is not a whole checkpoint")
         out: dict[str, Any] = {"step": int(saved["step"])}
         for key, tensor in spec.items():
             device = torch.device("cpu") if tensor.host else p.device
             # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.
             out[key] = _Sealed(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(saved[key]))
         return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule}  # torch lists what a copy keeps
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -263,8 +308,4 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for key, value in entry.items():
                 if isinstance(value, _Sealed):
                     entry[key] = value.value
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and not self.state.get(p):
-                    self.state[p] = engine.new_state(p, group, self.rule)
-
+        self._adopt()

@@ -52,9 +52,14 @@ def galore_param_groups(
         chosen = set(linears)
     else:
         patterns = [targets] if isinstance(targets, str) else list(targets)
+        if not patterns:
+            raise ValueError("targets is empty: give patterns of layer names, 'all-linear', or None for attention and MLP layers")
         chosen = set()
         for pattern in patterns:
-            found = {name for name in linears if re.search(pattern, name)}
+            try:
+                found = {name for name in linears if re.search(pattern, name)}
+            except re.error as error:
+                raise ValueError(f"target pattern {pattern!r} is no regular expression: {error}") from error
             if not found:
                 raise ValueError(f"target pattern {pattern!r} matches no linear layer among {_sample(linears)}")
             chosen |= found

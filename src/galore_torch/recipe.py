@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ RECIPES = {
 }
 
 # The keys every group has beside its recipe's and its rule's; the first four carry the published names and defaults.
+# foreach and fused are hints that change no result: there is one implementation.
 PROJECTION_DEFAULTS: dict[str, Any] = {
     "rank": None,
     "update_proj_gap": 200,
@@ -73,20 +75,23 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "decay": "before",
     "stochastic_rounding": True,
     "min_8bit_size": 4096,
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
 }
 
 
-def check_group(group: Mapping[str, Any], row: Recipe, known: Iterable[str]) -> None:
-    """Refuse a parameter group that cannot work, at construction: ValueError with the value, the bound and the cure."""
+def check_group(group: Mapping[str, Any], row: Recipe) -> None:
+    """Refuse a parameter group that cannot work: ValueError with the value, the bound and the cure."""
     rank, gap, scale = group["rank"], group["update_proj_gap"], group["scale"]
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    fraction = isinstance(rank, float) and 0.0 < rank < 1.0
-    if not (rank is None or whole or fraction):
+    if not (rank is None or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
         raise ValueError(
             f"rank={rank!r} is not a rank: give a whole number from 1 (such as 128), a fraction of the short side between 0 and 1 "
             "(such as 0.25), or None to train the group at full rank"
         )
-    if not (isinstance(gap, int) and not isinstance(gap, bool) and gap >= 1):
+    if not _is_count(gap):
         raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
     if not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r} is not a finite number: give the factor of the projected update (such as 0.25)")
@@ -95,29 +100,59 @@ def check_group(group: Mapping[str, Any], row: Recipe, known: Iterable[str]) -> 
     Recipe(row.rule, recovery=row.recovery, **{key: group[key] for key in row.group_keys()})
     dim = group.get("dim", 2)
     if not isinstance(dim, int) or dim > 2:
-        raise ValueError(f"dim={dim!r} asks for a tensor projection, which is not available yet; leave dim out: tensors are projected as matrices")
-    for key in group:
+        raise ValueError(
+            f"dim={dim!r} asks for a tensor projection, which is not available yet; leave dim out: tensors are projected as matrices"
+        )
+    if row.rule != "torch":  # a torch.optim class checks its own
+        _check_numbers(group)
+
+
+def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a group key that looks like a slip of a known one; the keys of others, such as schedulers, are left alone."""
+    known = set(known)
+    for key in keys:
         if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
             raise ValueError(f"group key {key!r} is not known; did you mean {near[0]!r}?")
-    check_hyperparameters(group)
 
 
-def check_hyperparameters(group: Mapping[str, Any]) -> None:
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _within(name: str, value: Any, low: float, high: float, bound: str, key: str | None = None) -> None:
+    """Raise ValueError unless ``value`` is a number with low <= value < high; ``bound`` says so in words."""
+    if not (isinstance(value, int | float) and low <= value < high):
+        raise ValueError(f"Invalid {name}: {key or name}={value!r} must be a number {bound}")
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
     """The bounds of the inner optimizers' numbers, as torch.optim states them."""
-    lr = group["lr"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements: a tensor lr must be 1-element")
-    if lr is not None and not isinstance(lr, torch.Tensor) and not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: lr={lr!r} must be at least 0")
-    for i, beta in enumerate(group.get("betas", ())):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta!r} must lie in [0, 1)")
+    lr, inf = group["lr"], math.inf
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {lr.numel()} elements: a tensor lr must be 1-element")
+    elif not (lr is None and group.get("relative_step")):
+        _within("learning rate", lr, 0.0, inf, "from 0, such as 1e-3, or a 1-element tensor", "lr")
+    if "betas" in group:
+        betas = group["betas"]
+        if not (isinstance(betas, tuple | list) and len(betas) == 2):
+            raise ValueError(f"betas={betas!r} must be a pair of numbers, such as (0.9, 0.999)")
+        for i, beta in enumerate(betas):
+            _within(f"beta parameter at index {i}", beta, 0.0, 1.0, "in [0, 1)")
+    if "clip_threshold" in group:  # Adafactor
+        if not (isinstance(group["eps"], tuple | list) and len(group["eps"]) == 2):
+            raise ValueError(f"eps={group['eps']!r} must be a pair of numbers, such as (1e-30, 1e-3)")
+        if group["beta1"] is not None:
+            _within("beta1", group["beta1"], 0.0, 1.0, "in [0, 1), or None for no first moment")
+        _within("clip_threshold", group["clip_threshold"], math.ulp(0.0), inf, "above 0, such as 1.0")
+        _within("decay_rate", group["decay_rate"], -inf, math.ulp(0.0), "up to 0, such as -0.8")
     eps = group.get("eps", 0.0)
     for value in eps if isinstance(eps, tuple | list) else (eps,):
-        if not value >= 0.0:
-            raise ValueError(f"Invalid epsilon value: eps={eps!r} must be at least 0")
+        _within("eps", value, 0.0, inf, "from 0, such as 1e-8")
     for key in ("weight_decay", "momentum", "lr_decay", "initial_accumulator_value"):
-        if not (value := group.get(key, 0.0)) >= 0.0:
-            raise ValueError(f"Invalid {key} value: {key}={value!r} must be at least 0")
+        _within(key, group.get(key, 0.0), 0.0, inf, "from 0")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum above 0 and zero dampening")
+        raise ValueError(
+            f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "
+            "Nesterov momentum requires a momentum above 0 and zero dampening"
+        )

@@ -36,6 +36,11 @@ class Moment:
         return full[:-1] if self.mean_over == -1 else full[:-2] + full[-1:]
 
 
+def given_lr(weight: Tensor, group: Group, step: int) -> Any:
+    """The group's own step size."""
+    return group["lr"]
+
+
 @dataclass(frozen=True)
 class Rule:
     """``moments(shape of R, group)`` names the state; ``update(R, moments, group, step, lr)`` is one step (step counts from 1).
@@ -48,7 +53,7 @@ class Rule:
     moments: Callable[[tuple[int, ...], Group], dict[str, Moment]]
     update: Callable[[Tensor, Moments, Group, int, Any], Tensor]
     elementwise: bool = True
-    lr: Callable[[Tensor, Group, int], Any] = lambda weight, group, step: group["lr"]
+    lr: Callable[[Tensor, Group, int], Any] = given_lr
 
 
 def adam_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:

@@ -26,19 +26,23 @@ def reset(C: Overlaps, moment: Tensor, kind: str, mean_over: int | None) -> Tens
 
 
 def rotate(C: Overlaps, moment: Tensor, kind: str, mean_over: int | None) -> Tensor:
-    """Carry the moments over: m' = C m and v' = (C * C) v, elementwise square.
+    """Carry the moments over: m' = C m, and v' = (C * C) v + (what C * C has lost of each row) x mean v.
 
     m = basis^T (mean gradient), so C m is its part in the new basis (GoLore, arXiv 2410.11289; LDAdam, arXiv 2410.16103).
-    v holds expected squares; for coordinates without correlation the square of C carries them, and since each C_ij enters
-    squared, flipping a basis vector changes nothing. C = I is the identity; r = m leaves basis m unchanged.
+    v holds expected squares; for coordinates without correlation the square of C carries them. A new direction that lies
+    outside the old subspace has no history: it is given the mean of the old ones, for a second moment near zero would
+    make its first updates 1 / sqrt(1 - beta2) times too large. Every C_ij enters squared, so flipping a basis vector
+    changes nothing; C = I is the identity; r = m leaves basis m unchanged.
     A moment averaged over one axis (Adafactor's factors) is carried along the axis it still has.
     """
     if kind == "other":
         return moment
     for mode, matrix in C.items():
+        axis = mode - 2  # rows -2, columns -1
         if kind == "second":
             matrix = matrix.square()
-        axis = mode - 2  # rows -2, columns -1
+            lost = (1 - matrix.sum(-1, keepdim=True)).clamp_min(0)
+            matrix = matrix + lost / matrix.shape[-1]  # the mean is a product with a constant matrix
         if mean_over is None:
             moment = mode_product(moment, matrix, mode)
         elif axis != mean_over:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -47,15 +47,23 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 
     Args:
         lr, betas, eps, weight_decay: as GaLoreAdamW.
-        amsgrad, percentile_clipping, block_wise, args: accepted at their defaults for galore-torch 1.0; any other value is refused.
+        amsgrad, percentile_clipping, block_wise, args: accepted at their defaults for galore-torch 1.0; refused at any other.
         optim_bits: 8, or 32 for fp32 moments.
         min_8bit_size: moments with fewer elements stay fp32.
         is_paged: True is accepted with a warning: state stays where the parameter is.
     """
 
     row = RECIPES["galore_adamw8bit"]
+    fixed: ClassVar[dict[str, Any]] = {
+        **GaLoreAdamW.fixed,
+        "amsgrad": False,
+        "percentile_clipping": 100,
+        "block_wise": True,
+        "args": None,
+        "optim_bits": 8,  # in a group; as an argument 32 is state_codec="fp32"
+    }
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # min_8bit_size stands by name here too: the published arguments have an order
         self,
         params: Any,
         lr: float | torch.Tensor = 1e-3,
@@ -71,10 +79,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         is_paged: bool = False,
         **projection: Unpack[Projection],
     ):
-        fixed = {"amsgrad": (amsgrad, False), "percentile_clipping": (percentile_clipping, 100), "block_wise": (block_wise, True)}
-        for name, (value, only) in {**fixed, "args": (args, None)}.items():
-            if value != only:
-                raise ValueError(f"{name}={value!r} is not supported by GaLoreAdamW8bit; leave it at {only!r}")
+        given = {"amsgrad": amsgrad, "percentile_clipping": percentile_clipping, "block_wise": block_wise, "args": args}
+        self._check_fixed(given)
         if optim_bits not in (8, 32):
             raise ValueError(f"optim_bits={optim_bits!r} must be 8 or 32")
         if is_paged:
@@ -135,6 +141,14 @@ class GaLoreAdafactor(LowRankOptimizer):
             "warmup_init": warmup_init,
         }
         super().__init__(params, settings, projection)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A group's own lr means what the constructor's does."""
+        if param_group.get("lr") is not None and self.defaults["lr"] is None:
+            if param_group.get("relative_step"):
+                raise ValueError(f"lr={param_group['lr']} cannot be combined with relative_step=True: leave out one of them")
+            param_group = {"scale_parameter": False, **param_group, "relative_step": False}
+        super().add_param_group(param_group)
 
 
 class GaLoreAdagrad(LowRankOptimizer):
@@ -207,10 +221,10 @@ class GaLore(LowRankOptimizer):
 
     def __init__(self, base: type[torch.optim.Optimizer], params: Any, **kwargs: Any):
         if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
-            raise ValueError(f"base={base!r} is not a torch.optim.Optimizer class: pass the class itself, such as torch.optim.RMSprop")
+            raise ValueError(f"base={base!r} is not a torch.optim.Optimizer class: pass the class, such as torch.optim.RMSprop")
         projection: Any = {key: kwargs.pop(key) for key in tuple(kwargs) if key in Projection.__annotations__}
-        for hint in ("foreach", "fused", "maximize"):  # the base class has its own
-            if hint in projection:
-                kwargs[hint] = projection.pop(hint)
+        for key in ("foreach", "fused", "maximize"):  # the base class has its own
+            if key in projection:
+                kwargs[key] = projection.pop(key)
         rule = BaseRule(base, kwargs)
         super().__init__(params, {"weight_decay": 0.0, **rule.defaults}, projection, rule)

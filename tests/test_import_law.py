@@ -1,0 +1,147 @@
+"""The building's law, read from the source: a file imports only from files listed before it, the library from torch alone.
+
+Imports inside functions and under TYPE_CHECKING count. The oracle is the list below; a file that is not in it fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "galore_torch"
+
+LIBRARY = {
+    "ground": ["linalg", "codecs", "rules", "base_rule", "param_groups"],
+    "slots": ["projectors", "transport", "recovery"],
+    "naming": ["recipe", "layout"],
+    "doing": ["bucket", "sharding", "engine", "planner"],
+    "faces": [
+        *["low_rank_grad", "legacy", "optimizer", "zoo", "fused_backward"],
+        *["adamw", "adamw8bit", "adafactor", "galore_projector", "galore_projector_tensor", "__init__"],
+    ],
+}
+ORDER = [name for floor in LIBRARY.values() for name in floor]
+# A read of a value on the host stops the device's queue; none of these may happen inside step().
+NO_HOST_READ = {*LIBRARY["ground"], *LIBRARY["slots"], *LIBRARY["doing"], "optimizer", "low_rank_grad", "fused_backward"}
+HOST_READS = {"item", "tolist", "numpy", "cpu", "synchronize"}
+SPEAKS = {"param_groups"}  # galore_param_groups(show=True) prints its table
+
+
+def is_user(name: str) -> bool:
+    """The top floor: the command and all of train/."""
+    return name == "cli" or name.split(".")[0] == "train"
+
+
+def files() -> dict[str, Path]:
+    """Every source file by its name under galore_torch: 'engine', 'train.data', '__init__', 'train.__init__'."""
+    return {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.rglob("*.py"))}
+
+
+FILES = files()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+LIBRARY_FILES = [name for name in FILES if not is_user(name)]
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full dotted names; `from a import b` gives a.b, which may be a module or a name inside a."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write galore_torch.<file>"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def own(name: str) -> set[str]:
+    """The files of this package that file `name` imports, by the names of `files()`."""
+    found = set()
+    for full in imported(TREES[name]):
+        if full.split(".")[0] != "galore_torch":
+            continue
+        parts = full.split(".")[1:]
+        candidates = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        module = next((c for c in candidates if c in FILES or f"{c}.__init__" in FILES), "__init__")
+        found.add(module if module in FILES else f"{module}.__init__")
+    return found
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(name of the called function or method, line)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Attribute):
+                yield node.func.attr, node.lineno
+            elif isinstance(node.func, ast.Name):
+                yield node.func.id, node.lineno
+
+
+def test_there_is_source() -> None:
+    """Without files every test below would pass."""
+    assert {"linalg", "engine", "optimizer", "__init__", "cli"} <= set(FILES)
+
+
+def test_every_file_is_on_a_floor() -> None:
+    unknown = sorted(set(LIBRARY_FILES) - set(ORDER))
+    assert not unknown, f"{unknown} on no floor: name the file in LIBRARY, below what it imports"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_only_from_above(name: str) -> None:
+    if is_user(name):
+        above = set(FILES) - ({"cli"} if name != "cli" else set())  # train never imports the command
+    else:
+        above = set(ORDER[: ORDER.index(name)])
+    below = own(name) - above
+    assert not below, f"{name} imports {sorted(below)}, which stand on or below its own place"
+
+
+def test_no_import_circle() -> None:
+    """The library cannot have one if the order holds; train/ has no order of its own, so it is checked here."""
+    TopologicalSorter({name: own(name) for name in FILES}).prepare()
+
+
+@pytest.mark.parametrize("name", LIBRARY_FILES)
+def test_library_imports_only_torch(name: str) -> None:
+    """One exception, which never runs: words for type hints that Python 3.10 lacks."""
+    hints = {full for node in ast.walk(TREES[name]) if is_type_checking(node) for full in imported(node)}
+    full_names = {f for f in imported(TREES[name]) if not (f in hints and f.startswith("typing_extensions."))}
+    foreign = {full.split(".")[0] for full in full_names} - set(sys.stdlib_module_names) - {"torch", "galore_torch"}
+    assert not foreign, f"{name} imports {sorted(foreign)}; the library imports torch and the standard library"
+
+
+def test_train_extra_names_what_the_command_imports() -> None:
+    extra = {line.split(">")[0].split(";")[0].strip() for line in requires("galore-torch") or [] if "'train'" in line}
+    roots = {full.split(".")[0] for name in FILES if is_user(name) for full in imported(TREES[name])}
+    assert roots - set(sys.stdlib_module_names) - {"torch", "galore_torch"} <= extra
+
+
+@pytest.mark.parametrize("name", LIBRARY_FILES)
+def test_library_is_silent_and_reads_no_environment(name: str) -> None:
+    roots = {full.split(".")[0] for full in imported(TREES[name])}
+    assert "logging" not in roots
+    environment = [
+        node.lineno
+        for node in ast.walk(TREES[name])
+        if (isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"})
+        or (isinstance(node, ast.alias) and node.name in {"environ", "environb", "getenv"})
+    ]
+    assert not environment, f"{name} reads the environment at lines {environment}"
+    if name not in SPEAKS:
+        printed = [line for called, line in calls(TREES[name]) if called == "print"]
+        assert not printed, f"{name} prints at lines {printed}"
+
+
+@pytest.mark.parametrize("name", sorted(NO_HOST_READ & set(FILES)))
+def test_step_never_waits_for_the_device(name: str) -> None:
+    waits = [f"{called}() at line {line}" for called, line in calls(TREES[name]) if called in HOST_READS]
+    assert not waits, f"{name}: {waits}"
