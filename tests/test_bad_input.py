@@ -39,7 +39,7 @@ NUMBERS: list[tuple[str, Any, str]] = [
 ]
 NAMES: list[tuple[str, Any, str]] = [
     *[("proj_type", value, "'std', 'reverse_std', 'left', 'right', 'full'") for value in ("diagonal", None, ["std"], 0)],
-    ("projector", "crystal ball", "'svd', 'gram'"),
+    ("projector", "crystal ball", "'gram', 'svd'"),
     ("transport", "teleport", "'rotate'"),
     ("state_codec", "fp3", "'fp32', 'bf16', 'int8'"),
     ("basis_codec", "int9", "'fp32', 'bf16'"),

@@ -104,10 +104,12 @@ def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: An
             return
     else:
         grad_MN = torch.where(torch.as_tensor(good), grad_MN, 0.0)  # a decomposition must not meet NaN
-    found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank)
+    stored_in = stored_bases(plan, group)
+    previous = {mode: stored.decode(state) if state["basis_ready"] else None for mode, stored in stored_in.items()}
+    found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank, previous, state["step"])
     with _only_if(good, [value for key, value in state.items() if key not in ("step", "basis_ready")]):
         C = {}
-        for mode, stored in stored_bases(plan, group).items():
+        for mode, stored in stored_in.items():
             C[mode] = found[mode].mT @ stored.decode(state)  # (r, m) @ (m, r)
             stored.encode(state, found[mode], None)
         if state["step"] and group["transport"] != "keep":

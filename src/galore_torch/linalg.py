@@ -69,6 +69,28 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left_MR, right_NR
 
 
+OVERSAMPLING = 8  # extra directions of a sketch: Halko et al., arXiv 0909.4061, section 4.2, use 5 or 10
+
+
+def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
+    """Leading left singular vectors (m x r) from a random sketch: Halko et al., arXiv 0909.4061, Alg. 4.4 with one iteration and 5.1.
+
+    The last step turns the sketch's basis onto singular vectors and drops the oversampled ones.
+    """
+    width = min(rank + OVERSAMPLING, *A_MN.shape[-2:])
+    Q = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
+    Q = orthonormalize(A_MN @ orthonormalize(A_MN.mT @ Q))
+    small = Q.mT @ A_MN  # (l, m) @ (m, n)
+    _, turn = torch.linalg.eigh(small @ small.mT)
+    return Q @ turn[..., -rank:].flip(-1)
+
+
+def gaussian(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
+    """Standard normal numbers from a seed, on the device and in the dtype of ``like``."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
 def orthonormalize(columns_MR: Tensor) -> Tensor:
     """An orthonormal basis of the columns' span, by QR, with the sign that keeps each new vector on its old side."""
     Q, R = torch.linalg.qr(columns_MR)
