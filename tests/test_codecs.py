@@ -115,3 +115,12 @@ def test_rounding_noise_of_neighbours_is_uncorrelated() -> None:
     up = torch.stack([(stochastic_round(x, seed) > 1).float() for seed in range(400)]) - 0.5
     for a, b in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((3, 5), (5, 3)), ((10, 10), (200, 100))):
         assert abs(float((up[:, a[0], a[1]] * up[:, b[0], b[1]]).mean())) < 0.25 * 5 / math.sqrt(400)
+
+
+def test_tables_do_not_follow_a_device_context() -> None:
+    """A model may be built under torch.device("meta"); the shared tables must stay real."""
+    levels.cache_clear()
+    zero_code.cache_clear()
+    with torch.device("meta"):
+        assert zero_code(True) == 127
+        assert levels(True, CPU).device == CPU

@@ -22,13 +22,13 @@ LIBRARY = {
     "naming": ["recipe", "layout"],
     "doing": ["bucket", "sharding", "engine", "planner"],
     "faces": [
-        *["low_rank_grad", "legacy", "optimizer", "zoo", "fused_backward"],
-        *["adamw", "adamw8bit", "adafactor", "galore_projector", "galore_projector_tensor", "__init__"],
+        *["low_rank_grad", "legacy", "optimizer", "zoo", "backward"],
+        *["adamw", "adamw8bit", "adafactor", "galore_projector", "galore_projector_tensor", "public", "__init__"],
     ],
 }
 ORDER = [name for floor in LIBRARY.values() for name in floor]
 # A read of a value on the host stops the device's queue; none of these may happen inside step().
-NO_HOST_READ = {*LIBRARY["ground"], *LIBRARY["slots"], *LIBRARY["doing"], "optimizer", "low_rank_grad", "fused_backward"}
+NO_HOST_READ = {*LIBRARY["ground"], *LIBRARY["slots"], *LIBRARY["doing"], "optimizer", "low_rank_grad", "backward"}
 HOST_READS = {"item", "tolist", "numpy", "cpu", "synchronize"}
 SPEAKS = {"param_groups"}  # galore_param_groups(show=True) prints its table
 

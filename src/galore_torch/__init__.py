@@ -3,12 +3,21 @@
 Change one line: ``optimizer = GaLoreAdamW(galore_param_groups(model, rank=128), lr=1e-2)``.
 """
 
-import torch
+import sys
+from typing import TYPE_CHECKING, Any
 
-from galore_torch.fused_backward import FusedBackward, fused_backward
-from galore_torch.galore_projector import GaLoreProjector
-from galore_torch.param_groups import galore_param_groups
-from galore_torch.zoo import GaLore, GaLoreAdafactor, GaLoreAdagrad, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
+if TYPE_CHECKING:
+    from galore_torch.public import (
+        FusedBackward,
+        GaLore,
+        GaLoreAdafactor,
+        GaLoreAdagrad,
+        GaLoreAdamW,
+        GaLoreAdamW8bit,
+        GaLoreSGD,
+        fused_backward,
+        galore_param_groups,
+    )
 
 __version__ = "2.0.0"
 __all__ = [
@@ -23,5 +32,20 @@ __all__ = [
     "galore_param_groups",
 ]
 
-# Checkpoints of galore-torch 1.0 hold this class; it carries data only, so torch.load may build it with weights_only=True.
-torch.serialization.add_safe_globals([GaLoreProjector])
+
+def __getattr__(name: str) -> Any:
+    """Load the public names when the first is asked for, so that the command answers --help without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return globals()[name]
+
+
+def _load() -> None:
+    import galore_torch.public as public
+
+    globals().update({name: getattr(public, name) for name in __all__})
+
+
+if "torch" in sys.modules:  # nothing left to save
+    _load()

@@ -129,11 +129,9 @@ def levels(signed: bool, device: torch.device) -> Tensor:
     positive = []
     for k in range(7):
         cells = 2**k if signed else 2 ** (k + 1)
-        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float64)
-        positive.append(10.0 ** (k - 6) * (edges[1:] + edges[:-1]) / 2)
-    magnitudes = torch.cat([*positive, torch.ones(1, dtype=torch.float64)])
-    negative = -torch.cat(positive) if signed else magnitudes[:0]
-    return torch.cat([negative, torch.zeros(1, dtype=torch.float64), magnitudes]).sort().values.float().to(device)
+        positive += [10.0 ** (k - 6) * (0.1 + 0.9 * (i + 0.5) / cells) for i in range(cells)]
+    negative = [-x for x in positive] if signed else []
+    return torch.tensor(sorted([*negative, 0.0, *positive, 1.0]), dtype=torch.float32, device=device)
 
 
 @cache
@@ -149,7 +147,7 @@ def _code_table(signed: bool, device: torch.device) -> Tensor:
     A table look-up replaces a binary search. It is the nearest level but for values within 2^-8 of a midpoint. A positive
     second moment is never stored as zero: dividing by its root would explode.
     """
-    pattern = torch.arange(65536, dtype=torch.int64)
+    pattern = torch.arange(65536, dtype=torch.int64, device="cpu")
     bits = (pattern << 16) | 0x8000
     value = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32).nan_to_num(0.0).clamp(-1.0 if signed else 0.0, 1.0)
     table = levels(signed, torch.device("cpu"))

@@ -154,7 +154,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
-    @torch.compiler.disable  # a caller's torch.compile would trace every step anew: the plan of a step is Python
+    @torch._disable_dynamo  # as torch's own: a caller's torch.compile would trace every step anew, for its plan is Python
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss."""

@@ -1,0 +1,7 @@
+"""The one exception that the command line shows as a single line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the text names the value, the bound and the cure."""

@@ -1,0 +1,173 @@
+"""Optimizers by name: which flags each one can use, and how it is built.
+
+The table is plain data, so the command line can read it without importing torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from galore_torch.train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "galore_scale", "proj_type"})
+COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One row: `class_name` is looked up in torch.optim, transformers or galore_torch (`home`)."""
+
+    class_name: str
+    home: str
+    default_lr: float  # for a start; AdamW's and GaLoreAdamW's are from small sweeps on `demo`
+    flags: frozenset[str] = COMMON_FLAGS
+    per_layer: bool = False
+
+    @property
+    def low_rank(self) -> bool:
+        return self.home == "galore_torch"
+
+
+def _galore(class_name: str, lr: float, **extra: Any) -> OptimizerSpec:
+    flags = extra.pop("flags", COMMON_FLAGS)
+    return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS, **extra)
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adam": OptimizerSpec("Adam", "torch.optim", 3e-3),
+    "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3),
+    "sgd": OptimizerSpec("SGD", "torch.optim", 0.3),
+    "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3),
+    "galore_adamw": _galore("GaLoreAdamW", 1e-2),
+    "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2),
+    "galore_adafactor": _galore("GaLoreAdafactor", 1e-2),
+    "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, flags=frozenset({"weight_decay"})),
+    "galore_sgd": _galore("GaLoreSGD", 0.3),
+    "galore_adamw_per_layer": _galore("GaLoreAdamW", 1e-2, per_layer=True),
+    "galore_adamw8bit_per_layer": _galore("GaLoreAdamW8bit", 1e-2, per_layer=True),
+}
+
+
+def optimizer_spec(name: str) -> OptimizerSpec:
+    """The row for `name` in any case; UserError lists the names otherwise."""
+    try:
+        return OPTIMIZERS[name.lower()]
+    except KeyError:
+        known = ", ".join(OPTIMIZERS)
+        raise UserError(f"optimizer {name!r} is not known; choose one of: {known}") from None
+
+
+def unused_flags(name: str, given: Iterable[str]) -> list[str]:
+    """Those of the `given` flags that the optimizer `name` cannot use, sorted."""
+    owned = LOW_RANK_FLAGS | COMMON_FLAGS
+    return sorted((set(given) & owned) - optimizer_spec(name).flags)
+
+
+def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """Build the optimizer `name` for every trainable parameter of `model`.
+
+    `settings` holds rank, update_proj_gap, galore_scale, proj_type, weight_decay and beta1 (None:
+    the optimizer's own). A ValueError of the optimizer becomes a UserError: its text is for users.
+    """
+    import importlib
+
+    spec = optimizer_spec(name)
+    parameters: Any = [p for p in model.parameters() if p.requires_grad]
+    kwargs: dict[str, Any] = {"lr": lr, "weight_decay": settings["weight_decay"]}
+    kwargs |= _beta1_argument(spec.class_name, settings["beta1"])
+    if "Adafactor" in spec.class_name:
+        # The published script's choice: a plain learning rate, no relative steps.
+        kwargs |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    try:
+        if spec.low_rank:
+            from galore_torch import galore_param_groups
+
+            parameters = galore_param_groups(
+                model,
+                settings["rank"],
+                update_proj_gap=settings["update_proj_gap"],
+                scale=settings["galore_scale"],
+                proj_type=settings["proj_type"],
+            )
+        cls = getattr(importlib.import_module(spec.home), spec.class_name)
+        optimizer: torch.optim.Optimizer = cls(parameters, **kwargs)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    return optimizer
+
+
+def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
+    if beta1 is None:
+        return {}
+    if "SGD" in class_name:
+        return {"momentum": beta1}
+    if "Adafactor" in class_name:
+        return {"beta1": beta1}
+    return {"betas": (beta1, 0.999)}
+
+
+def per_layer_updates(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, deferred: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """Attach per-layer updates where `name` asks for them, else do nothing.
+
+    `deferred` (accumulation or clipping is on): the backward pass keeps a low-rank gradient and
+    `step()` applies it. Otherwise each weight is updated inside the backward pass.
+    """
+    if not optimizer_spec(name).per_layer:
+        return contextlib.nullcontext()
+    from galore_torch import fused_backward
+
+    low_rank: Any = optimizer  # the table says so, the checker cannot know
+    try:
+        handle: contextlib.AbstractContextManager[Any] = fused_backward(model, low_rank, "project" if deferred else "update")
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    return handle
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of memory that the optimizer's state holds: each storage once, whole, views or not."""
+    import torch
+
+    storages: dict[tuple[str, int], int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[(str(value.device), storage.data_ptr())] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(optimizer.state)
+    return sum(storages.values())
+
+
+def adamw_state_bytes(model: nn.Module) -> int:
+    """Measured bytes of torch.optim.AdamW's state for `model`.
+
+    One parameter at a time: a zero stand-in takes one real step, its state is measured and freed,
+    so the comparison never needs more memory than the largest parameter.
+    """
+    import torch
+
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            stand_in = torch.zeros_like(parameter, requires_grad=True)
+            stand_in.grad = torch.zeros_like(parameter)
+            adamw = torch.optim.AdamW([stand_in], lr=0.0)
+            adamw.step()
+            total += state_bytes(adamw)
+    return total

@@ -1,0 +1,150 @@
+"""Tokenizers: one the user names, or a byte-level BPE trained on the corpus once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from galore_torch.train.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+_END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+_SMALLEST_BPE = 257  # the 256 bytes and the end-of-text token
+_RECIPE = "byte-level bpe, no prefix space, end of text first, v1"  # part of the cache key
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A transformers tokenizer (`fast`), the number of ids it can emit, and where it came from."""
+
+    fast: Any
+    size: int
+    end_id: int | None
+    source: str
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        encodings = self.fast.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+def cache_folder() -> Path:
+    """Where trained tokenizers are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "galore-torch"
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """A tokenizer from a tokenizers file, or a tokenizers or transformers folder."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"--tokenizer {name} does not exist; give a folder or a tokenizer.json")
+    if path.is_dir() and not (path / "tokenizer_config.json").is_file():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(
+                f"--tokenizer {name} holds neither tokenizer_config.json nor tokenizer.json; "
+                "give a folder made by save_pretrained or a tokenizers file"
+            )
+    try:
+        if path.is_dir():
+            fast: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        else:
+            fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # tokenizers raises bare Exception on a file it cannot parse
+        raise UserError(f"--tokenizer {name} cannot be loaded: {_first_line(error)}") from error
+    if not hasattr(fast, "backend_tokenizer"):
+        raise UserError(f"--tokenizer {name} has no fast form; convert it to a tokenizer.json")
+    return _wrap(fast, name)
+
+
+def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE of at most `vocab_size` ids for `texts`, from the cache where it is there.
+
+    The cache key is the content: other text or another size is another file.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < _SMALLEST_BPE:
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small for a byte-level BPE; give at least {_SMALLEST_BPE}, or a --tokenizer of your own"
+        )
+    texts = list(texts)
+    digest = hashlib.sha256(f"{_RECIPE} {vocab_size}".encode())
+    for text in texts:
+        data = text.encode("utf-8", errors="replace")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    cached = cache_folder() / f"bpe-{vocab_size}-{digest.hexdigest()[:24]}.json"
+    backend = _read_cached(cached)
+    source = f"byte-level BPE from {cached}"
+    if backend is None:
+        backend = _train_bpe(texts, vocab_size)
+        if not _write_cached(cached, backend):
+            source = f"byte-level BPE, trained now ({cached.parent} cannot be written)"
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+    return _wrap(fast, source)
+
+
+def _wrap(fast: Any, source: str) -> TextTokenizer:
+    vocabulary = fast.get_vocab()
+    if not vocabulary:
+        raise UserError(f"--tokenizer {source} has an empty vocabulary; give a trained tokenizer")
+    if fast.eos_token_id is None:
+        # A bare tokenizers file does not say which token ends a text; its name tells.
+        fast.eos_token = next((name for name in _END_NAMES if name in vocabulary), None)
+    return TextTokenizer(fast, max(vocabulary.values()) + 1, fast.eos_token_id, source)
+
+
+def _train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _read_cached(path: Path) -> Tokenizer | None:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception:  # absent, unreadable or damaged: train again, the file is replaced
+        return None
+
+
+def _write_cached(path: Path, tokenizer: Tokenizer) -> bool:
+    """Write through a temporary file, so that no other process ever reads half a tokenizer."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(tokenizer.to_str())
+        os.replace(temporary, path)
+    except OSError:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,68 @@
+"""A model of 3,000 parameters, a text of 60 short documents, a cache of their own: every test here is quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from galore_torch.train.config import PretrainConfig
+from galore_torch.train.data import TokenData, load_data
+
+SENTENCE = "the cat sat on a mat and ate its bread while seven small birds sang to it"
+
+
+def document(index: int) -> str:
+    """Different for every index, predictable enough to be learned."""
+    words = SENTENCE.split()
+    return " ".join(words[(index + 3 * k) % len(words)] for k in range(40)) + f" end {index}."
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path_factory.getbasetemp() / "cache"  # shared: the same text is tokenised by the same file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": document(i)}) for i in range(60)))
+    return path
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    path.write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 64, **shape}))
+    return path
+
+
+@pytest.fixture
+def make_config(text_file: Path, model_file: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
+    def make(**changes: Any) -> PretrainConfig:
+        settings: dict[str, Any] = {
+            "model_config": str(model_file),
+            "data": (str(text_file),),
+            "device": "cpu",
+            "optimizer": "adamw",
+            "max_length": 16,
+            "batch_size": 4,
+            "num_training_steps": 6,
+            "eval_every": 0,
+            "update_proj_gap": 3,
+            "save_dir": str(tmp_path / "run"),
+        }
+        return PretrainConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def token_data(make_config: Callable[..., PretrainConfig]) -> TokenData:
+    return load_data(make_config())

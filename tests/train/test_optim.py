@@ -1,0 +1,130 @@
+"""Every name builds its optimizer with every flag it claims; sizes are those of storages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from galore_torch.train.errors import UserError
+from galore_torch.train.model import build_model, model_shape
+from galore_torch.train.optim import OPTIMIZERS, adamw_state_bytes, build_optimizer, per_layer_updates, state_bytes, unused_flags
+
+SETTINGS: dict[str, Any] = {
+    "rank": 4,
+    "update_proj_gap": 2,
+    "galore_scale": 0.5,
+    "proj_type": "std",
+    "weight_decay": 0.125,
+    "beta1": None,
+}
+
+
+@pytest.fixture
+def model(model_file: Path) -> nn.Module:
+    settings: dict[str, Any] = {"dtype": "float32", "bos_token_id": None, "eos_token_id": 0, "activation_checkpointing": False}
+    return build_model(model_shape(str(model_file)), seed=0, **settings)
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    tokens = torch.arange(32).view(2, 16)
+    logits = model(input_ids=tokens[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_name_learns(name: str, model: nn.Module) -> None:
+    optimizer = build_optimizer(name.upper(), model, lr=OPTIMIZERS[name].default_lr, settings=SETTINGS)
+    before = loss_of(model).item()
+    with per_layer_updates(name, model, optimizer, deferred=False):
+        for _ in range(10):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss_of(model).item() < before - 0.02
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_flags_reach_the_groups(name: str, model: nn.Module) -> None:
+    spec = OPTIMIZERS[name]
+    beta1 = 0.75 if "beta1" in spec.flags else None
+    groups = build_optimizer(name, model, lr=0.01, settings={**SETTINGS, "beta1": beta1}).param_groups
+    assert all(group["weight_decay"] == 0.125 and group["lr"] == 0.01 for group in groups)
+    if beta1:
+        found = [group.get("momentum", group.get("beta1", group.get("betas", (None,))[0])) for group in groups]
+        assert found == [0.75] * len(groups)
+    projected = [group for group in groups if group.get("rank")]
+    assert bool(projected) == spec.low_rank
+    for group in projected:
+        assert (group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"]) == (4, 2, 0.5, "std")
+        assert len(group["params"]) == 7, "q, k, v, o, gate, up and down of the one layer"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_one_group(name: str, model: nn.Module) -> None:
+    groups = build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_adafactor_has_no_relative_step(model: nn.Module) -> None:
+    for name in ("adafactor", "galore_adafactor"):
+        for group in build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups:
+            assert not group["relative_step"]
+            assert not group["scale_parameter"]
+
+
+def test_optimizers_own_complaint_is_a_user_error(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"galore_adamw: .*-1"):
+        build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "rank": -1})
+
+
+def test_per_layer_updates_move_weights_in_the_backward_pass_unless_deferred(model: nn.Module) -> None:
+    optimizer = build_optimizer("galore_adamw_per_layer", model, lr=0.01, settings=SETTINGS)
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    for deferred in (True, False):
+        before = weight.detach().clone()
+        with per_layer_updates("galore_adamw_per_layer", model, optimizer, deferred=deferred):
+            loss_of(model).backward()
+            assert torch.equal(weight, before) == deferred
+            optimizer.step()
+            assert not torch.equal(weight, before)
+            optimizer.zero_grad()
+
+
+def test_flags_an_optimizer_cannot_use() -> None:
+    assert unused_flags("adamw", ["rank", "proj_type", "beta1", "batch_size"]) == ["proj_type", "rank"]
+    assert unused_flags("galore_adamw8bit", ["rank", "proj_type", "beta1"]) == []
+    assert unused_flags("galore_adagrad", ["rank", "beta1"]) == ["beta1"]
+
+
+def test_state_bytes_counts_a_storage_once_and_whole() -> None:
+    parameter = nn.Parameter(torch.zeros(10))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    big = torch.zeros(1000)  # 4000 bytes
+    nested = [torch.zeros(5, dtype=torch.int8), {"x": torch.zeros(2)}]
+    optimizer.state[parameter] = {"view": big[:3], "same": big[3:6], "nested": nested, "step": 7}
+    assert state_bytes(optimizer) == 4000 + 5 + 8
+
+
+def test_adamw_bytes_are_those_of_adamw(model: nn.Module) -> None:
+    adamw = torch.optim.AdamW(model.parameters())
+    loss_of(model).backward()
+    adamw.step()
+    parameters = list(model.parameters())
+    expected = 2 * 4 * sum(p.numel() for p in parameters) + 4 * len(parameters)  # two moments and a step in fp32
+    assert adamw_state_bytes(model) == state_bytes(adamw) == expected
+
+
+def test_galore_state_is_smaller_than_adamws(model: nn.Module) -> None:
+    sizes = {}
+    for name in ("galore_adamw", "galore_adafactor", "galore_sgd"):
+        optimizer = build_optimizer(name, model, lr=0.01, settings=SETTINGS)
+        loss_of(model).backward()
+        optimizer.step()
+        sizes[name] = state_bytes(optimizer)
+    assert sizes["galore_adamw"] < adamw_state_bytes(model)
+    assert sizes["galore_adafactor"] < sizes["galore_adamw"]
