@@ -102,8 +102,12 @@ def zero_gradient_step(optimizer: Optimizer) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @every_case
-def test_save_and_load_resumes_bit_for_bit(name: str, codec: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Through dcp.save and dcp.load: nested dicts for fp32 weights, flattened ones (pipeline, torchtitan) for bf16."""
+@pytest.mark.parametrize("mode", [None, "project", "update"])
+def test_save_and_load_resumes_bit_for_bit(name: str, codec: str, dtype: torch.dtype, mode: str | None, tmp_path: Path) -> None:
+    """Through dcp.save and dcp.load: nested dicts for fp32 weights, flattened ones (pipeline, torchtitan) for bf16.
+
+    Also when gradients are projected, or weights updated, inside the backward pass of both runs.
+    """
     options = StateDictOptions(flatten_optimizer_state_dict=dtype == torch.bfloat16)
 
     def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -113,10 +117,13 @@ def test_save_and_load_resumes_bit_for_bit(name: str, codec: str, dtype: torch.d
         }
 
     model, optimizer = build(name, codec, dtype, seed=1)
+    twin, resumed = build(name, codec, dtype, seed=2)
+    if mode:
+        galore_torch.fused_backward(model, optimizer, mode)  # type: ignore[arg-type]
+        galore_torch.fused_backward(twin, resumed, mode)  # type: ignore[arg-type]
     train(model, optimizer, range(3))
     dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
 
-    twin, resumed = build(name, codec, dtype, seed=2)
     _init_optim_state(resumed)
     loaded = state_of(twin, resumed)
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)

@@ -38,7 +38,7 @@ def test_trajectory_equals_the_naive_reference(rule: str, proj_type: str, transp
     for shape in SHAPES:
         W = torch.nn.Parameter(torch.randn(shape).double())
         reference = GaLoreReference(W.detach(), rule, 3, 4, 0.5, proj_type, transport, decay=decay, **hyper)
-        optimizer = cls([W], transport=transport, decay=decay, **hyper, **projection)
+        optimizer = cls([W], projector="svd", transport=transport, decay=decay, **hyper, **projection)
         for G in gradients(shape, 10):
             W.grad = G.clone()
             optimizer.step()

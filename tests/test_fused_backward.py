@@ -75,7 +75,7 @@ def test_accumulating_four_micro_batches_equals_one_large_batch_in_the_same_basi
 
 def test_a_refresh_under_accumulation_uses_the_first_micro_batch() -> None:
     m = model()
-    optimizer = g.GaLoreAdamW(m.parameters(), lr=0.01, rank=3)
+    optimizer = g.GaLoreAdamW(m.parameters(), lr=0.01, rank=3, projector="svd")
     g.fused_backward(m, optimizer)
     (first,) = torch.autograd.grad(loss(m, 4, 0) / 4, m[0].weight)
     for i in range(4):
@@ -125,7 +125,7 @@ def test_a_loop_may_look_at_the_norm_and_skip_the_step() -> None:
     assert torch.equal(weights(m), before)
     for saved, now in zip(state["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
         for key in saved:
-            assert saved[key] == now[key] if key == "step" else torch.equal(saved[key], now[key])
+            assert saved[key] == now[key] if isinstance(saved[key], int) else torch.equal(saved[key], now[key])
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -93,7 +93,8 @@ def test_b03_a_refresh_does_not_turn_the_momentum(proj_type: str) -> None:
     cosines = {}
     for transport in ("rotate", "keep"):
         p = weight(24, 16)
-        optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, proj_type=proj_type, transport=transport)
+        keys = {"update_proj_gap": 2, "proj_type": proj_type, "projector": "svd", "transport": transport}
+        optimizer = GaLoreAdamW([p], rank=2, **keys)
         average = torch.zeros(24, 16)
         for gradient in gradients:
             p.grad = gradient.clone()

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from galore_torch.projectors import PROJECTORS
 
 PUBLISHED: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (GaLoreAdamW, {}),
@@ -68,11 +69,35 @@ def test_b16_decay_reaches_bf16_weights(rank: int | None, tensor_lr: bool) -> No
     assert p.float().mean().item() == pytest.approx(0.9995**400, abs=0.01)
 
 
-def test_b17_a_basis_is_made_when_it_is_due_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One SVD a projected matrix at steps 0, T, 2T, none for a parameter at full rank; "gram" makes none.
+def test_b17_refreshes_take_turns_so_that_no_step_carries_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, 24 matrices and T = 48: after the first step no step refreshes more than one matrix, each has one refresh
+    in every 48 steps, none takes an SVD, and all but the first start from the basis they had."""
+    refreshes: list[list[tuple[int, bool]]] = []
+    power = PROJECTORS["power"]
 
-    That matrices share the step of their refresh, and that each is found anew, is as in 1.0.
-    """
+    def spy(G: Tensor, rank: int, previous: Any, seed: int) -> Any:
+        warm = all(basis is not None for basis in previous.values())
+        refreshes[-1].append((G.shape[0] - 10, warm))
+        return power(G, rank, previous, seed)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a full SVD")
+
+    monkeypatch.setitem(PROJECTORS, "power", spy)
+    monkeypatch.setattr(torch.linalg, "svd", never)
+    params = [weight(10 + i, 6) for i in range(24)]
+    optimizer = GaLoreAdamW(params, rank=2, update_proj_gap=48)
+    for step in range(1 + 3 * 48):
+        refreshes.append([])
+        train(optimizer, params, 1, first=step)
+    assert sorted(refreshes[0]) == [(i, False) for i in range(24)]
+    assert max(map(len, refreshes[1:])) == 1
+    for first in (49, 97):  # whole gaps after every turn has come once
+        assert sorted(sum(refreshes[first : first + 48], [])) == [(i, True) for i in range(24)]
+
+
+def test_b17_the_published_schedule_is_still_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """projector="svd": one SVD a projected matrix at steps 0, T, 2T, none for a parameter at full rank; "gram" makes none."""
     calls: list[tuple[int, ...]] = []
     svd = torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda A, **kwargs: (calls.append(tuple(A.shape)), svd(A, **kwargs))[1])

@@ -27,6 +27,7 @@ from galore_torch.transport import TRANSPORTS
 
 State = dict[str, Any]
 Group = Mapping[str, Any]
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
 STREAMS = 1 << 20  # random streams a step: the step counts them up from the first, a refresh takes the last 64
 
 
@@ -34,23 +35,36 @@ def plan_of(weight: Tensor, group: Group) -> Layout:
     return layout(tuple(weight.shape), weight.dtype, group["rank"], group["proj_type"])
 
 
-def new_state(weight: Tensor, group: Group, rule: AnyRule) -> State:
-    """The whole state of one parameter, made at once so that no checkpoint tool has to step to see it."""
+def new_state(weight: Tensor, group: Group, rule: AnyRule, turn: int) -> State:
+    """The whole state of one parameter, made at once so that no checkpoint tool has to step to see it.
+
+    ``turn`` numbers the optimizer's parameters: it decides on which step of the gap this one refreshes.
+    """
     spec = state_spec(plan_of(weight, group), group, rule)
-    return {"step": 0, **{key: tensor.allocate(weight.device) for key, tensor in spec.items()}}
+    return {"step": 0, "turn": turn, **{key: tensor.allocate(weight.device) for key, tensor in spec.items()}}
+
+
+def refresh_is_due(state: State, group: Group) -> bool:
+    """Whether this step refreshes the basis: once in every gap, and whenever there is none that a usable gradient made.
+
+    Parameters take turns over the gap, spread by the golden ratio, so that no step carries all refreshes; only the first
+    does. ``projector="svd"`` keeps the published schedule, where all refresh at steps 0, T, 2T, ...
+    """
+    gap = group["update_proj_gap"]
+    shift = 0 if group["projector"] == "svd" else int(gap * (state["turn"] * GOLDEN % 1.0))
+    return (state["step"] - shift) % gap == 0 or not state["basis_ready"]
 
 
 def compress(weight: Tensor, grad: Tensor, state: State, group: Group, rule: AnyRule) -> Tensor:
     """The gradient the rule sees: R = basis^T G (GaLore, arXiv 2403.03507, Alg. 2), in fp32 or fp64; G itself at full rank.
 
-    grad: the weight's shape, any float dtype. Refreshes the basis from this gradient when step % update_proj_gap == 0 or the
-    last refresh met a gradient that was zero or not finite.
+    grad: the weight's shape, any float dtype. Refreshes the basis from this gradient when that is due.
     """
     plan = plan_of(weight, group)
     if plan.rank is None:
         return grad
     grad_MN = grad.reshape(plan.matrix)
-    if state["step"] % group["update_proj_gap"] == 0 or not state["basis_ready"]:
+    if refresh_is_due(state, group):
         _refresh(grad_MN, state, plan, group, rule)
     return project(grad, state, plan, group)
 
@@ -105,9 +119,11 @@ def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: An
     else:
         grad_MN = torch.where(torch.as_tensor(good), grad_MN, 0.0)  # a decomposition must not meet NaN
     stored_in = stored_bases(plan, group)
-    previous = {mode: stored.decode(state) if state["basis_ready"] else None for mode, stored in stored_in.items()}
-    found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank, previous, state["step"])
-    with _only_if(good, [value for key, value in state.items() if key not in ("step", "basis_ready")]):
+    ready = bool(state["basis_ready"])
+    previous = {mode: stored.decode(state) if ready else None for mode, stored in stored_in.items()}
+    seed = state["step"] if ready else 0  # the first basis does not depend on how long its gradient was awaited
+    found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank, previous, seed)
+    with _only_if(good, [value for key, value in state.items() if key not in ("step", "turn", "basis_ready")]):
         C = {}
         for mode, stored in stored_in.items():
             C[mode] = found[mode].mT @ stored.decode(state)  # (r, m) @ (m, r)

@@ -62,7 +62,7 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if grad_MN.shape[-2] > grad_MN.shape[-1]:
         right, left = gram_bases(grad_MN.mT, rank)
         return left, right
-    grad_MN = grad_MN / grad_MN.abs().amax((-2, -1), keepdim=True)  # squares must neither vanish nor overflow
+    grad_MN = unit(grad_MN)
     _, vectors = torch.linalg.eigh(grad_MN @ grad_MN.mT)  # (m, m), eigenvalues ascending
     left_MR = vectors[..., -rank:].flip(-1).contiguous()
     right_NR = orthonormalize(grad_MN.mT @ left_MR)  # (n, m) @ (m, r)
@@ -72,17 +72,31 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 OVERSAMPLING = 8  # extra directions of a sketch: Halko et al., arXiv 0909.4061, section 4.2, use 5 or 10
 
 
-def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
-    """Leading left singular vectors (m x r) from a random sketch: Halko et al., arXiv 0909.4061, Alg. 4.4 with one iteration and 5.1.
+def leading_basis(A_MN: Tensor, rank: int, start_MR: Tensor | None, seed: int) -> Tensor:
+    """Approximate leading left singular vectors (m x r): one step of block power iteration, then the best r of r + 8 directions.
 
-    The last step turns the sketch's basis onto singular vectors and drops the oversampled ones.
+    ``start_MR``: a basis to start from, which gradients leave slowly (LDAdam, arXiv 2410.16103), beside 8 random directions
+    that bring in what is new; None starts from a random sketch of the range (Halko et al., arXiv 0909.4061, Alg. 4.4, one
+    iteration). The choice of directions is Rayleigh-Ritz on A A^T. Three thin GEMMs, one QR, one small eigh.
     """
     width = min(rank + OVERSAMPLING, *A_MN.shape[-2:])
-    Q = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
-    Q = orthonormalize(A_MN @ orthonormalize(A_MN.mT @ Q))
-    small = Q.mT @ A_MN  # (l, m) @ (m, n)
-    _, turn = torch.linalg.eigh(small @ small.mT)
-    return Q @ turn[..., -rank:].flip(-1)
+    if start_MR is None:
+        block = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
+    else:
+        new = gaussian((*A_MN.shape[:-1], width - rank), seed, A_MN)
+        block = torch.cat([start_MR, new / A_MN.shape[-2] ** 0.5], -1)
+    Q = orthonormalize(A_MN @ unit(A_MN.mT @ block))  # (m, n) @ (n, m) @ (m, l)
+    small = unit(Q.mT @ A_MN)  # (l, m) @ (m, n)
+    _, turn = torch.linalg.eigh(small @ small.mT)  # ascending
+    basis = Q @ turn[..., -rank:].flip(-1)
+    if start_MR is None:
+        return basis
+    return torch.where((basis * start_MR).sum(-2, keepdim=True) < 0, -basis, basis)  # each vector stays on its old side
+
+
+def unit(matrix: Tensor) -> Tensor:
+    """The matrix over its largest magnitude: a product of two gradients' worth of elements must neither vanish nor overflow."""
+    return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def gaussian(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ SHARED = """
         update_proj_gap: steps between two refreshes of the basis. Default 200.
         scale: factor of the projected update (alpha in arXiv 2403.03507). Default 0.25.
         proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
-        projector: how the basis is found, "svd" or "gram"; both are exact.
+        projector: how the basis is found. "power" (default) takes one warm-started step and spreads the refreshes over the
+            gap; "rsvd" starts anew each time; "gram" and "svd" are exact, and "svd" refreshes all at once, as galore-torch 1.0;
+            "random" looks at no gradient.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
         state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32" or "bf16".
         stochastic_rounding: round bf16 weights up or down at random, so that small updates are not lost. Default True.
@@ -66,6 +68,9 @@ def _callers_level() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
         frame, level = frame.f_back, level + 1
     return max(level, 1)
+
+
+COUNTERS = {"step", "turn"}  # Python numbers beside the tensors of a parameter's state
 
 
 class _Sealed:
@@ -211,8 +216,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
             )
         if not self.state.get(p):
-            self._adopt()
-            self.state.setdefault(p, engine.new_state(p, group, self.rule))  # a frozen one with a gradient
+            self._adopt(also=p)
         state = self.state[p]
         spec = state_spec(engine.plan_of(p, group), group, self.rule)
         for key, tensor in spec.items():
@@ -233,14 +237,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._adopt()
         return super().state_dict()
 
-    def _adopt(self) -> None:
-        """Follow the groups: frameworks such as FSDP2 exchange the parameters in them after construction."""
-        present = {p: group for group in self.param_groups for p in group["params"]}
-        for p in [p for p in self.state if p not in present]:
+    def _adopt(self, also: Tensor | None = None) -> None:
+        """Follow the groups: frameworks such as FSDP2 exchange the parameters in them after construction.
+
+        Frozen parameters get no state until one of them (``also``) meets a gradient.
+        """
+        present = [(p, group) for group in self.param_groups for p in group["params"]]
+        kept = {p for p, _ in present}
+        for p in [p for p in self.state if p not in kept]:
             del self.state[p]
-        for p, group in present.items():
-            if p.requires_grad and not self.state.get(p):
-                self.state[p] = engine.new_state(p, group, self.rule)
+        for turn, (p, group) in enumerate(present):
+            if (p.requires_grad or p is also) and not self.state.get(p):
+                self.state[p] = engine.new_state(p, group, self.rule, turn)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.
@@ -276,9 +284,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         spec = state_spec(plan, group, self.rule)
         if not saved:
             return {}
-        if saved.keys() - {"step"} != spec.keys():
+        if saved.keys() - COUNTERS != spec.keys():
             raise ValueError(
-                f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)}) has {sorted(saved.keys() - {'step'})}, but "
+                f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)}) has {sorted(saved.keys() - COUNTERS)}, but "
                 f"{type(self).__name__} with this group needs {sorted(spec)}: load it into the optimizer class and groups that wrote it"
             )
         for key, tensor in spec.items():
@@ -289,7 +297,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
         if "step" not in saved:
             raise ValueError(f"the checkpoint's state of parameter {index} has no step: it is not a whole checkpoint")
-        out: dict[str, Any] = {"step": int(saved["step"])}
+        out: dict[str, Any] = {"step": int(saved["step"]), "turn": int(saved.get("turn", self.state[p].get("turn", 0)))}
         for key, tensor in spec.items():
             device = torch.device("cpu") if tensor.host else p.device
             # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.

@@ -29,20 +29,13 @@ def gram(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int)
 
 
 def rsvd(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
-    """Leading singular vectors by a randomised range finder (Halko et al., arXiv 0909.4061; GaLore 2, arXiv 2504.20437)."""
-    return {mode: linalg.sketched_basis(G if mode == 0 else G.mT, rank, seed) for mode in previous}
+    """Leading singular vectors from a random sketch, every time anew (Halko et al.; GaLore 2, arXiv 2504.20437)."""
+    return {mode: linalg.leading_basis(G if mode == 0 else G.mT, rank, None, seed) for mode in previous}
 
 
 def power(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
-    """One step of block power iteration from the basis in use, orth(G G^T P): two GEMMs and a thin QR (LDAdam, arXiv 2410.16103).
-
-    Gradients drift slowly, so a warm start needs one step only. Without a basis to start from it is `rsvd`.
-    """
-    out = {}
-    for mode, basis in previous.items():
-        A = G if mode == 0 else G.mT
-        out[mode] = linalg.sketched_basis(A, rank, seed) if basis is None else linalg.orthonormalize(A @ (A.mT @ basis))
-    return out
+    """One step of block power iteration from the basis in use; `rsvd` where there is none."""
+    return {mode: linalg.leading_basis(G if mode == 0 else G.mT, rank, basis, seed) for mode, basis in previous.items()}
 
 
 def random(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:

@@ -32,7 +32,7 @@ class Recipe:
     """One row of the table: which function fills each slot, and how state is stored."""
 
     rule: str = "adam"
-    projector: str = "svd"
+    projector: str = "power"
     transport: str = "rotate"
     recovery: str = "project_back"
     state_codec: str = "fp32"
