@@ -23,9 +23,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "svd, keep (published)": {"projector": "svd", "transport": "keep"},
     "svd, reset": {"projector": "svd", "transport": "reset"},
     "svd, rotate": {"projector": "svd", "transport": "rotate"},
-    "power, keep": {"projector": "power", "transport": "keep"},
-    "power, rotate": {"projector": "power", "transport": "rotate"},
+    "power, rotate (default)": {"projector": "power", "transport": "rotate"},
+    "AdamW, the same two rates": {},  # lr for the full-rank group, scale x lr for the matrices
 }
+SCALE = 0.25
 
 
 def main() -> None:
@@ -42,9 +43,12 @@ def main() -> None:
         config, data = text(arguments, seed=seed, num_training_steps=arguments.steps, lr=arguments.lr, rank=arguments.rank)
         for name, choice in CHOICES.items():
 
-            def build(model: torch.nn.Module, choice: dict[str, Any] = choice) -> GaLoreAdamW:
-                groups = galore_param_groups(model, arguments.rank, update_proj_gap=arguments.gap, **choice)
-                return GaLoreAdamW(groups, lr=arguments.lr)
+            def build(model: torch.nn.Module, choice: dict[str, Any] = choice) -> torch.optim.Optimizer:
+                full, matrices = galore_param_groups(model, arguments.rank, update_proj_gap=arguments.gap, scale=SCALE, **choice)
+                if choice:
+                    return GaLoreAdamW([full, matrices], lr=arguments.lr)
+                split = [{"params": full["params"]}, {"params": matrices["params"], "lr": SCALE * arguments.lr}]
+                return torch.optim.AdamW(split, lr=arguments.lr, eps=1e-6, weight_decay=0.0)
 
             *_, (_, model, _) = steps(config, data, build)
             results[name].append(held_out_perplexity(model, config, data))

@@ -9,7 +9,7 @@ The engine allocates nothing that lasts (layout.state_spec sizes the state) and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,7 +104,7 @@ def _project(matrix: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
 
 
 def _bases(state: State, plan: Layout, group: Group) -> dict[int, Tensor]:
-    return {mode: stored.decode(state) for mode, stored in stored_bases(plan, group).items()}
+    return {mode: stored.decode(state) for mode, stored in stored_bases(plan, group["basis_codec"]).items()}
 
 
 def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: AnyRule) -> None:
@@ -118,7 +118,7 @@ def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: An
             return
     else:
         grad_MN = torch.where(torch.as_tensor(good), grad_MN, 0.0)  # a decomposition must not meet NaN
-    stored_in = stored_bases(plan, group)
+    stored_in = stored_bases(plan, group["basis_codec"])
     ready = bool(state["basis_ready"])
     previous = {mode: stored.decode(state) if ready else None for mode, stored in stored_in.items()}
     seed = state["step"] if ready else 0  # the first basis does not depend on how long its gradient was awaited
@@ -146,7 +146,7 @@ def _only_if(condition: Tensor | bool, tensors: list[Tensor]) -> Iterator[None]:
         tensor.copy_(torch.where(torch.as_tensor(condition), tensor, old))
 
 
-def _moments(plan: Layout, group: Group, rule: AnyRule) -> list[tuple[Stored, Moment]]:
+def _moments(plan: Layout, group: Group, rule: AnyRule) -> Sequence[tuple[Stored, Moment]]:
     if isinstance(rule, Rule):
         return stored_moments(plan, group, rule)
     moments = rule.moments(plan.low_shape, group).items()
@@ -156,7 +156,10 @@ def _moments(plan: Layout, group: Group, rule: AnyRule) -> list[tuple[Stored, Mo
 def _apply_rule(weight: Tensor, low: Tensor, good: Tensor | bool, state: State, group: Group, rule: Rule, plan: Layout, step: int) -> None:
     lr = rule.lr(weight, group, step)
     shrink = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
-    factor = (group["scale"] if plan.scaled else 1.0) * (shrink if group["decay"] == "after" else 1.0)
+    scale = group["scale"] if plan.scaled else 1.0
+    late = shrink if group["decay"] == "after" else 1.0  # decay after the update shrinks the update too
+    if not isinstance(late, Tensor):
+        scale, late = scale * late, 1.0
     shrink = _foldable(shrink, weight)
     moments = [stored for stored, _ in stored_moments(plan, group, rule)]
     streams = itertools.count(step * STREAMS)
@@ -165,15 +168,16 @@ def _apply_rule(weight: Tensor, low: Tensor, good: Tensor | bool, state: State, 
     for rows in _row_chunks(low, rule, moments):
         views = {stored.name: stored.rows(state, rows) if rows else state for stored in moments}
         part = _rule_step(low[rows] if rows else low, good, views, moments, group, rule, step, lr, streams, plan.real)
-        part.mul_(factor)
+        if isinstance(late, Tensor):
+            part.mul_(late)
         if update is None:
-            subtract(weight[rows] if rows else weight, part, shrink, next(streams) if rounded else None)
+            subtract(weight[rows] if rows else weight, part, scale, shrink, next(streams) if rounded else None)
         elif rows:
             update[rows] = part
         else:
             update = part
     if update is not None:
-        _recover(weight, update, state, plan, group, shrink, next(streams) if rounded else None)
+        _recover(weight, update, state, plan, group, scale, shrink, next(streams) if rounded else None)
 
 
 def _foldable(shrink: Any, weight: Tensor) -> Any:
@@ -229,14 +233,14 @@ def _tensors(stored: Stored, views: Mapping[str, Mapping[str, Tensor]]) -> list[
     return [views[stored.name][key] for key in stored.spec()]
 
 
-def _recover(weight: Tensor, update: Tensor, state: State, plan: Layout, group: Group, shrink: Any, seed: int | None) -> None:
-    """W <- shrink W - project_back(update); a weight that is no matrix in memory (channels last) goes through a copy."""
+def _recover(weight: Tensor, update: Tensor, state: State, plan: Layout, group: Group, scale: float, shrink: Any, seed: int | None) -> None:
+    """W <- shrink W - scale project_back(update); a weight that is no matrix in memory (channels last) goes through a copy."""
     bases = _bases(state, plan, group)
     if _is_matrix(weight):
-        project_back(weight.view(plan.matrix), update, bases, shrink, seed)
+        project_back(weight.view(plan.matrix), update, bases, scale, shrink, seed)
         return
     matrix = weight.reshape(plan.matrix)
-    project_back(matrix, update, bases, shrink, seed)
+    project_back(matrix, update, bases, scale, shrink, seed)
     weight.copy_(matrix.view(weight.shape))
 
 
@@ -264,4 +268,4 @@ def _apply_base(weight: Tensor, low: Tensor, state: State, group: Group, rule: B
     state.update(rule.step_(x, low, moments, group))
     rounded = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
     seed = (state["step"] + 1) * STREAMS if rounded else None
-    _recover(weight, before.sub_(x).mul_(group["scale"]), state, plan, group, shrink, seed)
+    _recover(weight, before.sub_(x), state, plan, group, group["scale"], shrink, seed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -35,30 +35,30 @@ class Layout:
     rank: int | None
     scaled: bool
 
-    @property
+    @cached_property
     def real(self) -> torch.dtype:
         """The dtype of the parameter's arithmetic."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
+    @cached_property
     def matrix(self) -> tuple[int, int]:
         return self.shape[0], prod(self.shape[1:])
 
-    @property
+    @cached_property
     def low_shape(self) -> tuple[int, ...]:
         """Shape of the gradient that the rule sees."""
         if self.rank is None:
             return self.shape
         return tuple(self.rank if mode in self.modes else size for mode, size in enumerate(self.matrix))
 
-    @property
+    @cached_property
     def basis_keys(self) -> dict[int, str]:
         """mode -> state key."""
         if len(self.modes) == 2:
             return {0: "basis_left", 1: "basis_right"}
         return dict.fromkeys(self.modes, "basis")
 
-    @property
+    @cached_property
     def long_axis(self) -> int:
         """The axis of int8 blocks: inside one singular direction, so the one that is not projected.
 
@@ -94,39 +94,55 @@ def projected_modes(shape: tuple[int, ...], proj_type: str) -> tuple[int, ...]:
     return {"std": short, "reverse_std": long, "left": (0,), "right": (1,), "full": (0, 1)}[proj_type]
 
 
-def stored_bases(plan: Layout, group: Mapping[str, Any]) -> dict[int, Stored]:
+@lru_cache(maxsize=4096)
+def stored_bases(plan: Layout, basis_codec: str) -> dict[int, Stored]:
     """mode -> how its basis (size of the mode x rank) is stored."""
     assert plan.rank is not None or not plan.modes
-    return {
-        mode: Stored(key, (plan.matrix[mode], plan.rank or 0), group["basis_codec"], real=plan.real)
-        for mode, key in plan.basis_keys.items()
-    }
+    return {mode: Stored(key, (plan.matrix[mode], plan.rank or 0), basis_codec, real=plan.real) for mode, key in plan.basis_keys.items()}
 
 
-def stored_moments(plan: Layout, group: Mapping[str, Any], rule: Rule) -> list[tuple[Stored, Moment]]:
+def stored_moments(plan: Layout, group: Mapping[str, Any], rule: Rule) -> tuple[tuple[Stored, Moment], ...]:
     """How each moment of the rule is stored.
 
     Under ``min_8bit_size`` elements int8 gives way to fp32: the bytes are few and the blocks too short.
     """
+    moments = tuple(rule.moments(plan.low_shape, group).items())
+    return _stored_moments(plan, moments, group["state_codec"], group["min_8bit_size"])
+
+
+@lru_cache(maxsize=4096)
+def _stored_moments(
+    plan: Layout, moments: tuple[tuple[str, Moment], ...], state_codec: str, min_8bit_size: int
+) -> tuple[tuple[Stored, Moment], ...]:
     out = []
-    for name, moment in rule.moments(plan.low_shape, group).items():
+    for name, moment in moments:
         shape = moment.shape(plan.low_shape)
-        small = not shape or prod(shape) < group["min_8bit_size"]
-        codec = "fp32" if small and group["state_codec"] == "int8" else group["state_codec"]
+        small = not shape or prod(shape) < min_8bit_size
+        codec = "fp32" if small and state_codec == "int8" else state_codec
         axis = plan.long_axis if len(shape) == len(plan.low_shape) else len(shape) - 1
         out.append((Stored(name, shape, codec, axis, moment.kind != "second", plan.real, moment.fill), moment))
-    return out
+    return tuple(out)
 
 
 def state_spec(plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, TensorSpec]:
-    """Every state tensor of one parameter: key -> shape, dtype, first value. ``step`` is a Python int beside them."""
-    spec: dict[str, TensorSpec] = {}
-    if plan.rank is not None:
-        spec["basis_ready"] = TensorSpec((), torch.bool, host=True)
-        for stored in stored_bases(plan, group).values():
-            spec |= stored.spec()
+    """Every state tensor of one parameter: key -> shape, dtype, first value. Two Python numbers, step and turn, stand beside them."""
     if isinstance(rule, BaseRule):
-        return spec | rule.spec(plan.low_shape, plan.dtype if plan.rank is None else plan.real, group)
-    for stored, _ in stored_moments(plan, group, rule):
+        return _basis_spec(plan, group["basis_codec"]) | rule.spec(plan.low_shape, plan.dtype if plan.rank is None else plan.real, group)
+    return _state_spec(plan, group["basis_codec"], stored_moments(plan, group, rule))
+
+
+@lru_cache(maxsize=4096)
+def _state_spec(plan: Layout, basis_codec: str, moments: tuple[tuple[Stored, Moment], ...]) -> dict[str, TensorSpec]:
+    spec = _basis_spec(plan, basis_codec)
+    for stored, _ in moments:
+        spec |= stored.spec()
+    return spec
+
+
+def _basis_spec(plan: Layout, basis_codec: str) -> dict[str, TensorSpec]:
+    if plan.rank is None:
+        return {}
+    spec = {"basis_ready": TensorSpec((), torch.bool, host=True)}
+    for stored in stored_bases(plan, basis_codec).values():
         spec |= stored.spec()
     return spec

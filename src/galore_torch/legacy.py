@@ -37,7 +37,7 @@ def convert_published(saved: Mapping[str, Any], plan: Layout, group: Mapping[str
     state["step"] = int(saved["step"])
     if projector is not None:
         matrices = projector.ortho_matrix if isinstance(projector.ortho_matrix, list | tuple) else [projector.ortho_matrix]
-        for matrix, (mode, stored) in zip(matrices, stored_bases(plan, group).items(), strict=True):
+        for matrix, (mode, stored) in zip(matrices, stored_bases(plan, group["basis_codec"]).items(), strict=True):
             stored.encode(state, (matrix if mode == 0 else matrix.mT).to("cpu", plan.real), None)
         state["basis_ready"].fill_(True)
     for stored, _ in stored_moments(plan, group, rule):

@@ -1,7 +1,7 @@
-"""Slot 4: how does the update reach the weights? ``recover(W, N, bases, shrink, seed)`` changes W in place.
+"""Slot 4: how does the update reach the weights? ``recover(W, N, bases, scale, shrink, seed)`` changes W in place.
 
-N (r x n, m x r or r x r) carries learning rate and scale; ``shrink`` = 1 - lr * weight decay, the decay folded into the GEMM.
-It is a float, or for 16-bit weights also a 0-d tensor. ``seed``: None, or the seed of stochastic rounding for bf16 weights.
+N (r x n, m x r or r x r) carries the learning rate; ``scale`` is a number; ``shrink`` = 1 - lr * weight decay, the decay folded
+into the GEMM, is a float, or for 16-bit weights also a 0-d tensor; ``seed`` is None, or that of stochastic rounding to bf16.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 from galore_torch.codecs import stochastic_round
 from galore_torch.linalg import chunk_elements, mode_product
 
-Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], Any, int | None], None]
+Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None], None]
 
 
-def project_back(weight: Tensor, update: Tensor, bases: Mapping[int, Tensor], shrink: Any, seed: int | None) -> None:
-    """W <- shrink W - (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv 2403.03507, eq. 11 and Alg. 2).
+def project_back(weight: Tensor, update: Tensor, bases: Mapping[int, Tensor], scale: float, shrink: Any, seed: int | None) -> None:
+    """W <- shrink W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv 2403.03507, eq. 11 and Alg. 2).
 
     weight (m x n), any strides; update and bases in fp32 or fp64. The product for a 16-bit weight runs in its dtype.
     """
     left, right = factors(update, bases)
     if weight.dtype.itemsize > 2:
-        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=shrink, alpha=-1.0)
+        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=shrink, alpha=-scale)
         return
     right = right.to(weight.dtype)
     for stream, rows in enumerate(_row_chunks(weight)):
         product = left[rows].to(weight.dtype) @ right  # 16-bit products pass through an fp32 temporary: a few rows at a time
-        subtract(weight[rows], product, shrink, None if seed is None else seed + stream)
+        subtract(weight[rows], product, scale, shrink, None if seed is None else seed + stream)
 
 
 def factors(update: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -40,14 +40,14 @@ def factors(update: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor
     return update, bases[1].mT
 
 
-def subtract(weight: Tensor, update: Tensor, shrink: Any, seed: int | None) -> None:
-    """W <- shrink W - update, elementwise and in place. Any shape; update in any float dtype."""
+def subtract(weight: Tensor, update: Tensor, scale: float, shrink: Any, seed: int | None) -> None:
+    """W <- shrink W - scale update, elementwise and in place. Any shape; update in any float dtype."""
     if weight.dtype.itemsize > 2:
         if shrink != 1.0:
             weight.mul_(shrink)
-        weight.sub_(update)
+        weight.sub_(update, alpha=scale)
         return
-    new = weight.float().mul_(shrink).sub_(update)
+    new = weight.float().mul_(shrink).sub_(update, alpha=scale)
     weight.copy_(new if seed is None else stochastic_round(new, seed))
 
 
