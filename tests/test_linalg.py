@@ -40,14 +40,6 @@ def test_orthonormalize_keeps_the_side_of_each_vector() -> None:
     torch.testing.assert_close(linalg.orthonormalize(-basis), -basis)
 
 
-def test_overlap_is_blind_to_signs_and_rotations_and_sees_turns() -> None:
-    basis = linalg.orthonormalize(torch.randn(20, 5).double())
-    turn = linalg.orthonormalize(torch.randn(5, 5).double())
-    assert float(linalg.overlap(basis @ turn, -basis)) == pytest.approx(1)
-    half = torch.eye(20).double()
-    assert float(linalg.overlap(half[:, :4], half[:, 2:6])) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize(("value", "good"), [(1.0, True), (1e-30, True), (0.0, False), (float("nan"), False), (float("inf"), False)])
 def test_usable_gradients_are_finite_and_not_zero(value: float, good: bool) -> None:
     G = torch.zeros(4, 5)

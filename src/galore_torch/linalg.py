@@ -110,8 +110,3 @@ def orthonormalize(columns_MR: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(columns_MR)
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
     return Q * sign.unsqueeze(-2)
-
-
-def overlap(new_MR: Tensor, old_MR: Tensor) -> Tensor:
-    """||new^T old||_F^2 / r, in [0, 1]: 1 for the same subspace whatever its signs and rotation. Returns a 0-d tensor."""
-    return (new_MR.mT @ old_MR).square().sum((-2, -1)) / new_MR.shape[-1]
