@@ -23,6 +23,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "svd, keep (published)": {"projector": "svd", "transport": "keep"},
     "svd, reset": {"projector": "svd", "transport": "reset"},
     "svd, rotate": {"projector": "svd", "transport": "rotate"},
+    "power, keep": {"projector": "power", "transport": "keep"},
     "power, rotate (default)": {"projector": "power", "transport": "rotate"},
     "AdamW, the same two rates": {},  # lr for the full-rank group, scale x lr for the matrices
 }
