@@ -50,7 +50,8 @@ NEWER_KEYS = (
 def info(cls: type[Optimizer], common: dict[str, Any], special: dict[str, Any]) -> OptimizerInfo:
     def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         settings = [{}, {"lr": 0.01, "weight_decay": 0.1}, special, {"weight_decay": 0.1, "maximize": True}]
-        galore = [{"proj_type": "full"}, {"proj_type": "reverse_std", "transport": "keep", "decay": "after"}]
+        late = {} if issubclass(cls, galore_torch.GaLore) else {"decay": "after"}  # a torch.optim class decays where it does
+        galore = [{"proj_type": "full"}, {"proj_type": "reverse_std", "transport": "keep", **late}]
         plain = [OptimizerInput(params=None, kwargs={**common, **s}, desc=f"full rank {s}") for s in settings]
         return plain + [OptimizerInput(params=None, kwargs={**common, **PROJECTED, **s}, desc=f"projected {s}") for s in settings + galore]
 

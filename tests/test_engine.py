@@ -124,6 +124,25 @@ def test_base_class_equals_the_native_rule_across_refreshes() -> None:
     torch.testing.assert_close(W, V, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_base_class_keeps_the_scale_of_a_matrix_at_full_rank(weight_decay: float) -> None:
+    """A rank that is not smaller: the native rule and torch.optim.AdamW (eps = 0) must move the matrix alike, scale and decay included."""
+    kwargs: dict[str, Any] = {"lr": 0.01, "eps": 0.0, "weight_decay": weight_decay, "rank": 8, "scale": 0.25}
+    W, V = (torch.nn.Parameter(torch.ones(12, 8).double()) for _ in range(2))
+    with pytest.warns(UserWarning, match="full rank"):
+        ours, base = g.GaLoreAdamW([W], **kwargs), g.GaLore(torch.optim.AdamW, [V], **kwargs)
+    for G in gradients((12, 8), 5):
+        W.grad, V.grad = G.clone(), G.clone()
+        ours.step()
+        base.step()
+    torch.testing.assert_close(W, V, rtol=1e-9, atol=1e-9)
+
+
+def test_base_class_refuses_an_order_of_decay_it_cannot_choose() -> None:
+    with pytest.raises(ValueError, match=r"decay='after'.*'before'"):
+        g.GaLore(torch.optim.AdamW, [torch.nn.Parameter(torch.ones(12, 8))], rank=2, decay="after")
+
+
 @pytest.mark.parametrize("shape", [(64, 3, 3, 3), (16, 64, 3), (8, 4, 2, 3, 2)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tensors_are_projected_as_matrices(shape: tuple[int, ...], channels_last: bool) -> None:

@@ -63,15 +63,18 @@ def compress(weight: Tensor, grad: Tensor, state: State, group: Group, rule: Any
     plan = plan_of(weight, group)
     if plan.rank is None:
         return grad
-    grad_MN = grad.reshape(plan.matrix)
     if refresh_is_due(state, group):
-        _refresh(grad_MN, state, plan, group, rule)
+        _refresh(grad.reshape(plan.matrix), state, plan, group, rule)
     return project(grad, state, plan, group)
 
 
 def project(grad: Tensor, state: State, plan: Layout, group: Group) -> Tensor:
-    """R in the bases as they are, in fp32 or fp64."""
-    return _project(grad.reshape(plan.matrix), _bases(state, plan, group)).to(plan.real)
+    """basis^T X, X basis or left^T X right in the bases as they are: multiplied in the dtype of X, returned in fp32 or fp64."""
+    low = grad.reshape(plan.matrix)
+    low = low.float() if low.dtype == torch.float16 else low  # a sum of products may leave fp16's range
+    for mode, basis in _bases(state, plan, group).items():
+        low = mode_product(low, basis.mT.to(low.dtype), mode)
+    return low.to(plan.real)
 
 
 def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule) -> None:
@@ -93,14 +96,6 @@ def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule
     else:
         _apply_rule(weight, low, good, state, group, rule, plan, step)
     state["step"] = step
-
-
-def _project(matrix: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
-    """basis^T X, X basis or left^T X right, in the dtype of X, but for fp16, whose range a sum may leave."""
-    matrix = matrix.float() if matrix.dtype == torch.float16 else matrix
-    for mode, basis in bases.items():
-        matrix = mode_product(matrix, basis.mT.to(matrix.dtype), mode)
-    return matrix
 
 
 def _bases(state: State, plan: Layout, group: Group) -> dict[int, Tensor]:
@@ -253,18 +248,25 @@ def _is_matrix(weight: Tensor) -> bool:
 def _apply_base(weight: Tensor, low: Tensor, state: State, group: Group, rule: BaseRule, plan: Layout) -> None:
     """Run the torch.optim class: on the weight itself, or on its coordinates x = basis^T W and back by W += scale * basis dx.
 
-    A gradient that is not finite counts as zero here, for the class keeps its own books.
+    A gradient that is not finite counts as zero here, for the class keeps its own books. A matrix that trains at full rank in a
+    group with a rank keeps the group's scale: W <- shrink W + scale dW.
     """
     moments = {key: state[key] for key in rule.spec(plan.low_shape, plan.real, group)} if state["step"] else None
-    if plan.rank is None:
+    if not plan.scaled:
         state.update(rule.step_(weight, low.to(weight.dtype), moments, group))
         return
-    x = _project(weight.reshape(plan.matrix), _bases(state, plan, group)).to(plan.real)
-    before = x.clone()
-    shrink = 1.0
-    if rule.decouples(group) and group["weight_decay"]:
-        shrink = _foldable(1 - group["lr"] * group["weight_decay"], weight)
+    x = None if plan.rank is None else project(weight, state, plan, group)
+    shrink, decay = 1.0, group["weight_decay"]
+    if rule.decouples(group) and decay:
+        shrink = _foldable(1 - group["lr"] * decay, weight)
         group = {**group, "weight_decay": 0.0}
+    if x is None:
+        start = weight.clone()
+        state.update(rule.step_(weight, low.to(weight.dtype), moments, group))
+        if group["scale"] != 1 or group["weight_decay"] != decay:
+            weight.mul_(group["scale"]).add_(start * (shrink - group["scale"]))
+        return
+    before = x.clone()
     state.update(rule.step_(x, low, moments, group))
     rounded = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
     seed = (state["step"] + 1) * STREAMS if rounded else None

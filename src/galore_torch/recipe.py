@@ -103,8 +103,10 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         raise ValueError(
             f"dim={dim!r} asks for a tensor projection, which is not available yet; leave dim out: tensors are projected as matrices"
         )
-    if row.rule != "torch":  # a torch.optim class checks its own
+    if row.rule != "torch":
         _check_numbers(group)
+    elif group["decay"] != "before":  # a torch.optim class checks its own numbers, and decays where it does
+        raise ValueError(f"decay={group['decay']!r} needs a rule of this package, such as GaLoreAdamW: leave it 'before' for GaLore(base)")
 
 
 def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
