@@ -48,11 +48,19 @@ def refresh_is_due(state: State, group: Group) -> bool:
     """Whether this step refreshes the basis: once in every gap, and whenever there is none that a usable gradient made.
 
     Parameters take turns over the gap, spread by the golden ratio, so that no step carries all refreshes; only the first
-    does. ``projector="svd"`` keeps the published schedule, where all refresh at steps 0, T, 2T, ...
+    does. ``projector="svd"`` keeps the published schedule, where all refresh at steps 0, T, 2T, ... With ``gap_range`` the
+    length of the gap, and the step where it began, are state of the parameter.
     """
-    gap = group["update_proj_gap"]
-    shift = 0 if group["projector"] == "svd" else int(gap * (state["turn"] * GOLDEN % 1.0))
-    return (state["step"] - shift) % gap == 0 or not state["basis_ready"]
+    if not state["basis_ready"]:
+        return True
+    if group["gap_range"] is not None:
+        return bool(state["step"] - state["gap_start"] >= state["gap"])
+    return (state["step"] - _shift(state, group)) % group["update_proj_gap"] == 0
+
+
+def _shift(state: State, group: Group) -> int:
+    """The step of the first gap on which this parameter's turn comes."""
+    return 0 if group["projector"] == "svd" else int(group["update_proj_gap"] * (state["turn"] * GOLDEN % 1.0))
 
 
 def compress(weight: Tensor, grad: Tensor, state: State, group: Group, rule: AnyRule) -> Tensor:
@@ -118,7 +126,7 @@ def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: An
     previous = {mode: stored.decode(state) if ready else None for mode, stored in stored_in.items()}
     seed = state["step"] if ready else 0  # the first basis does not depend on how long its gradient was awaited
     found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank, previous, seed)
-    with _only_if(good, [value for key, value in state.items() if key not in ("step", "turn", "basis_ready")]):
+    with _only_if(good, [state[key] for key, spec in state_spec(plan, group, rule).items() if key in state and not spec.host]):
         C = {}
         for mode, stored in stored_in.items():
             C[mode] = found[mode].mT @ stored.decode(state)  # (r, m) @ (m, r)
@@ -129,7 +137,25 @@ def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: An
                 value = moment_stored.decode(state)
                 moved = TRANSPORTS[group["transport"]](C, value, moment.kind, moment.mean_over)
                 moment_stored.encode(state, moved, seed + i)
+    if group["gap_range"] is not None:
+        if ready:
+            gap = adapted_gap(C, int(state["gap"]), group["gap_range"], group["overlap_range"])
+            state["gap"].copy_(torch.where(torch.as_tensor(good), gap, state["gap"].to(gap.device)), non_blocking=True)
+        state["gap_start"].fill_(state["step"] + (0 if ready else (_shift(state, group) or state["gap"]) - state["gap"]))
     state["basis_ready"].copy_(torch.as_tensor(good), non_blocking=True)
+
+
+def adapted_gap(C: Mapping[int, Tensor], gap: int, gap_range: Sequence[int], overlap_range: Sequence[float]) -> Tensor:
+    """Steps to the next refresh, a 0-d int64 on the device of C = new basis^T old basis (r x r), one for each projected mode.
+
+    The overlap ||C||_F^2 / r, the share of the old subspace that the new one kept (the mean over modes), doubles the gap from the
+    upper end of ``overlap_range`` on and halves it below the lower end. It is blind to signs and to rotations within the
+    subspace, which Q-GaLore's cosine of one singular vector (arXiv 2407.08296, section 3.2) is not.
+    """
+    overlap = torch.stack([matrix.square().sum() / matrix.shape[-1] for matrix in C.values()]).mean()
+    low, high = overlap_range
+    longer, shorter = min(2 * gap, gap_range[1]), max(gap // 2, gap_range[0])
+    return torch.where(overlap >= high, longer, torch.where(overlap < low, shorter, gap))
 
 
 @contextmanager

@@ -127,22 +127,31 @@ def _stored_moments(
 def state_spec(plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, TensorSpec]:
     """Every state tensor of one parameter: key -> shape, dtype, first value. Two Python numbers, step and turn, stand beside them."""
     if isinstance(rule, BaseRule):
-        return _basis_spec(plan, group["basis_codec"]) | rule.spec(plan.low_shape, plan.dtype if plan.rank is None else plan.real, group)
-    return _state_spec(plan, group["basis_codec"], stored_moments(plan, group, rule))
+        return _basis_spec(plan, group["basis_codec"], _first_gap(group)) | rule.spec(
+            plan.low_shape, plan.dtype if plan.rank is None else plan.real, group
+        )
+    return _state_spec(plan, group["basis_codec"], _first_gap(group), stored_moments(plan, group, rule))
+
+
+def _first_gap(group: Mapping[str, Any]) -> int | None:
+    """Steps to the first refreshes where the gap adapts, else None: then it is no state."""
+    return None if group["gap_range"] is None else group["update_proj_gap"]
 
 
 @lru_cache(maxsize=4096)
-def _state_spec(plan: Layout, basis_codec: str, moments: tuple[tuple[Stored, Moment], ...]) -> dict[str, TensorSpec]:
-    spec = _basis_spec(plan, basis_codec)
+def _state_spec(plan: Layout, basis_codec: str, first_gap: int | None, moments: tuple[tuple[Stored, Moment], ...]) -> dict[str, TensorSpec]:
+    spec = _basis_spec(plan, basis_codec, first_gap)
     for stored, _ in moments:
         spec |= stored.spec()
     return spec
 
 
-def _basis_spec(plan: Layout, basis_codec: str) -> dict[str, TensorSpec]:
+def _basis_spec(plan: Layout, basis_codec: str, first_gap: int | None) -> dict[str, TensorSpec]:
     if plan.rank is None:
         return {}
     spec = {"basis_ready": TensorSpec((), torch.bool, host=True)}
+    if first_gap is not None:
+        spec |= {"gap": TensorSpec((), torch.int64, first_gap, host=True), "gap_start": TensorSpec((), torch.int64, host=True)}
     for stored in stored_bases(plan, basis_codec).values():
         spec |= stored.spec()
     return spec

@@ -70,28 +70,36 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 OVERSAMPLING = 8  # extra directions of a sketch: Halko et al., arXiv 0909.4061, section 4.2, use 5 or 10
+FRESH = 32  # one direction in so many gives way to a random one at a power step
 
 
-def leading_basis(A_MN: Tensor, rank: int, start_MR: Tensor | None, seed: int) -> Tensor:
-    """Approximate leading left singular vectors (m x r): one step of block power iteration, then the best r of r + 8 directions.
+def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
+    """Approximate leading left singular vectors (m x r) from nothing: the range of a random sketch after one power iteration.
 
-    ``start_MR``: a basis to start from, which gradients leave slowly (LDAdam, arXiv 2410.16103), beside 8 random directions
-    that bring in what is new; None starts from a random sketch of the range (Halko et al., arXiv 0909.4061, Alg. 4.4, one
-    iteration). The choice of directions is Rayleigh-Ritz on A A^T. Three thin GEMMs, one QR, one small eigh.
+    Halko et al., arXiv 0909.4061, Alg. 4.4, with r + 8 columns, of which Rayleigh-Ritz on A A^T keeps the best r, strongest
+    first. Four thin GEMMs, two QRs, one small eigh.
     """
     width = min(rank + OVERSAMPLING, *A_MN.shape[-2:])
-    if start_MR is None:
-        block = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
-    else:
-        new = gaussian((*A_MN.shape[:-1], width - rank), seed, A_MN)
-        block = torch.cat([start_MR, new / A_MN.shape[-2] ** 0.5], -1)
+    block = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
     Q = orthonormalize(A_MN @ unit(A_MN.mT @ block))  # (m, n) @ (n, m) @ (m, l)
     small = unit(Q.mT @ A_MN)  # (l, m) @ (m, n)
     _, turn = torch.linalg.eigh(small @ small.mT)  # ascending
-    basis = Q @ turn[..., -rank:].flip(-1)
-    if start_MR is None:
-        return basis
-    return torch.where((basis * start_MR).sum(-2, keepdim=True) < 0, -basis, basis)  # each vector stays on its old side
+    return Q @ turn[..., -rank:].flip(-1)
+
+
+def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
+    """Approximate leading left singular vectors (m x r) from a basis that gradients leave slowly: QR of A A^T start.
+
+    One step of orthogonal iteration (Golub & Van Loan, Matrix Computations, section 8.2.4; LDAdam, arXiv 2410.16103): two
+    thin GEMMs and one QR. It keeps each vector near its old one and orders them by strength, so the last are the weakest:
+    one in 32 makes room for a random direction, for nothing orthogonal to both start and A A^T start is ever found without.
+    """
+    rows, rank = start_MR.shape[-2:]
+    fresh = max(rank // FRESH, int(rank >= 8))
+    block = start_MR.clone()
+    block[..., rank - fresh :] = gaussian((*start_MR.shape[:-1], fresh), seed, A_MN) / rows**0.5
+    small = unit(block.mT @ A_MN)  # (r, m) @ (m, n)
+    return orthonormalize((small @ A_MN.mT).mT)  # (r, n) @ (n, m), transposed: LAPACK's order of memory
 
 
 def unit(matrix: Tensor) -> Tensor:
@@ -109,4 +117,4 @@ def orthonormalize(columns_MR: Tensor) -> Tensor:
     """An orthonormal basis of the columns' span, by QR, with the sign that keeps each new vector on its old side."""
     Q, R = torch.linalg.qr(columns_MR)
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
-    return Q * sign.unsqueeze(-2)
+    return Q.mul_(sign.unsqueeze(-2))

@@ -23,6 +23,8 @@ class Projection(TypedDict, total=False):
 
     rank: int | float | None
     update_proj_gap: int
+    gap_range: tuple[int, int] | None
+    overlap_range: tuple[float, float]
     scale: float
     proj_type: str
     projector: str
@@ -45,6 +47,9 @@ SHARED = """
         rank: None trains at full rank; a whole number from 1, or a fraction of the short side. Vectors, and matrices whose
             short side is not above the rank, train at full rank. Default None: only groups with a rank are projected.
         update_proj_gap: steps between two refreshes of the basis. Default 200.
+        gap_range: None keeps that gap; (least, most) lets each matrix find its own from there: doubled at a refresh that kept at
+            least the upper share of ``overlap_range`` of the subspace, halved at one that kept less than the lower. Default None.
+        overlap_range: those two shares. A gradient's subspace overlaps that of the next batch by 0.5 to 0.7. Default (0.4, 0.6).
         scale: factor of the projected update (alpha in arXiv 2403.03507). Default 0.25.
         proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
         projector: how the basis is found. "power" (default) takes one warm-started step and spreads the refreshes over the

@@ -30,12 +30,16 @@ def gram(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int)
 
 def rsvd(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
     """Leading singular vectors from a random sketch, every time anew (Halko et al.; GaLore 2, arXiv 2504.20437)."""
-    return {mode: linalg.leading_basis(G if mode == 0 else G.mT, rank, None, seed) for mode in previous}
+    return {mode: linalg.sketched_basis(G if mode == 0 else G.mT, rank, seed) for mode in previous}
 
 
 def power(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
     """One step of block power iteration from the basis in use; `rsvd` where there is none."""
-    return {mode: linalg.leading_basis(G if mode == 0 else G.mT, rank, basis, seed) for mode, basis in previous.items()}
+    found = {}
+    for mode, basis in previous.items():
+        A = G if mode == 0 else G.mT
+        found[mode] = linalg.sketched_basis(A, rank, seed) if basis is None else linalg.power_step(A, basis, seed)
+    return found
 
 
 def random(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:

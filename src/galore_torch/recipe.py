@@ -70,6 +70,8 @@ RECIPES = {
 PROJECTION_DEFAULTS: dict[str, Any] = {
     "rank": None,
     "update_proj_gap": 200,
+    "gap_range": None,
+    "overlap_range": (0.4, 0.6),
     "scale": 0.25,
     "proj_type": "std",
     "decay": "before",
@@ -93,6 +95,7 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         )
     if not _is_count(gap):
         raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
+    _check_adaptive(group)
     if not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r} is not a finite number: give the factor of the projected update (such as 0.25)")
     one_of("proj_type", group["proj_type"], PROJ_TYPES)
@@ -109,12 +112,33 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         raise ValueError(f"decay={group['decay']!r} needs a rule of this package, such as GaLoreAdamW: leave it 'before' for GaLore(base)")
 
 
+def _check_adaptive(group: Mapping[str, Any]) -> None:
+    gap, gaps, overlaps = group["update_proj_gap"], group["gap_range"], group["overlap_range"]
+    if not (_is_pair(overlaps) and all(isinstance(x, int | float) for x in overlaps) and 0 <= overlaps[0] <= overlaps[1] <= 1):
+        raise ValueError(f"overlap_range={overlaps!r} must be a pair of shares between 0 and 1, the lower first, such as (0.4, 0.6)")
+    if gaps is None:
+        if tuple(overlaps) != PROJECTION_DEFAULTS["overlap_range"]:
+            raise ValueError(f"overlap_range={overlaps!r} has no effect without gap_range: give that too, such as gap_range=(50, 1600)")
+        return
+    if not (_is_pair(gaps) and all(_is_count(x) for x in gaps) and gaps[0] <= gap <= gaps[1]):
+        raise ValueError(
+            f"gap_range={gaps!r} must be a pair of whole numbers of steps with update_proj_gap={gap} between them, such as "
+            f"({max(1, gap // 4)}, {8 * gap}), or None for a gap that stays"
+        )
+    if group["projector"] == "random":
+        raise ValueError("gap_range needs a projector that looks at the gradient: random bases overlap by chance alone; leave it None")
+
+
 def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a group key that looks like a slip of a known one; the keys of others, such as schedulers, are left alone."""
     known = set(known)
     for key in keys:
         if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
             raise ValueError(f"group key {key!r} is not known; did you mean {near[0]!r}?")
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def _is_count(value: object) -> bool:
@@ -137,12 +161,12 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
         _within("learning rate", lr, 0.0, inf, "from 0, such as 1e-3, or a 1-element tensor", "lr")
     if "betas" in group:
         betas = group["betas"]
-        if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        if not _is_pair(betas):
             raise ValueError(f"betas={betas!r} must be a pair of numbers, such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
             _within(f"beta parameter at index {i}", beta, 0.0, 1.0, "in [0, 1)")
     if "clip_threshold" in group:  # Adafactor
-        if not (isinstance(group["eps"], tuple | list) and len(group["eps"]) == 2):
+        if not _is_pair(group["eps"]):
             raise ValueError(f"eps={group['eps']!r} must be a pair of numbers, such as (1e-30, 1e-3)")
         if group["beta1"] is not None:
             _within("beta1", group["beta1"], 0.0, 1.0, "in [0, 1), or None for no first moment")
