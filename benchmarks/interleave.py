@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 
-def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each contender over ``rounds`` turns, in which all are called one after the other."""
+LEAST = 3  # timed turns that even the slowest contender gets
+
+
+def timed(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call; on a CUDA device those between two events, once the device has caught up."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def medians(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2, device: str = "cpu", budget: float = math.inf
+) -> dict[str, float]:
+    """Median seconds of each contender over ``rounds`` turns, in which all are called one after the other.
+
+    A contender that has used up ``budget`` seconds sits out the later turns, so that a very slow one does not set everyone's time.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + rounds):
         for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
+            if len(times[name]) >= LEAST and sum(times[name]) > budget:
+                continue
+            seconds = timed(call, device)
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}

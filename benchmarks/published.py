@@ -1,23 +1,18 @@
-"""galore-torch 1.0, installed in a place of its own and imported beside this package under another name."""
+"""galore-torch 1.0 beside this package: the two share a name, so 1.0 is imported under another."""
 
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
-PLACE = Path(__file__).resolve().parents[1] / "build" / "galore-torch-1.0"
+from peers import place
 
 
 def published(module: str) -> Any:
-    """A module of galore-torch 1.0 ('adamw', 'galore_projector'); the wheel is fetched once. bitsandbytes is not needed."""
-    if not PLACE.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PLACE), "galore-torch==1.0"]
-        subprocess.run(command, check=True)
+    """A module of galore-torch 1.0 ('adamw', 'galore_projector'); its __init__, which wants bitsandbytes, is never run."""
     package = types.ModuleType("published_galore_torch")
-    package.__path__ = [str(PLACE / "galore_torch")]
+    package.__path__ = [str(place("galore-torch") / "galore_torch")]
     sys.modules.setdefault("published_galore_torch", package)
     return importlib.import_module(f"published_galore_torch.{module}")

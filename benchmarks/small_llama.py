@@ -16,12 +16,19 @@ from galore_torch.train.data import TokenData, batches, load_data, windows_in_or
 from galore_torch.train.trainer import model_for
 
 
-def machine() -> str:
-    """The processor, the cores in use and the versions, in words."""
-    model = "unknown processor"
+def machine(device: str = "cpu") -> str:
+    """The processor, the cores in use, the accelerator if one is, and the versions, in words."""
+    model, arithmetic = "unknown processor", ""
     if Path("/proc/cpuinfo").exists():
-        model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in info.items()}
+        model = fields.get("model name", model)
+        if "flags" in fields and not {"avx512_bf16", "amx_bf16"} & set(fields["flags"].split()):
+            arithmetic = " (no bf16 arithmetic)"
+    threads = f"{torch.get_num_threads()} thread{'s'[: torch.get_num_threads() > 1]}"
+    accelerator = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    versions = f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    return f"{model}{arithmetic}{accelerator}, {threads}, {versions}"
 
 
 def steps(

@@ -1,17 +1,15 @@
-"""What does a step cost between refreshes, beside its own two GEMMs, galore-torch 1.0 and torch's AdamW?
+"""What does a step cost between refreshes, beside its own two GEMMs, galore-torch 1.0, torch's optimizers and the other peers?
 
-    python benchmarks/step_time/run.py --layers 8 --threads 1
+    python benchmarks/step_time/run.py --threads 1
 
-LLaMA-60M's projected matrices (rank 128), gradients that stay, all contenders in turn, medians of one run.
+The projected matrices of a LLaMA, gradients that stay, all contenders in turn, medians of one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +17,21 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from contenders import Contender, Work, add_work_arguments, available, our_builds, peers_note
 from interleave import medians
-from published import published
-from small_llama import machine
+from peers import PUBLISHED, add_peers_argument, chosen
+from picture import Panel, draw
+from report import cell, heading, progress, ratios, table
 
-from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
-
-LAYER = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]
-RANK = 128
+GEMMS = "its two GEMMs alone"
+BUDGET = 60.0  # seconds that one contender may take of a run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore", FutureWarning)  # 1.0's deprecation of itself
-    dtype = getattr(torch, arguments.dtype)
-    shapes = LAYER * arguments.layers
-    torch.manual_seed(0)
-    grads = [(1e-3 * torch.randn(shape)).to(dtype) for shape in shapes]
-
-    def stepper(cls: Any, projected: bool = True, **kwargs: Any) -> Callable[[], Any]:
-        params = [nn.Parameter((0.02 * torch.randn(shape)).to(dtype)) for shape in shapes]
-        keys = {"rank": RANK, "update_proj_gap": 10**6, "scale": 0.25, "proj_type": "std"} if projected else {}
-        optimizer = cls([{"params": params, **keys}], lr=1e-3, **kwargs)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad.clone()
-        optimizer.step()  # the only refresh
-        for state in optimizer.state.values():
-            state["turn"] = 0  # and no later one inside the measurement
-        return optimizer.step
-
-    weights = [nn.Parameter(grad.clone()) for grad in grads]
-    bases = [torch.randn(min(shape), RANK).to(dtype) for shape in shapes]
+def two_gemms(work: Work) -> Callable[[], Any]:
+    """The projection and the update of every matrix, with nothing in between: what no GaLore step goes below."""
+    weights = [nn.Parameter((0.02 * torch.randn(s, device=work.device)).to(work.dtype)) for s in work.shapes]
+    grads = [(1e-3 * torch.randn(s, device=work.device)).to(work.dtype) for s in work.shapes]
+    bases = [torch.randn(min(s), work.rank, device=work.device).to(work.dtype) for s in work.shapes]
 
     @torch.no_grad()
     def gemms() -> None:
@@ -65,23 +41,54 @@ def main() -> None:
             else:
                 W.addmm_(P, P.mT @ G, alpha=-1e-9)
 
-    contenders = {
-        "its two GEMMs alone": gemms,
-        "galore-torch 1.0 AdamW": stepper(published("adamw").AdamW, no_deprecation_warning=True),
-        "GaLoreAdamW": stepper(GaLoreAdamW),
-        "GaLoreAdamW, bf16 moments": stepper(GaLoreAdamW, state_codec="bf16"),
-        "GaLoreAdamW8bit": stepper(GaLoreAdamW8bit),
-        "torch AdamW, foreach": stepper(torch.optim.AdamW, projected=False, foreach=True),
-        "torch AdamW, fused": stepper(torch.optim.AdamW, projected=False, fused=True),
-    }
-    if dtype == torch.bfloat16:
-        contenders["GaLoreAdamW, weights rounded to nearest"] = stepper(GaLoreAdamW, stochastic_rounding=False)
-    t = medians(contenders, arguments.rounds)
-    print(f"{date.today()}, {machine()}; {arguments.dtype}, {arguments.layers} layers of LLaMA-60M, {arguments.rounds} rounds\n")
-    print("| step | ms | of its GEMMs | of galore-torch 1.0 |\n|---|---|---|---|")
-    for name, seconds in t.items():
-        gemm, theirs = seconds / t["its two GEMMs alone"], seconds / t["galore-torch 1.0 AdamW"]
-        print(f"| {name} | {1e3 * seconds:.1f} | {gemm:.2f} | {theirs:.2f} |")
+    return gemms
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a CUDA graph. Its step number stays what it was at capture: right for timing, not for training."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_work_arguments(parser)
+    add_peers_argument(parser)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--graph", action="store_true", help="CUDA: also our step replayed as a CUDA graph")
+    parser.add_argument("--picture", metavar="PNG")
+    arguments = parser.parse_args()
+    work = Work.of(arguments)
+    torch.manual_seed(0)
+    own = our_builds(work.dtype)
+    theirs, reasons = available(chosen(arguments.peers), work)
+    calls = {GEMMS: two_gemms(work)}
+    for name, build in (theirs | own).items():
+        progress(f"first step of {name}")
+        calls[name] = Contender(build, work).between_refreshes().step
+    if arguments.graph and work.device == "cuda":
+        for name in own:
+            try:
+                calls[f"{name}, CUDA graph"] = captured(Contender(own[name], work).between_refreshes().step)
+            except RuntimeError as failure:  # the step did what no graph can hold
+                reasons[f"{name}, CUDA graph"] = str(failure).splitlines()[0]
+    progress(f"{len(calls)} contenders, {arguments.rounds} rounds")
+    times = medians(calls, arguments.rounds, device=work.device, budget=BUDGET)
+    progress("")
+
+    bases = {"of its GEMMs": GEMMS, "of galore-torch 1.0": PUBLISHED, "of GaLoreAdamW": "GaLoreAdamW"}
+    columns = {title: ratios(times, base) for title, base in bases.items()}
+    print(heading(f"{work}; {arguments.rounds} rounds", work.device))
+    rows = [[name, f"{1e3 * t:.1f}", *(cell(column.get(name)) for column in columns.values())] for name, t in times.items()]
+    print(table(["step", "ms", *columns], rows))
+    print(peers_note(theirs, reasons))
+    if arguments.picture:
+        base = PUBLISHED if PUBLISHED in times else "GaLoreAdamW"
+        panel = Panel("a step between refreshes", f"time, {base} = 1 (less is better)", ratios(times, base))
+        draw(arguments.picture, str(work), [panel], ours=[name for name in times if name.startswith("GaLoreAdamW")])
 
 
 if __name__ == "__main__":

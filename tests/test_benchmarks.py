@@ -1,0 +1,49 @@
+"""The benchmark commands run: each at its smallest size, in a process of their own, without any peer that is not torch's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
+# Several commands in one process: importing torch takes longer than all of them.
+RUN = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]): runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def run(*commands: list[str], folder: Path) -> str:
+    """What the commands print, one after the other. Peers are looked for in an empty folder, and caches stay in the test's."""
+    env = {**os.environ, "GALORE_PEERS": str(folder / "peers"), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    calls = json.dumps([[str(BENCHMARKS / script), *arguments] for script, *arguments in commands])
+    done = subprocess.run([sys.executable, "-c", RUN, calls], capture_output=True, text=True, check=False, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path) -> None:
+    pictures = [str(tmp_path / f"{name}.png") for name in ("run", "gap", "memory")]
+    common = ["--shapes", "demo", "--peers", "galore-torch", "torch"]
+    printed = run(
+        ["step_time/run.py", *common, "--rounds", "1", "--dtype", "bfloat16", "--picture", pictures[0]],
+        ["step_time/gap.py", *common, "--steps", "3", "--gap", "2", "--skip", "1", "--picture", pictures[1]],
+        ["step_time/memory.py", *common, "--picture", pictures[2]],
+        folder=tmp_path,
+    )
+    assert printed.count("| GaLoreAdamW8bit |") == 3
+    assert printed.count("Without galore-torch 1.0 AdamW: not installed") == 3
+    assert all(Path(picture).exists() for picture in pictures)
+
+
+def test_end_to_end_benchmark_runs_in_the_trainers_loop(tmp_path: Path) -> None:
+    for name in ("train.txt", "held_out.txt"):
+        (tmp_path / name).write_text("Of a gradient, a few directions hold nearly all. " * 60, encoding="utf-8")
+    data = ["--data", str(tmp_path / "train.txt"), "--eval_data", str(tmp_path / "held_out.txt")]
+    smallest = ["--layers", "1", "--steps", "2", "--block", "1", "--tokens", "128", "--threads", "1", "--grad_clipping", "1"]
+    printed = run(["end_to_end/run.py", *data, *smallest], folder=tmp_path)
+    assert "| galore_adamw |" in printed
+    assert "Without galore-torch 1.0 AdamW: not installed" in printed
