@@ -26,6 +26,22 @@ SHAPES: dict[str, tuple[str, int | None, int]] = {
 }
 
 
+def ours(cls: Any, **settings: Any) -> Build:
+    def build(groups: Groups, lr: float) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = cls(groups, lr=lr, **settings)
+        return optimizer
+
+    return build
+
+
+OURS: dict[str, Build] = {
+    "GaLoreAdamW": ours(GaLoreAdamW),
+    "GaLoreAdamW, bf16 moments": ours(GaLoreAdamW, state_codec="bf16"),
+    "GaLoreAdamW8bit": ours(GaLoreAdamW8bit),
+}
+NEAREST = "GaLoreAdamW, rounded to nearest"
+
+
 @dataclass(frozen=True)
 class Work:
     """The matrices of some layers of LLaMA, the rank, and where and how they are held."""
@@ -63,29 +79,15 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="60m", choices=SHAPES, help="matrices of which LLaMA")
     parser.add_argument("--layers", type=int, help="default: the model's own; 1 of 1b_layer and 7b_layer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--ours", nargs="+", choices=[*OURS, NEAREST], help="which of our optimizers; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 
 
-def ours(cls: Any, **settings: Any) -> Build:
-    def build(groups: Groups, lr: float) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = cls(groups, lr=lr, **settings)
-        return optimizer
-
-    return build
-
-
-OURS: dict[str, Build] = {
-    "GaLoreAdamW": ours(GaLoreAdamW),
-    "GaLoreAdamW, bf16 moments": ours(GaLoreAdamW, state_codec="bf16"),
-    "GaLoreAdamW8bit": ours(GaLoreAdamW8bit),
-}
-NEAREST = "GaLoreAdamW, rounded to nearest"
-
-
-def our_builds(dtype: torch.dtype) -> dict[str, Build]:
-    """Our contenders; where weights are bf16, also the one that does not round them at random."""
-    return OURS | ({NEAREST: ours(GaLoreAdamW, stochastic_rounding=False)} if dtype == torch.bfloat16 else {})
+def our_builds(dtype: torch.dtype, names: Iterable[str] | None) -> dict[str, Build]:
+    """Our contenders, or those named; where weights are bf16, also the one that does not round them at random."""
+    builds = OURS | ({NEAREST: ours(GaLoreAdamW, stochastic_rounding=False)} if dtype == torch.bfloat16 else {})
+    return builds if names is None else {name: builds[name] for name in names}
 
 
 class Contender:

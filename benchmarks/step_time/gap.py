@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = Work.of(arguments)
     torch.manual_seed(0)
-    own = our_builds(work.dtype)
+    own = our_builds(work.dtype, arguments.ours)
     theirs, reasons = available(chosen(arguments.peers, low_rank_only=True), work)
     contenders = {name: Contender(build, work, gap=arguments.gap) for name, build in (theirs | own).items()}
     available_sets = gradients(work, SETS)

@@ -63,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = Work.of(arguments)
     torch.manual_seed(0)
-    own = our_builds(work.dtype)
+    own = our_builds(work.dtype, arguments.ours)
     theirs, reasons = available(chosen(arguments.peers), work)
     calls = {GEMMS: two_gemms(work)}
     for name, build in (theirs | own).items():
