@@ -1,7 +1,7 @@
 """How much of the best rank-r energy does each projector keep, on the gradients of a real training run?
 
     python benchmarks/refresh/energy.py
-    python benchmarks/refresh/energy.py --model_config config.json --rank 128 --batch 8 --length 256
+    python benchmarks/refresh/energy.py --model_config 60m --layers 2 --rank 128 --batch 8 --length 256
     python benchmarks/refresh/energy.py --hf_model FOLDER --rank 144 --batch 8 --length 256 --steps 5 --gaps 1
 
 Each projector refreshes its own chains of bases, one a gap, on the same gradients, beside the run's own optimizer. "own" is
@@ -16,19 +16,21 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from datetime import date
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from small_llama import add_data_arguments, loss, machine, steps, text
+from report import count, heading
+from small_llama import add_data_arguments, loss, steps, text
 
 from galore_torch import GaLoreAdamW, galore_param_groups
 from galore_torch.layout import projected_modes
 from galore_torch.projectors import PROJECTORS
 from galore_torch.train.data import batches
+from galore_torch.train.model import PRESETS
 
 NAMES = ("power", "rsvd", "gram", "random")
 
@@ -106,7 +108,8 @@ def pretrained_gradients(arguments: Any) -> Iterator[list[torch.Tensor]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
-    parser.add_argument("--model_config", default="demo", help="preset or config.json of the model that trains")
+    parser.add_argument("--model_config", default="demo", choices=PRESETS, help="the model that trains, with the tokenizer's vocabulary")
+    parser.add_argument("--layers", type=int, help="so many layers of it")
     parser.add_argument("--hf_model", help="folder of a trained model, in place of a training run")
     parser.add_argument("--steps", type=int, default=402)
     parser.add_argument("--rank", type=int, default=32)
@@ -114,7 +117,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
     parser.add_argument("--gaps", type=int, nargs="+", default=[200, 50, 10])
     arguments = parser.parse_args()
-    what = (arguments.hf_model and f"a trained {Path(arguments.hf_model).name}") or f"model {Path(arguments.model_config).stem}"
+    layers = arguments.layers or PRESETS[arguments.model_config].num_hidden_layers
+    shape = replace(PRESETS[arguments.model_config], num_hidden_layers=layers, vocab_size=None)
+    PRESETS[arguments.model_config] = shape
+    what = f"{count(layers, 'layer')} of LLaMA of width {shape.hidden_size}"
+    what = f"a trained {Path(arguments.hf_model).name}" if arguments.hf_model else what
     chains = [Chains(gap, arguments.rank) for gap in arguments.gaps]
     gradients = pretrained_gradients(arguments) if arguments.hf_model else training_gradients(arguments)
     for step, matrices in enumerate(gradients):
@@ -123,8 +130,8 @@ def main() -> None:
                 chain.look_ahead(matrices, step)
             if step % chain.gap == 0:
                 chain.refresh(matrices, step)
-    print(f"{date.today()}, {machine()}; one seed, {what}, rank {arguments.rank}, ", end="")
-    print(f"batches of {arguments.batch} x {arguments.length} tokens, {arguments.steps} steps\n")
+    sizes = f"rank {arguments.rank}, batches of {arguments.batch} x {arguments.length} tokens, {arguments.steps} steps"
+    print(heading(f"one seed, {what}, {sizes}"))
     print("| gap | projector | own: mean | own: worst matrix | next: mean | next: worst matrix |\n|---|---|---|---|---|---|")
     for chain in chains:
         for name, own in chain.own.items():
