@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CODECS = ("fp32", "bf16", "int8")
+Seed = int | tuple[Any, Any]  # of stochastic rounding: a number, or what `noise_starts` made of it, as two ints or 0-d int64 tensors
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
 
 
@@ -61,6 +63,11 @@ class Stored:
         """Elements of ``axis`` that share one scale."""
         return block_length(self.shape[self.axis])
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The state keys of the storage tensors."""
+        return (f"{self.name}_codes", f"{self.name}_scale") if self.codec == "int8" else (self.name,)
+
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
         if self.codec != "int8":
@@ -84,22 +91,30 @@ class Stored:
         blocks = slice(rows.start // self.block, -(-rows.stop // self.block))
         return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[blocks]}
 
-    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`."""
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What `decode` and `encode` look up, on ``device``: for int8 the levels and their codes, else nothing."""
+        return (levels(self.signed, device), _code_table(self.signed, device)) if self.codec == "int8" else ()
+
+    def decode(self, state: Mapping[str, Tensor], tables: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`.
+
+        ``tables``: those of `tables`, for a caller that a compiler follows and that must therefore hand them in.
+        """
         if self.codec != "int8":
             return state[self.name].to(self.real)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
-        blocks = _blocked(levels(self.signed, codes.device)[codes.int()], self.axis, self.block)
+        table = (self.tables(codes.device) if tables is None else tables)[0]
+        blocks = _blocked(table[codes.int()], self.axis, self.block)
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
         return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
 
-    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: int | None) -> None:
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
         if self.codec == "int8":
             blocks = _blocked(value.float(), self.axis, self.block)
             scale = blocks.abs().amax(self.axis + 1)
             normed = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(self.axis + 1)
-            codes = nearest_codes(normed, self.signed).flatten(self.axis, self.axis + 1)
+            codes = nearest_codes(normed, self.signed, None if tables is None else tables[1]).flatten(self.axis, self.axis + 1)
             state[f"{self.name}_codes"].copy_(codes.narrow(self.axis, 0, value.shape[self.axis]))
             state[f"{self.name}_scale"].copy_(scale)
         elif self.codec == "bf16" and seed is not None:
@@ -157,10 +172,10 @@ def _code_table(signed: bool, device: torch.device) -> Tensor:
     return codes.to(torch.uint8).to(device)
 
 
-def nearest_codes(normed: Tensor, signed: bool) -> Tensor:
-    """Codes (uint8) of fp32 values in [-1, 1]."""
+def nearest_codes(normed: Tensor, signed: bool, table: Tensor | None = None) -> Tensor:
+    """Codes (uint8) of fp32 values in [-1, 1]. ``table``: that of their codes, where the caller has it."""
     upper = (normed.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-    return _code_table(signed, normed.device)[upper]
+    return (_code_table(signed, normed.device) if table is None else table)[upper]
 
 
 def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
@@ -176,7 +191,12 @@ def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
 # --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
 
 
-def stochastic_round(value: Tensor, seed: int) -> Tensor:
+def noise_starts(seed: int) -> tuple[int, int]:
+    """Where the two counters of `stochastic_round` start: all that the noise takes from its seed."""
+    return (2 * seed * 0x85EBCA6B) % 0xFFFFFFFF, ((2 * seed + 1) * 0x85EBCA6B) % 0xFFFFFFFF
+
+
+def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
     """Round fp32 to bf16, up or down with the probability that makes the mean exact. Same seed, same bits, on every device.
 
     Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
@@ -185,16 +205,17 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
     if not value.numel():
         return value.to(torch.bfloat16)
     rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
-    a = _hash16(rows.shape[0], 2 * seed, value.device).unsqueeze(1)
-    b = _hash16(rows.shape[1], 2 * seed + 1, value.device)
+    down, across = noise_starts(seed) if isinstance(seed, int) else seed
+    a = _hash16(rows.shape[0], down, value.device).unsqueeze(1)
+    b = _hash16(rows.shape[1], across, value.device)
     bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
     return bits.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)
 
 
-def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
+def _hash16(count: int, start: Any, device: torch.device) -> Tensor:
     """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
     mask = 0xFFFFFFFF
-    x = (torch.arange(count, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
+    x = (torch.arange(count, device=device) * 0x9E3779B1 + start) & mask
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
     return ((x ^ (x >> 16)) & 0xFFFF).int()
