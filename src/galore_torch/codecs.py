@@ -104,7 +104,7 @@ class Stored:
             return state[self.name].to(self.real)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
         table = (self.tables(codes.device) if tables is None else tables)[0]
-        blocks = _blocked(table[codes.int()], self.axis, self.block)
+        blocks = _blocked(_look_up(table, codes.long()), self.axis, self.block)
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
         return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
 
@@ -175,7 +175,12 @@ def _code_table(signed: bool, device: torch.device) -> Tensor:
 def nearest_codes(normed: Tensor, signed: bool, table: Tensor | None = None) -> Tensor:
     """Codes (uint8) of fp32 values in [-1, 1]. ``table``: that of their codes, where the caller has it."""
     upper = (normed.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-    return (_code_table(signed, normed.device) if table is None else table)[upper]
+    return _look_up(_code_table(signed, normed.device) if table is None else table, upper)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for indices that are in bounds: compiled code does not check them, which costs as much as the rest."""
+    return torch.ops.aten._unsafe_index(table, [index])  # type: ignore[no-any-return]
 
 
 def _blocked(value: Tensor, axis: int, block: int) -> Tensor:

@@ -6,6 +6,7 @@ is compiled once for each shape. Adafactor's means and the classes of GaLore(bas
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from galore_torch import recovery
 from galore_torch.codecs import Seed, Stored, noise_starts
-from galore_torch.linalg import chunk_elements
+from galore_torch.linalg import chunk_elements, parts
 from galore_torch.rules import Numbers, Rule
 
 # Elements from which a region is compiled unless the group says otherwise. On one core of a 2.8 GHz Xeon an Adam step takes 40 us and
@@ -81,39 +82,35 @@ def step(
 
     low: R, any float dtype. ``good``: whether it is finite; when not, moments stay and the update is zero.
     """
-    if fuse and good is not False:
-        return _fused_step(region, low, good, state, numbers, seeds, change)
-    update = low.new_empty(low.shape, dtype=region.real) if change is None else None
-    for rows in _row_chunks(region, low):
-        views = _views(region, state, rows)
-        part = low if rows is None else low[rows]
-        if good is False:
-            part = torch.zeros_like(part, dtype=region.real)
-        else:
-            part = move(region, part, good, views, numbers, [next(seeds) for _ in region.moments])
-        if change is not None:
+    tables = None
+    if fuse := fuse and good is not False:
+        tables = tuple(stored.tables(low.device) for stored in region.moments)
+        lifted = _lift((*numbers, change.scale, change.shrink) if change else numbers, region.real)
+        numbers, scale_shrink = lifted[: len(numbers)], lifted[len(numbers) :]
+    elif change:
+        scale_shrink = change.scale, change.shrink
+    update = None
+    for rows in _row_chunks(region, low, fuse):
+        views, part = _views(region, state, rows), low if rows is None else low[rows]
+        drawn: list[Any] = [next(seeds) for _ in region.moments]
+        if fuse:
+            drawn = [_lift_seed(seed) if stored.codec == "bf16" else None for stored, seed in zip(region.moments, drawn, strict=True)]
+        arguments = (part, good, views, numbers, drawn, tables)
+        if change:
             weight = change.weight if rows is None else change.weight[rows]
-            recovery.subtract(weight, part, change.scale, change.shrink, next(seeds) if change.rounded else None)
-        elif rows is None:
+            rounding = next(seeds) if change.rounded else None
+            if fuse:
+                rounding = None if rounding is None else _lift_seed(rounding)
+                _call(move_weight, region, part.shape, *arguments, weight, *scale_shrink, rounding)
+            else:
+                move_weight(region, *arguments, weight, *scale_shrink, rounding)
+            continue
+        part = _call(move, region, part.shape, *arguments) if fuse else move(region, *arguments)
+        if rows is None:
             return part
-        elif update is not None:
-            update[rows] = part
+        update = low.new_empty(low.shape, dtype=region.real) if update is None else update
+        update[rows] = part
     return update
-
-
-def _fused_step(
-    region: Region, low: Tensor, good: Tensor | bool, state: Values, numbers: Numbers, seeds: Iterator[int], change: Change | None
-) -> Tensor | None:
-    views = _views(region, state, None)
-    tables = tuple(stored.tables(low.device) for stored in region.moments)
-    drawn = [(stored.codec, next(seeds)) for stored in region.moments]
-    noise = tuple(_lift_seed(seed) if codec == "bf16" else None for codec, seed in drawn)
-    if change is None:
-        return _call(move, region, low, good, views, _lift(numbers, region.real), noise, tables)  # type: ignore[no-any-return]
-    *numbers, scale, shrink = _lift((*numbers, change.scale, change.shrink), region.real)
-    rounding = _lift_seed(next(seeds)) if change.rounded else None
-    _call(move_weight, region, change.weight, low, good, views, tuple(numbers), noise, tables, scale, shrink, rounding)
-    return None
 
 
 def move(
@@ -123,9 +120,11 @@ def move(
     views: Values,
     numbers: Numbers,
     seeds: Sequence[Seed | None],
-    tables: Sequence[tuple[Tensor, ...] | None] | None = None,
+    tables: Sequence[tuple[Tensor, ...] | None] | None,
 ) -> Tensor:
     """decode -> rule -> encode: the update of these rows, a new tensor in the arithmetic dtype."""
+    if good is False:
+        return torch.zeros_like(low, dtype=region.real)
     low = low.to(region.real)
     tables = tables or [None] * len(region.moments)
     with only_if(good, list(views.values())):
@@ -136,21 +135,10 @@ def move(
     return update if good is True else torch.where(torch.as_tensor(good), update, 0.0)
 
 
-def move_weight(
-    region: Region,
-    weight: Tensor,
-    low: Tensor,
-    good: Tensor | bool,
-    views: Values,
-    numbers: Numbers,
-    seeds: Sequence[Seed | None],
-    tables: Sequence[tuple[Tensor, ...] | None],
-    scale: Any,
-    shrink: Any,
-    rounding: Seed | None,
-) -> None:
-    """`move`, and the weight by it."""
-    recovery.subtract(weight, move(region, low, good, views, numbers, seeds, tables), scale, shrink, rounding)
+def move_weight(region: Region, *arguments: Any) -> None:
+    """`move`, and W <- shrink W - scale update. Arguments: those of `move`, then weight, scale, shrink and seed of `subtract`."""
+    weight, scale, shrink, seed = arguments[-4:]
+    recovery.subtract(weight, move(region, *arguments[:-4]), scale, shrink, seed)
 
 
 @contextmanager
@@ -166,7 +154,7 @@ def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: int 
     """`recovery.subtract`, compiled."""
     real = torch.promote_types(weight.dtype, torch.float32)
     scale, shrink = _lift((scale, shrink), real)
-    _call(_subtract, (weight.shape, weight.dtype, update.dtype), weight, update, scale, shrink, None if seed is None else _lift_seed(seed))
+    _call(_subtract, (weight.dtype, update.dtype), weight.shape, weight, update, scale, shrink, None if seed is None else _lift_seed(seed))
 
 
 def _subtract(_: Any, *arguments: Any) -> None:
@@ -180,18 +168,19 @@ def _views(region: Region, state: Values, rows: slice | None) -> Values:
     return views
 
 
-def _row_chunks(region: Region, low: Tensor) -> Iterator[slice | None]:
-    """Slices of the first axis, that fit the cache and cut no int8 block; None for everything at once."""
+def _row_chunks(region: Region, low: Tensor, fuse: bool) -> Iterator[slice | None]:
+    """Slices of the first axis, that fit the cache and cut no int8 block; None for everything at once.
+
+    A compiled pass has no temporaries to keep in the cache, but for int8: the maximum of a block is known after a first pass.
+    """
     limit = chunk_elements(low.device)
-    if not region.rule.elementwise or low.numel() <= limit:
+    whole = fuse and all(stored.codec != "int8" for stored in region.moments)
+    if whole or not region.rule.elementwise or low.numel() <= limit:
         yield None
         return
-    rows = max(1, limit // low[0].numel())
-    blocks = {stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0}
-    for block in blocks:
-        rows = -(-rows // block) * block
-    for start in range(0, low.shape[0], rows):
-        yield slice(start, min(start + rows, low.shape[0]))
+    unit = math.lcm(*(stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0))
+    for units in parts(-(-low.shape[0] // unit), limit // (unit * low[0].numel())):
+        yield slice(units.start * unit, min(units.stop * unit, low.shape[0]))
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------------
@@ -199,27 +188,27 @@ def _row_chunks(region: Region, low: Tensor) -> Iterator[slice | None]:
 _refused: set[Any] = set()  # what the compiler could not do, and runs as it is
 
 
-def _call(function: Callable[..., Any], key: Any, *arguments: Any) -> Any:
-    """``function(key, *arguments)``, compiled once for each key, which must fix every shape and Python value in it.
+def _call(function: Callable[..., Any], region: Any, shape: tuple[int, ...], *arguments: Any) -> Any:
+    """``function(region, *arguments)``, compiled once for each region and shape of R, which fix all there is to know of the arguments.
 
     A failing compiler is no error: it fails before it has run anything, and the function runs as it is from then on.
     """
-    if (function, key) not in _refused:
+    if (function, region, shape) not in _refused:
         try:
-            return _compiled(function, key)(*arguments)
+            return _compiled(function, region, shape)(*arguments)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            _refused.add((function, key))
-    return function(key, *arguments)
+            _refused.add((function, region, shape))
+    return function(region, *arguments)
 
 
 @lru_cache(maxsize=4096)
-def _compiled(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], region: Any, shape: tuple[int, ...]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        return function(key, *arguments)
+        return function(region, *arguments)
 
-    # torch counts recompilations by code object, up to 8: each key has a code object of its own.
+    # torch counts recompilations by code object, up to 8: each has a code object of its own.
     own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False)
 

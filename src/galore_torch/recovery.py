@@ -7,13 +7,13 @@ into the GEMM, is a float, or for 16-bit weights also a 0-d tensor; ``seed`` is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from galore_torch.codecs import Seed, stochastic_round
-from galore_torch.linalg import chunk_elements, mode_product
+from galore_torch.linalg import chunk_elements, mode_product, parts
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
 Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None, Subtract], None]
@@ -51,7 +51,7 @@ def project_back(
         weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=shrink, alpha=-scale)
         return
     right = right.to(weight.dtype)
-    for stream, rows in enumerate(_row_chunks(weight)):
+    for stream, rows in enumerate(parts(weight.shape[0], chunk_elements(weight.device) // max(1, weight.shape[1]))):
         product = left[rows].to(weight.dtype) @ right  # 16-bit products pass through an fp32 temporary: a few rows at a time
         subtract(weight[rows], product, scale, shrink, None if seed is None else seed + stream)
 
@@ -62,16 +62,6 @@ def factors(update: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor
         right = mode_product(update, bases[1], 1) if 1 in bases else update
         return bases[0], right
     return update, bases[1].mT
-
-
-def _row_chunks(matrix: Tensor) -> Iterator[slice]:
-    """Rows that fit the cache, in equal parts where that is near: one shape of chunk is compiled once."""
-    height, width = matrix.shape
-    fewest = -(-height // max(1, chunk_elements(matrix.device) // max(1, width)))
-    parts = next((parts for parts in range(fewest, 2 * fewest) if height % parts == 0), fewest)
-    rows = -(-height // max(1, parts))
-    for start in range(0, height, max(1, rows)):
-        yield slice(start, start + rows)
 
 
 RECOVERIES: dict[str, Recovery] = {"project_back": project_back}
