@@ -180,7 +180,7 @@ def nearest_codes(normed: Tensor, signed: bool, table: Tensor | None = None) -> 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     """table[index] for indices that are in bounds: compiled code does not check them, which costs as much as the rest."""
-    return torch.ops.aten._unsafe_index(table, [index])  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_index(table, [index])
 
 
 def _blocked(value: Tensor, axis: int, block: int) -> Tensor:

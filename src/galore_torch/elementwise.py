@@ -76,13 +76,21 @@ def has_compiler(device: str) -> bool:
 
 
 def step(
-    region: Region, low: Tensor, good: Tensor | bool, state: Values, numbers: Numbers, seeds: Iterator[int], fuse: bool, change: Change | None
+    region: Region,
+    low: Tensor,
+    good: Tensor | bool,
+    state: Values,
+    numbers: Numbers,
+    seeds: Iterator[int],
+    fuse: bool,
+    change: Change | None,
 ) -> Tensor | None:
     """One step of the rule on R and its moments, in place. Returns the update, or None when it went into ``change.weight``.
 
     low: R, any float dtype. ``good``: whether it is finite; when not, moments stay and the update is zero.
     """
-    tables = None
+    tables: tuple[Any, ...] | None = None
+    scale_shrink: tuple[Any, ...] = ()
     if fuse := fuse and good is not False:
         tables = tuple(stored.tables(low.device) for stored in region.moments)
         lifted = _lift((*numbers, change.scale, change.shrink) if change else numbers, region.real)
@@ -98,9 +106,9 @@ def step(
         arguments = (part, good, views, numbers, drawn, tables)
         if change:
             weight = change.weight if rows is None else change.weight[rows]
-            rounding = next(seeds) if change.rounded else None
+            rounding: Seed | None = next(seeds) if change.rounded else None
             if fuse:
-                rounding = None if rounding is None else _lift_seed(rounding)
+                rounding = _lift_seed(rounding) if isinstance(rounding, int) else None
                 _call(move_weight, region, part.shape, *arguments, weight, *scale_shrink, rounding)
             else:
                 move_weight(region, *arguments, weight, *scale_shrink, rounding)
@@ -150,11 +158,20 @@ def only_if(condition: Tensor | bool, tensors: list[Tensor]) -> Iterator[None]:
         tensor.copy_(torch.where(torch.as_tensor(condition), tensor, old))
 
 
-def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: int | None) -> None:
+def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: Seed | None) -> None:
     """`recovery.subtract`, compiled."""
     real = torch.promote_types(weight.dtype, torch.float32)
     scale, shrink = _lift((scale, shrink), real)
-    _call(_subtract, (weight.dtype, update.dtype), weight.shape, weight, update, scale, shrink, None if seed is None else _lift_seed(seed))
+    _call(
+        _subtract,
+        (weight.dtype, update.dtype),
+        weight.shape,
+        weight,
+        update,
+        scale,
+        shrink,
+        _lift_seed(seed) if isinstance(seed, int) else seed,
+    )
 
 
 def _subtract(_: Any, *arguments: Any) -> None:
@@ -220,8 +237,9 @@ def _lift(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _scalars(values, dtype)
 
 
-def _lift_seed(seed: int) -> tuple[Tensor, ...]:
-    return _scalars(noise_starts(seed), torch.int64)
+def _lift_seed(seed: int) -> Seed:
+    down, across = _scalars(noise_starts(seed), torch.int64)
+    return down, across
 
 
 @lru_cache(maxsize=64)

@@ -18,8 +18,8 @@ from torch import Tensor
 from galore_torch import elementwise
 from galore_torch.base_rule import BaseRule
 from galore_torch.codecs import Stored
-from galore_torch.layout import AnyRule, Layout, layout, state_spec, stored_bases, stored_moments
 from galore_torch.elementwise import only_if
+from galore_torch.layout import AnyRule, Layout, layout, state_spec, stored_bases, stored_moments
 from galore_torch.linalg import finite, mode_product, readable, usable
 from galore_torch.projectors import PROJECTORS
 from galore_torch.recovery import project_back, subtract

@@ -20,7 +20,7 @@ from galore_torch.transport import TRANSPORTS
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
-def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     allowed = tuple(allowed)
     if value not in allowed:
