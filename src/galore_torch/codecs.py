@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 CODECS = ("fp32", "bf16", "int8")
-Seed = int | tuple[Any, Any]  # of stochastic rounding: a number, or what `noise_starts` made of it, as two ints or 0-d int64 tensors
+Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
 
 
@@ -196,9 +195,15 @@ def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
 # --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
 
 
-def noise_starts(seed: int) -> tuple[int, int]:
-    """Where the two counters of `stochastic_round` start: all that the noise takes from its seed."""
-    return (2 * seed * 0x85EBCA6B) % 0xFFFFFFFF, ((2 * seed + 1) * 0x85EBCA6B) % 0xFFFFFFFF
+@lru_cache(maxsize=64)
+def noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """a (rows x 1) and b (columns) of `stochastic_round`, int32. All matrices of one shape share them in a step."""
+    return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor flattened to a matrix before its last axis."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
@@ -209,18 +214,16 @@ def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
     """
     if not value.numel():
         return value.to(torch.bfloat16)
-    rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
-    down, across = noise_starts(seed) if isinstance(seed, int) else seed
-    a = _hash16(rows.shape[0], down, value.device).unsqueeze(1)
-    b = _hash16(rows.shape[1], across, value.device)
+    rows = value.reshape(matrix_shape(value.shape))
+    a, b = noise(*rows.shape, seed, value.device) if isinstance(seed, int) else seed
     bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
     return bits.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)
 
 
-def _hash16(count: int, start: Any, device: torch.device) -> Tensor:
+def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
     """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
     mask = 0xFFFFFFFF
-    x = (torch.arange(count, device=device) * 0x9E3779B1 + start) & mask
+    x = (torch.arange(count, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
     return ((x ^ (x >> 16)) & 0xFFFF).int()

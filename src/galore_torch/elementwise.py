@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from galore_torch import recovery
-from galore_torch.codecs import Seed, Stored, noise_starts
+from galore_torch.codecs import Seed, Stored, matrix_shape, noise
 from galore_torch.linalg import chunk_elements, parts
 from galore_torch.rules import Numbers, Rule
 
@@ -102,13 +102,13 @@ def step(
         views, part = _views(region, state, rows), low if rows is None else low[rows]
         drawn: list[Any] = [next(seeds) for _ in region.moments]
         if fuse:
-            drawn = [_lift_seed(seed) if stored.codec == "bf16" else None for stored, seed in zip(region.moments, drawn, strict=True)]
+            drawn = [_noise(seed, part) if stored.codec == "bf16" else None for stored, seed in zip(region.moments, drawn, strict=True)]
         arguments = (part, good, views, numbers, drawn, tables)
         if change:
-            weight = change.weight if rows is None else change.weight[rows]
+            weight = change.weight.detach() if rows is None else change.weight[rows]  # torch.compile leaves marks on a Parameter
             rounding: Seed | None = next(seeds) if change.rounded else None
             if fuse:
-                rounding = _lift_seed(rounding) if isinstance(rounding, int) else None
+                rounding = _noise(rounding, part)
                 _call(move_weight, region, part.shape, *arguments, weight, *scale_shrink, rounding)
             else:
                 move_weight(region, *arguments, weight, *scale_shrink, rounding)
@@ -170,7 +170,7 @@ def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: Seed
         update,
         scale,
         shrink,
-        _lift_seed(seed) if isinstance(seed, int) else seed,
+        _noise(seed, update),
     )
 
 
@@ -210,7 +210,7 @@ def _call(function: Callable[..., Any], region: Any, shape: tuple[int, ...], *ar
 
     A failing compiler is no error: it fails before it has run anything, and the function runs as it is from then on.
     """
-    if (function, region, shape) not in _refused:
+    if not _refused or (function, region, shape) not in _refused:
         try:
             return _compiled(function, region, shape)(*arguments)
         except Exception as error:
@@ -237,9 +237,8 @@ def _lift(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _scalars(values, dtype)
 
 
-def _lift_seed(seed: int) -> Seed:
-    down, across = _scalars(noise_starts(seed), torch.int64)
-    return down, across
+def _noise(seed: Seed | None, like: Tensor) -> Seed | None:
+    return noise(*matrix_shape(like.shape), seed, like.device) if isinstance(seed, int) else seed
 
 
 @lru_cache(maxsize=64)
