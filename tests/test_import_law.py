@@ -20,7 +20,7 @@ LIBRARY = {
     "ground": ["linalg", "codecs", "rules", "base_rule", "param_groups"],
     "slots": ["projectors", "transport", "recovery"],
     "naming": ["recipe", "layout"],
-    "doing": ["bucket", "sharding", "engine", "planner"],
+    "doing": ["bucket", "sharding", "elementwise", "engine", "planner"],
     "faces": [
         *["low_rank_grad", "legacy", "optimizer", "zoo", "backward"],
         *["adamw", "adamw8bit", "adafactor", "galore_projector", "galore_projector_tensor", "public", "__init__"],

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
 CODECS = ("fp32", "bf16", "int8")
+Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
 
 
@@ -61,6 +62,11 @@ class Stored:
         """Elements of ``axis`` that share one scale."""
         return block_length(self.shape[self.axis])
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The state keys of the storage tensors."""
+        return (f"{self.name}_codes", f"{self.name}_scale") if self.codec == "int8" else (self.name,)
+
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
         if self.codec != "int8":
@@ -84,22 +90,30 @@ class Stored:
         blocks = slice(rows.start // self.block, -(-rows.stop // self.block))
         return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[blocks]}
 
-    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`."""
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What `decode` and `encode` look up, on ``device``: for int8 the levels and their codes, else nothing."""
+        return (levels(self.signed, device), _code_table(self.signed, device)) if self.codec == "int8" else ()
+
+    def decode(self, state: Mapping[str, Tensor], tables: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`.
+
+        ``tables``: those of `tables`, for a caller that a compiler follows and that must therefore hand them in.
+        """
         if self.codec != "int8":
             return state[self.name].to(self.real)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
-        blocks = _blocked(levels(self.signed, codes.device)[codes.int()], self.axis, self.block)
+        table = (self.tables(codes.device) if tables is None else tables)[0]
+        blocks = _blocked(_look_up(table, codes.long()), self.axis, self.block)
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
         return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
 
-    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: int | None) -> None:
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
         if self.codec == "int8":
             blocks = _blocked(value.float(), self.axis, self.block)
             scale = blocks.abs().amax(self.axis + 1)
             normed = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(self.axis + 1)
-            codes = nearest_codes(normed, self.signed).flatten(self.axis, self.axis + 1)
+            codes = nearest_codes(normed, self.signed, None if tables is None else tables[1]).flatten(self.axis, self.axis + 1)
             state[f"{self.name}_codes"].copy_(codes.narrow(self.axis, 0, value.shape[self.axis]))
             state[f"{self.name}_scale"].copy_(scale)
         elif self.codec == "bf16" and seed is not None:
@@ -157,10 +171,15 @@ def _code_table(signed: bool, device: torch.device) -> Tensor:
     return codes.to(torch.uint8).to(device)
 
 
-def nearest_codes(normed: Tensor, signed: bool) -> Tensor:
-    """Codes (uint8) of fp32 values in [-1, 1]."""
+def nearest_codes(normed: Tensor, signed: bool, table: Tensor | None = None) -> Tensor:
+    """Codes (uint8) of fp32 values in [-1, 1]. ``table``: that of their codes, where the caller has it."""
     upper = (normed.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-    return _code_table(signed, normed.device)[upper]
+    return _look_up(_code_table(signed, normed.device) if table is None else table, upper)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for indices that are in bounds: compiled code does not check them, which costs as much as the rest."""
+    return torch.ops.aten._unsafe_index(table, [index])
 
 
 def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
@@ -176,7 +195,18 @@ def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
 # --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
 
 
-def stochastic_round(value: Tensor, seed: int) -> Tensor:
+@lru_cache(maxsize=64)
+def noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """a (rows x 1) and b (columns) of `stochastic_round`, int32. All matrices of one shape share them in a step."""
+    return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor flattened to a matrix before its last axis."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
     """Round fp32 to bf16, up or down with the probability that makes the mean exact. Same seed, same bits, on every device.
 
     Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
@@ -184,9 +214,8 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
     """
     if not value.numel():
         return value.to(torch.bfloat16)
-    rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
-    a = _hash16(rows.shape[0], 2 * seed, value.device).unsqueeze(1)
-    b = _hash16(rows.shape[1], 2 * seed + 1, value.device)
+    rows = value.reshape(matrix_shape(value.shape))
+    a, b = noise(*rows.shape, seed, value.device) if isinstance(seed, int) else seed
     bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
     return bits.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)
 

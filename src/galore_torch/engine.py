@@ -1,7 +1,7 @@
 """Doing: one gradient's way through the five slots, one parameter at a time.
 
     compress   refresh the basis if it is due (projector, transport), then R = project(G)
-    apply      decode -> rule -> encode on R, a few rows at a time, then W <- (1 - lr wd) W - scale * project_back(N)
+    apply      decode -> rule -> encode on R in one pass (elementwise), then W <- (1 - lr wd) W - scale * project_back(N)
 
 The engine allocates nothing that lasts (layout.state_spec sizes the state) and waits for no device.
 """
@@ -9,17 +9,18 @@ The engine allocates nothing that lasts (layout.state_spec sizes the state) and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from galore_torch import elementwise
 from galore_torch.base_rule import BaseRule
 from galore_torch.codecs import Stored
+from galore_torch.elementwise import only_if
 from galore_torch.layout import AnyRule, Layout, layout, state_spec, stored_bases, stored_moments
-from galore_torch.linalg import chunk_elements, finite, mode_product, readable, usable
+from galore_torch.linalg import finite, mode_product, readable, usable
 from galore_torch.projectors import PROJECTORS
 from galore_torch.recovery import project_back, subtract
 from galore_torch.rules import Moment, Rule
@@ -126,7 +127,7 @@ def _refresh(grad_MN: Tensor, state: State, plan: Layout, group: Group, rule: An
     previous = {mode: stored.decode(state) if ready else None for mode, stored in stored_in.items()}
     seed = state["step"] if ready else 0  # the first basis does not depend on how long its gradient was awaited
     found = PROJECTORS[group["projector"]](grad_MN.to(plan.real), plan.rank, previous, seed)
-    with _only_if(good, [state[key] for key, spec in state_spec(plan, group, rule).items() if key in state and not spec.host]):
+    with only_if(good, [state[key] for key, spec in state_spec(plan, group, rule).items() if key in state and not spec.host]):
         C = {}
         for mode, stored in stored_in.items():
             C[mode] = found[mode].mT @ stored.decode(state)  # (r, m) @ (m, r)
@@ -158,15 +159,6 @@ def adapted_gap(C: Mapping[int, Tensor], gap: int, gap_range: Sequence[int], ove
     return torch.where(overlap >= high, longer, torch.where(overlap < low, shorter, gap))
 
 
-@contextmanager
-def _only_if(condition: Tensor | bool, tensors: list[Tensor]) -> Iterator[None]:
-    """Undo, on the device, what the block does to ``tensors`` unless the 0-d ``condition`` holds; free when it is True."""
-    before = [] if condition is True else [tensor.clone() for tensor in tensors]
-    yield
-    for tensor, old in zip(tensors, before, strict=False):
-        tensor.copy_(torch.where(torch.as_tensor(condition), tensor, old))
-
-
 def _moments(plan: Layout, group: Group, rule: AnyRule) -> Sequence[tuple[Stored, Moment]]:
     if isinstance(rule, Rule):
         return stored_moments(plan, group, rule)
@@ -179,26 +171,21 @@ def _apply_rule(weight: Tensor, low: Tensor, good: Tensor | bool, state: State, 
     shrink = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
     scale = group["scale"] if plan.scaled else 1.0
     late = shrink if group["decay"] == "after" else 1.0  # decay after the update shrinks the update too
-    if not isinstance(late, Tensor):
+    if plan.rank is None or not isinstance(late, Tensor):
         scale, late = scale * late, 1.0
-    shrink = _foldable(shrink, weight)
-    moments = [stored for stored, _ in stored_moments(plan, group, rule)]
-    streams = itertools.count(step * STREAMS)
+    seeds = itertools.count(step * STREAMS)
     rounded = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
-    update = low.new_empty(plan.low_shape, dtype=plan.real) if plan.rank is not None else None
-    for rows in _row_chunks(low, rule, moments):
-        views = {stored.name: stored.rows(state, rows) if rows else state for stored in moments}
-        part = _rule_step(low[rows] if rows else low, good, views, moments, group, rule, step, lr, streams, plan.real)
-        if isinstance(late, Tensor):
-            part.mul_(late)
-        if update is None:
-            subtract(weight[rows] if rows else weight, part, scale, shrink, next(streams) if rounded else None)
-        elif rows:
-            update[rows] = part
-        else:
-            update = part
-    if update is not None:
-        _recover(weight, update, state, plan, group, scale, shrink, next(streams) if rounded else None)
+    region = elementwise.Region(rule, tuple(stored for stored, _ in stored_moments(plan, group, rule)), group["maximize"], plan.real)
+    numbers, fuse = rule.numbers(group, step, lr), rule.elementwise and elementwise.fuses(weight, low.numel(), group["compile"])
+    if plan.rank is None:
+        change = elementwise.Change(weight, scale, shrink, rounded)
+        elementwise.step(region, low, good, state, numbers, seeds, fuse, change)
+        return
+    update = elementwise.step(region, low, good, state, numbers, seeds, fuse, None)
+    assert update is not None
+    if isinstance(late, Tensor):
+        update.mul_(late)
+    _recover(weight, update, state, plan, group, scale, _foldable(shrink, weight), next(seeds) if rounded else None)
 
 
 def _foldable(shrink: Any, weight: Tensor) -> Any:
@@ -212,56 +199,16 @@ def _foldable(shrink: Any, weight: Tensor) -> Any:
     return shrink
 
 
-def _row_chunks(low: Tensor, rule: Rule, moments: list[Stored]) -> Iterator[slice | None]:
-    """Slices of the first axis, that fit the cache and cut no int8 block; None for everything at once."""
-    limit = chunk_elements(low.device)
-    if not rule.elementwise or low.numel() <= limit:
-        yield None
-        return
-    rows = max(1, limit // low[0].numel())
-    blocks = {stored.block for stored in moments if stored.codec == "int8" and stored.axis == 0}
-    for block in blocks:
-        rows = -(-rows // block) * block
-    for start in range(0, low.shape[0], rows):
-        yield slice(start, min(start + rows, low.shape[0]))
-
-
-def _rule_step(
-    low: Tensor,
-    good: Tensor | bool,
-    views: Mapping[str, Mapping[str, Tensor]],
-    moments: list[Stored],
-    group: Group,
-    rule: Rule,
-    step: int,
-    lr: Any,
-    streams: Iterator[int],
-    real: torch.dtype,
-) -> Tensor:
-    """decode -> rule -> encode on some rows: the elementwise region. Returns the update of these rows."""
-    low = low.to(real)
-    if good is False:
-        return torch.zeros_like(low)
-    with _only_if(good, [tensor for stored in moments for tensor in _tensors(stored, views)]):
-        values = {stored.name: stored.decode(views[stored.name]) for stored in moments}
-        update = rule.update(-low if group["maximize"] else low, values, group, step, lr)
-        for stored in moments:
-            stored.encode(views[stored.name], values[stored.name], next(streams))
-    return update if good is True else torch.where(torch.as_tensor(good), update, 0.0)
-
-
-def _tensors(stored: Stored, views: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
-    return [views[stored.name][key] for key in stored.spec()]
-
-
 def _recover(weight: Tensor, update: Tensor, state: State, plan: Layout, group: Group, scale: float, shrink: Any, seed: int | None) -> None:
     """W <- shrink W - scale project_back(update); a weight that is no matrix in memory (channels last) goes through a copy."""
     bases = _bases(state, plan, group)
+    fuse = weight.dtype.itemsize == 2 and elementwise.fuses(weight, weight.numel(), group["compile"])
+    write = elementwise.subtract if fuse else subtract
     if _is_matrix(weight):
-        project_back(weight.view(plan.matrix), update, bases, scale, shrink, seed)
+        project_back(weight.view(plan.matrix), update, bases, scale, shrink, seed, write)
         return
     matrix = weight.reshape(plan.matrix)
-    project_back(matrix, update, bases, scale, shrink, seed)
+    project_back(matrix, update, bases, scale, shrink, seed, write)
     weight.copy_(matrix.view(weight.shape))
 
 

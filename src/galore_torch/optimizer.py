@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_torch import engine
+from galore_torch.elementwise import has_compiler
 from galore_torch.layout import AnyRule, fits, state_spec
 from galore_torch.legacy import convert_published
 from galore_torch.low_rank_grad import ConsumedGrad, LowRankGrad
@@ -35,6 +36,7 @@ class Projection(TypedDict, total=False):
     decay: str
     min_8bit_size: int
     maximize: bool
+    compile: bool | None
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -60,6 +62,8 @@ SHARED = """
         stochastic_rounding: round bf16 weights up or down at random, so that small updates are not lost. Default True.
         decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
         min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
+        compile: fuse the elementwise part of a step with torch.compile. None does so where it pays (from 2^15 elements, when a
+            compiler is found), True always, False never. The first step then takes some seconds for each shape.
         maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
 
     Raises:
@@ -135,6 +139,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex parameters are not supported yet; "
                     "give them to another optimizer"
                 )
+        for p in group["params"]:
+            self._check_compiler(p, group)
         self._warn_of_full_rank(group)
         self._adopt()
 
@@ -156,6 +162,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"rank={group['rank']} is not smaller than the short side of {len(whole)} of {len(group['params'])} parameters "
                 f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
                 stacklevel=_callers_level(),
+            )
+
+    def _check_compiler(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        if group["compile"] and not has_compiler(p.device.type):
+            raise ValueError(
+                f"compile=True found no compiler for a parameter on {p.device}: torch.compile needs a C++ compiler such as g++ on a CPU "
+                "and Triton on a GPU. Install it, or use compile=None, which compiles only where it can"
             )
 
     # --- the step -------------------------------------------------------------------------------------------------------
@@ -220,6 +233,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
                 "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
             )
+        self._check_compiler(p, group)
         if not self.state.get(p):
             self._adopt(also=p)
         state = self.state[p]

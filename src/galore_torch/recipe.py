@@ -20,7 +20,7 @@ from galore_torch.transport import TRANSPORTS
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
-def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     allowed = tuple(allowed)
     if value not in allowed:
@@ -78,6 +78,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "stochastic_rounding": True,
     "min_8bit_size": 4096,
     "maximize": False,
+    "compile": None,
     "foreach": None,
     "fused": None,
     "capturable": False,
@@ -100,6 +101,7 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         raise ValueError(f"scale={scale!r} is not a finite number: give the factor of the projected update (such as 0.25)")
     one_of("proj_type", group["proj_type"], PROJ_TYPES)
     one_of("decay", group["decay"], ("before", "after"))
+    one_of("compile", group["compile"], (None, True, False))
     Recipe(row.rule, recovery=row.recovery, **{key: group[key] for key in row.group_keys()})
     dim = group.get("dim", 2)
     if not isinstance(dim, int) or dim > 2:

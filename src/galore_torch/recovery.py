@@ -1,23 +1,47 @@
 """Slot 4: how does the update reach the weights? ``recover(W, N, bases, scale, shrink, seed)`` changes W in place.
 
 N (r x n, m x r or r x r) carries the learning rate; ``scale`` is a number; ``shrink`` = 1 - lr * weight decay, the decay folded
-into the GEMM, is a float, or for 16-bit weights also a 0-d tensor; ``seed`` is None, or that of stochastic rounding to bf16.
+into the GEMM, is a float, or for 16-bit weights also a 0-d tensor; ``seed`` is None, or that of stochastic rounding to bf16;
+``subtract`` does the elementwise end of it for 16-bit weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from galore_torch.codecs import stochastic_round
-from galore_torch.linalg import chunk_elements, mode_product
+from galore_torch.codecs import Seed, stochastic_round
+from galore_torch.linalg import chunk_elements, mode_product, parts
 
-Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None], None]
+Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
+Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None, Subtract], None]
 
 
-def project_back(weight: Tensor, update: Tensor, bases: Mapping[int, Tensor], scale: float, shrink: Any, seed: int | None) -> None:
+def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: Seed | None) -> None:
+    """W <- shrink W - scale update, elementwise and in place. Any shape; update in any float dtype, and used up.
+
+    ``scale`` and ``shrink`` are floats or 0-d tensors.
+    """
+    if weight.dtype.itemsize > 2:
+        if isinstance(shrink, Tensor) or shrink != 1.0:
+            weight.mul_(shrink)
+        weight.sub_(update.mul_(scale))
+        return
+    new = weight.float().mul_(shrink).sub_(update.float().mul_(scale))
+    weight.copy_(new if seed is None else stochastic_round(new, seed))
+
+
+def project_back(
+    weight: Tensor,
+    update: Tensor,
+    bases: Mapping[int, Tensor],
+    scale: float,
+    shrink: Any,
+    seed: int | None,
+    subtract: Subtract = subtract,
+) -> None:
     """W <- shrink W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv 2403.03507, eq. 11 and Alg. 2).
 
     weight (m x n), any strides; update and bases in fp32 or fp64. The product for a 16-bit weight runs in its dtype.
@@ -27,7 +51,7 @@ def project_back(weight: Tensor, update: Tensor, bases: Mapping[int, Tensor], sc
         weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=shrink, alpha=-scale)
         return
     right = right.to(weight.dtype)
-    for stream, rows in enumerate(_row_chunks(weight)):
+    for stream, rows in enumerate(parts(weight.shape[0], chunk_elements(weight.device) // max(1, weight.shape[1]))):
         product = left[rows].to(weight.dtype) @ right  # 16-bit products pass through an fp32 temporary: a few rows at a time
         subtract(weight[rows], product, scale, shrink, None if seed is None else seed + stream)
 
@@ -38,23 +62,6 @@ def factors(update: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor
         right = mode_product(update, bases[1], 1) if 1 in bases else update
         return bases[0], right
     return update, bases[1].mT
-
-
-def subtract(weight: Tensor, update: Tensor, scale: float, shrink: Any, seed: int | None) -> None:
-    """W <- shrink W - scale update, elementwise and in place. Any shape; update in any float dtype."""
-    if weight.dtype.itemsize > 2:
-        if shrink != 1.0:
-            weight.mul_(shrink)
-        weight.sub_(update, alpha=scale)
-        return
-    new = weight.float().mul_(shrink).sub_(update, alpha=scale)
-    weight.copy_(new if seed is None else stochastic_round(new, seed))
-
-
-def _row_chunks(matrix: Tensor) -> Iterator[slice]:
-    rows = max(1, chunk_elements(matrix.device) // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], rows):
-        yield slice(start, start + rows)
 
 
 RECOVERIES: dict[str, Recovery] = {"project_back": project_back}

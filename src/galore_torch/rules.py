@@ -16,6 +16,7 @@ from torch import Tensor
 
 Group = Mapping[str, Any]  # a parameter group: hyperparameters by name
 Moments = dict[str, Tensor]
+Numbers = tuple[Any, ...]  # floats or 0-d tensors
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,17 @@ def given_lr(weight: Tensor, group: Group, step: int) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """``moments(shape of R, group)`` names the state; ``update(R, moments, group, step, lr)`` is one step (step counts from 1).
+    """``moments(shape of R, group)`` names the state; ``update(R, moments, numbers(group, step, lr))`` is one step, from step 1.
 
-    It changes the moments in place, leaves R as it is, and returns a new tensor of R's shape.
-    ``elementwise``: every element moves by itself, so the engine may hand over a few rows at a time.
+    ``update`` changes the moments in place, leaves R as it is, and returns a new tensor of R's shape. ``numbers`` is everything
+    else it depends on: floats or 0-d tensors, reckoned on the host, so that a compiled update serves every step and schedule.
+    ``elementwise``: every element moves by itself, so the engine may hand over a few rows at a time, or compile the update.
     ``lr(weight, group, step)`` is the step size: a float, or a 0-d tensor.
     """
 
     moments: Callable[[tuple[int, ...], Group], dict[str, Moment]]
-    update: Callable[[Tensor, Moments, Group, int, Any], Tensor]
+    numbers: Callable[[Group, int, Any], Numbers]
+    update: Callable[[Tensor, Moments, Numbers], Tensor]
     elementwise: bool = True
     lr: Callable[[Tensor, Group, int], Any] = given_lr
 
@@ -60,17 +63,22 @@ def adam_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
     return {"exp_avg": Moment("first"), "exp_avg_sq": Moment("second")}
 
 
-def adam(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+def adam_numbers(group: Group, step: int, lr: Any) -> Numbers:
+    beta1, beta2 = group["betas"]
+    if group["correct_bias"]:
+        lr = lr * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+    return lr, 1 - beta1, 1 - beta2, group["eps"]
+
+
+def adam(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """Adam (Kingma & Ba, arXiv 1412.6980, Alg. 1, in the form of section 2 that moves the bias corrections into the step size).
 
     R: any shape; moments of R's shape. eps is added to the root of the uncorrected second moment, as galore-torch 1.0 does.
     """
-    beta1, beta2 = group["betas"]
-    m = moments["exp_avg"].lerp_(R, 1 - beta1)
-    v = moments["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    if group["correct_bias"]:
-        lr = lr * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
-    denominator = v.sqrt().add_(group["eps"])
+    lr, new1, new2, eps = numbers
+    m = moments["exp_avg"].lerp_(R, new1)
+    v = moments["exp_avg_sq"].lerp_(R.square(), new2)
+    denominator = v.sqrt().add_(eps)
     return torch.div(m, denominator, out=denominator).mul_(lr)
 
 
@@ -80,14 +88,19 @@ def adafactor_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]
     return names if group["beta1"] is None else {**names, "exp_avg": Moment("first")}
 
 
-def adafactor(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+def adafactor_numbers(group: Group, step: int, lr: Any) -> Numbers:
+    fresh = step ** group["decay_rate"]  # 1 - beta2 of eq. 33
+    return lr, fresh, group["eps"][0], group["clip_threshold"], 1 - (group["beta1"] or 0.0)
+
+
+def adafactor(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """Adafactor (Shazeer & Stern, arXiv 1804.04235, Alg. 4 for matrices, Alg. 5 for vectors). ``lr``: see `adafactor_lr`.
 
     The second moment of a matrix is the outer product of its row and column means; the update is clipped by its root mean
     square. A first moment, when asked for, averages updates (learning rate included), as transformers does.
     """
-    fresh = step ** group["decay_rate"]  # 1 - beta2 of eq. 33
-    square = R.square().add_(group["eps"][0])
+    lr, fresh, eps, clip_threshold, new1 = numbers
+    square = R.square().add_(eps)
     if "exp_avg_sq" in moments:
         update = moments["exp_avg_sq"].lerp_(square, fresh).rsqrt().mul_(R)
     else:
@@ -97,9 +110,9 @@ def adafactor(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> 
         update = R * (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
         update.mul_(col.rsqrt().unsqueeze(-2))
     rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
-    update.mul_(lr / (rms / group["clip_threshold"]).clamp_(min=1.0))
+    update.mul_(lr / (rms / clip_threshold).clamp_(min=1.0))
     if "exp_avg" in moments:
-        update = moments["exp_avg"].lerp_(update, 1 - group["beta1"]).clone()
+        update = moments["exp_avg"].lerp_(update, new1).clone()
     return update
 
 
@@ -119,30 +132,40 @@ def adagrad_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
     return {"sum": Moment("second", fill=group["initial_accumulator_value"])}
 
 
-def adagrad(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+def adagrad_numbers(group: Group, step: int, lr: Any) -> Numbers:
+    return lr / (1 + (step - 1) * group["lr_decay"]), group["eps"]
+
+
+def adagrad(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """Adagrad (Duchi et al., JMLR 12, 2011, eq. 1, diagonal form), with torch's ``lr_decay``."""
+    lr, eps = numbers
     total = moments["sum"].addcmul_(R, R)
-    denominator = total.sqrt().add_(group["eps"])
-    return torch.div(R, denominator, out=denominator).mul_(lr / (1 + (step - 1) * group["lr_decay"]))
+    denominator = total.sqrt().add_(eps)
+    return torch.div(R, denominator, out=denominator).mul_(lr)
 
 
 def momentum_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
     return {"momentum_buffer": Moment("first")} if group["momentum"] else {}
 
 
-def momentum(R: Tensor, moments: Moments, group: Group, step: int, lr: Any) -> Tensor:
+def momentum_numbers(group: Group, step: int, lr: Any) -> Numbers:
+    """Of the buffer's memory, of R in the buffer, and of R and the buffer in the update."""
+    mu, kept = group["momentum"], 1 - (group["dampening"] if step > 1 else 0.0)
+    return (mu, kept, lr, lr * mu) if group["nesterov"] or not mu else (mu, kept, lr * 0.0, lr)
+
+
+def momentum(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """SGD with momentum, as torch.optim.SGD: buffer = mu buffer + (1 - dampening) R, undamped at the first step."""
-    if not group["momentum"]:
-        return R * lr
-    damping = group["dampening"] if step > 1 else 0.0
-    buffer = moments["momentum_buffer"].mul_(group["momentum"]).add_(R, alpha=1 - damping)
-    direction = R.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-    return direction * lr
+    mu, kept, direct, buffered = numbers
+    if not moments:
+        return R * direct
+    buffer = moments["momentum_buffer"].mul_(mu).add_(R * kept)
+    return (R * direct).add_(buffer * buffered)
 
 
 RULES = {
-    "adam": Rule(adam_moments, adam),
-    "adafactor": Rule(adafactor_moments, adafactor, elementwise=False, lr=adafactor_lr),
-    "adagrad": Rule(adagrad_moments, adagrad),
-    "momentum": Rule(momentum_moments, momentum),
+    "adam": Rule(adam_moments, adam_numbers, adam),
+    "adafactor": Rule(adafactor_moments, adafactor_numbers, adafactor, elementwise=False, lr=adafactor_lr),
+    "adagrad": Rule(adagrad_moments, adagrad_numbers, adagrad),
+    "momentum": Rule(momentum_moments, momentum_numbers, momentum),
 }
