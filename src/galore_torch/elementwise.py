@@ -1,13 +1,13 @@
 """Doing: the elementwise region of a step, decode -> rule -> encode -> weight. One function, run as it is or compiled to one pass.
 
-torch.compile fuses the region where that pays. What may change between steps is an argument of it, never a constant, so that it
-is compiled once for each shape. Adafactor's means and the classes of GaLore(base) are not elementwise and run as they are.
+The compiler of torch.compile, Inductor, fuses the region where that pays. What may change between steps is an argument of it,
+never a constant, so that it is compiled once for each shape. Adafactor's means and the classes of GaLore(base) are not elementwise
+and run as they are.
 """
 
 from __future__ import annotations
 
 import math
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,15 +105,15 @@ def step(
             drawn = [_noise(seed, part) if stored.codec == "bf16" else None for stored, seed in zip(region.moments, drawn, strict=True)]
         arguments = (part, good, views, numbers, drawn, tables)
         if change:
-            weight = change.weight.detach() if rows is None else change.weight[rows]  # torch.compile leaves marks on a Parameter
+            weight = change.weight.detach() if rows is None else change.weight[rows]  # the compiler looks at a plain tensor
             rounding: Seed | None = next(seeds) if change.rounded else None
             if fuse:
                 rounding = _noise(rounding, part)
-                _call(move_weight, region, part.shape, *arguments, weight, *scale_shrink, rounding)
+                _call(move_weight, region, *arguments, weight, *scale_shrink, rounding)
             else:
                 move_weight(region, *arguments, weight, *scale_shrink, rounding)
             continue
-        part = _call(move, region, part.shape, *arguments) if fuse else move(region, *arguments)
+        part = _call(move, region, *arguments) if fuse else move(region, *arguments)
         if rows is None:
             return part
         update = low.new_empty(low.shape, dtype=region.real) if update is None else update
@@ -162,16 +162,7 @@ def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: Seed
     """`recovery.subtract`, compiled."""
     real = torch.promote_types(weight.dtype, torch.float32)
     scale, shrink = _lift((scale, shrink), real)
-    _call(
-        _subtract,
-        (weight.dtype, update.dtype),
-        weight.shape,
-        weight,
-        update,
-        scale,
-        shrink,
-        _noise(seed, update),
-    )
+    _call(_subtract, None, weight.detach(), update, scale, shrink, _noise(seed, update))
 
 
 def _subtract(_: Any, *arguments: Any) -> None:
@@ -202,32 +193,60 @@ def _row_chunks(region: Region, low: Tensor, fuse: bool) -> Iterator[slice | Non
 
 # --- compiling ------------------------------------------------------------------------------------------------------------
 
-_refused: set[Any] = set()  # what the compiler could not do, and runs as it is
+Program = Callable[..., Any]
+programs: dict[Any, Program | None] = {}  # None: what the compiler could not do, and runs as it is
 
 
-def _call(function: Callable[..., Any], region: Any, shape: tuple[int, ...], *arguments: Any) -> Any:
-    """``function(region, *arguments)``, compiled once for each region and shape of R, which fix all there is to know of the arguments.
+def _call(function: Callable[..., Any], region: Any, *arguments: Any) -> Any:
+    """``function(region, *arguments)``, compiled once for each region and each size, stride and dtype of the arguments.
 
-    A failing compiler is no error: it fails before it has run anything, and the function runs as it is from then on.
+    Inductor is called without Dynamo in front of it: the key says all that a guard would ask, in a fifth of the time. A failing
+    compiler is no error: it fails before it has run anything, and the function runs as it is from then on.
     """
-    if not _refused or (function, region, shape) not in _refused:
-        try:
-            return _compiled(function, region, shape)(*arguments)
-        except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            _refused.add((function, region, shape))
-    return function(region, *arguments)
+    tensors: list[Tensor] = []
+    _flatten(arguments, tensors)
+    key = (function, region, *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors])
+    if key not in programs:
+        programs[key] = _compiled(function, region, arguments, tensors)
+    program = programs[key]
+    return function(region, *arguments) if program is None else program(*tensors)
 
 
-@lru_cache(maxsize=4096)
-def _compiled(function: Callable[..., Any], region: Any, shape: tuple[int, ...]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        return function(region, *arguments)
+def _compiled(function: Callable[..., Any], region: Any, arguments: Any, tensors: list[Tensor]) -> Program | None:
+    from torch._inductor import compile as inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    # torch counts recompilations by code object, up to 8: each has a code object of its own.
-    own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    def flat(*values: Tensor) -> Any:
+        return function(region, *_filled(arguments, iter(values)))
+
+    try:
+        graph = make_fx(flat, tracing_mode="fake")(*tensors)  # fake tensors: nothing is computed
+        program: Program = inductor(graph, tensors)
+    except Exception:  # whatever a compiler may complain of
+        return None
+    return program
+
+
+def _flatten(value: Any, tensors: list[Tensor]) -> None:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _flatten(item, tensors)
+    elif isinstance(value, dict):
+        _flatten(tuple(value.values()), tensors)
+
+
+def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same nest with other tensors in their places."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple | list):
+        return [_filled(item, tensors) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    return value
 
 
 def _lift(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
