@@ -180,7 +180,6 @@ def test_inside_the_backward_pass(mode: str) -> None:
             optimizer.zero_grad()
         return [p.detach().clone() for p in model.parameters()]
 
-    before = graphs()
     got = run(True, True)
     assert elementwise.programs
     assert not refused()

@@ -203,16 +203,17 @@ def _call(function: Callable[..., Any], region: Any, *arguments: Any) -> Any:
     Inductor is called without Dynamo in front of it: the key says all that a guard would ask, in a fifth of the time. A failing
     compiler is no error: it fails before it has run anything, and the function runs as it is from then on.
     """
-    tensors: list[Tensor] = []
+    tensors: list[Any] = []
     _flatten(arguments, tensors)
     key = (function, region, *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors])
-    if key not in programs:
-        programs[key] = _compiled(function, region, arguments, tensors)
-    program = programs[key]
+    try:
+        program = programs[key]
+    except KeyError:
+        program = programs[key] = _compiled(function, region, arguments, tensors)
     return function(region, *arguments) if program is None else program(*tensors)
 
 
-def _compiled(function: Callable[..., Any], region: Any, arguments: Any, tensors: list[Tensor]) -> Program | None:
+def _compiled(function: Callable[..., Any], region: Any, arguments: Any, tensors: list[Any]) -> Program | None:
     from torch._inductor import compile as inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -227,7 +228,7 @@ def _compiled(function: Callable[..., Any], region: Any, arguments: Any, tensors
     return program
 
 
-def _flatten(value: Any, tensors: list[Tensor]) -> None:
+def _flatten(value: Any, tensors: list[Any]) -> None:
     """The tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         tensors.append(value)

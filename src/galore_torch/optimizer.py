@@ -240,7 +240,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         spec = state_spec(engine.plan_of(p, group), group, self.rule)
         for key, tensor in spec.items():
             held = state.get(key)
-            if held is None or tuple(held.shape) != tensor.shape or held.dtype != tensor.dtype:
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
                 raise ValueError(
                     f"the group of a parameter of shape {tuple(p.shape)} now asks for state {key} {tensor.shape} {tensor.dtype}, but it "
                     f"holds {'none' if held is None else (tuple(held.shape), held.dtype)}: rank, proj_type and codecs cannot change "

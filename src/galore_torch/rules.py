@@ -59,8 +59,11 @@ class Rule:
     lr: Callable[[Tensor, Group, int], Any] = given_lr
 
 
+ADAM = {"exp_avg": Moment("first"), "exp_avg_sq": Moment("second")}
+
+
 def adam_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
-    return {"exp_avg": Moment("first"), "exp_avg_sq": Moment("second")}
+    return ADAM
 
 
 def adam_numbers(group: Group, step: int, lr: Any) -> Numbers:
