@@ -83,12 +83,13 @@ def step(
     numbers: Numbers,
     seeds: Iterator[int],
     fuse: bool,
-    change: Change | None,
-) -> Tensor | None:
-    """One step of the rule on R and its moments, in place. Returns the update, or None when it went into ``change.weight``.
+    result: Tensor | Change,
+) -> None:
+    """One step of the rule on R and its moments, in place. The update goes into ``result``: a tensor, which may be R, or a weight.
 
     low: R, any float dtype. ``good``: whether it is finite; when not, moments stay and the update is zero.
     """
+    change = result if isinstance(result, Change) else None
     tables: tuple[Any, ...] | None = None
     scale_shrink: tuple[Any, ...] = ()
     if fuse := fuse and good is not False:
@@ -97,7 +98,6 @@ def step(
         numbers, scale_shrink = lifted[: len(numbers)], lifted[len(numbers) :]
     elif change:
         scale_shrink = change.scale, change.shrink
-    update = None
     for rows in _row_chunks(region, low, fuse):
         views, part = _views(region, state, rows), low if rows is None else low[rows]
         drawn: list[Any] = [next(seeds) for _ in region.moments]
@@ -113,12 +113,12 @@ def step(
             else:
                 move_weight(region, *arguments, weight, *scale_shrink, rounding)
             continue
-        part = _call(move, region, *arguments) if fuse else move(region, *arguments)
-        if rows is None:
-            return part
-        update = low.new_empty(low.shape, dtype=region.real) if update is None else update
-        update[rows] = part
-    return update
+        assert isinstance(result, Tensor)
+        into = None if result is low else result if rows is None else result[rows]
+        if fuse:
+            _call(move_into, region, *arguments, into)
+        else:
+            move_into(region, *arguments, into)
 
 
 def move(
@@ -141,6 +141,12 @@ def move(
         for stored, seed, table in zip(region.moments, seeds, tables, strict=True):
             stored.encode(views, values[stored.name], seed, table)
     return update if good is True else torch.where(torch.as_tensor(good), update, 0.0)
+
+
+def move_into(region: Region, *arguments: Any) -> None:
+    """`move` into the tensor that follows its arguments, or into R itself where that is None: one tensor is handed in once."""
+    into = arguments[0] if arguments[-1] is None else arguments[-1]
+    into.copy_(move(region, *arguments[:-1]))
 
 
 def move_weight(region: Region, *arguments: Any) -> None:

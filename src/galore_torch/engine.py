@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch import elementwise
+from galore_torch import elementwise, linalg
 from galore_torch.base_rule import BaseRule
 from galore_torch.codecs import Stored
 from galore_torch.elementwise import only_if
 from galore_torch.layout import AnyRule, Layout, layout, state_spec, stored_bases, stored_moments
-from galore_torch.linalg import finite, mode_product, readable, usable
+from galore_torch.linalg import finite, readable, usable
 from galore_torch.projectors import PROJECTORS
 from galore_torch.recovery import project_back, subtract
 from galore_torch.rules import Moment, Rule
@@ -78,17 +78,17 @@ def compress(weight: Tensor, grad: Tensor, state: State, group: Group, rule: Any
 
 
 def project(grad: Tensor, state: State, plan: Layout, group: Group) -> Tensor:
-    """basis^T X, X basis or left^T X right in the bases as they are: multiplied in the dtype of X, returned in fp32 or fp64."""
+    """basis^T X, X basis or left^T X right in the bases as they are, in fp32 or fp64. A new tensor."""
     low = grad.reshape(plan.matrix)
-    low = low.float() if low.dtype == torch.float16 else low  # a sum of products may leave fp16's range
     for mode, basis in _bases(state, plan, group).items():
-        low = mode_product(low, basis.mT.to(low.dtype), mode)
+        low = linalg.project(low, basis, mode)
     return low.to(plan.real)
 
 
-def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule) -> None:
+def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule, spare: bool = False) -> None:
     """One step of the rule on ``low`` (what `compress` returned) and of the weight, in place.
 
+    ``spare``: nobody needs a projected ``low`` afterwards, and the update may take its place.
     A gradient that is not finite is skipped: it changes neither moments nor direction, and the weight only decays.
     """
     plan = plan_of(weight, group)
@@ -103,7 +103,7 @@ def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule
         low = low if good is True else torch.where(torch.as_tensor(good), low, 0.0)
         _apply_base(weight, low, state, group, rule, plan)
     else:
-        _apply_rule(weight, low, good, state, group, rule, plan, step)
+        _apply_rule(weight, low, good, state, group, rule, plan, step, spare)
     state["step"] = step
 
 
@@ -166,7 +166,9 @@ def _moments(plan: Layout, group: Group, rule: AnyRule) -> Sequence[tuple[Stored
     return [(Stored(key, plan.low_shape, real=plan.real), moment) for key, moment in moments if moment.kind != "other"]
 
 
-def _apply_rule(weight: Tensor, low: Tensor, good: Tensor | bool, state: State, group: Group, rule: Rule, plan: Layout, step: int) -> None:
+def _apply_rule(
+    weight: Tensor, low: Tensor, good: Tensor | bool, state: State, group: Group, rule: Rule, plan: Layout, step: int, spare: bool
+) -> None:
     lr = rule.lr(weight, group, step)
     shrink = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
     scale = group["scale"] if plan.scaled else 1.0
@@ -181,8 +183,8 @@ def _apply_rule(weight: Tensor, low: Tensor, good: Tensor | bool, state: State, 
         change = elementwise.Change(weight, scale, shrink, rounded)
         elementwise.step(region, low, good, state, numbers, seeds, fuse, change)
         return
-    update = elementwise.step(region, low, good, state, numbers, seeds, fuse, None)
-    assert update is not None
+    update = low if spare else torch.empty_like(low)
+    elementwise.step(region, low, good, state, numbers, seeds, fuse, update)
     if isinstance(late, Tensor):
         update.mul_(late)
     _recover(weight, update, state, plan, group, scale, _foldable(shrink, weight), next(seeds) if rounded else None)

@@ -7,6 +7,7 @@ Shape suffixes: M x N is the gradient, R the rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,6 +54,40 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     if mode == 0:
         return matrix @ tensor  # (j, k) @ (k, n) -> (j, n)
     return tensor @ matrix.mT  # (m, k) @ (k, j) -> (m, j)
+
+
+@cache
+def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype for products of matrices of ``dtype`` on this kind of device.
+
+    fp32 for fp16, whose range a sum of products may leave, and for bf16 on a CPU without bf16 arithmetic: there a bf16 product
+    takes four times as long as one in fp32.
+    """
+    if dtype == torch.bfloat16 and device == "cpu":
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return dtype if any(getattr(torch.cpu, check, bool)() for check in checks) else torch.float32
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def project(tensor_MN: Tensor, basis: Tensor, mode: int) -> Tensor:
+    """basis^T X (mode 0) or X basis (mode 1), in the `product_dtype` of X: r x n or m x r.
+
+    Where X has another dtype, it is converted a few rows at a time: no full-size copy.
+    """
+    dtype = product_dtype(tensor_MN.dtype, tensor_MN.device.type)
+    basis = basis.to(dtype)
+    if tensor_MN.dtype == dtype:
+        return mode_product(tensor_MN, basis.mT, mode)
+    m, n = tensor_MN.shape
+    shape = (basis.shape[1], n) if mode == 0 else (m, basis.shape[1])
+    low = torch.zeros(shape, dtype=dtype, device=tensor_MN.device)
+    for rows in parts(m, chunk_elements(tensor_MN.device) // max(1, n)):
+        part = tensor_MN[rows].to(dtype)
+        if mode == 0:
+            low.addmm_(basis[rows].mT, part)
+        else:
+            torch.mm(part, basis, out=low[rows])
+    return low
 
 
 def svd_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -200,8 +200,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[p], p.grad
         assert grad is not None
-        low = grad.low if isinstance(grad, LowRankGrad) else engine.compress(p, grad, state, group, self.rule)
-        engine.apply(p, low, state, group, self.rule)
+        if isinstance(grad, LowRankGrad):
+            engine.apply(p, grad.low, state, group, self.rule)
+        else:
+            engine.apply(p, engine.compress(p, grad, state, group, self.rule), state, group, self.rule, spare=True)
 
     @torch.no_grad()
     def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from galore_torch.codecs import Seed, stochastic_round
-from galore_torch.linalg import chunk_elements, mode_product, parts
+from galore_torch.linalg import chunk_elements, mode_product, parts, product_dtype
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
 Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None, Subtract], None]
@@ -44,15 +44,16 @@ def project_back(
 ) -> None:
     """W <- shrink W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv 2403.03507, eq. 11 and Alg. 2).
 
-    weight (m x n), any strides; update and bases in fp32 or fp64. The product for a 16-bit weight runs in its dtype.
+    weight (m x n), any strides; update and bases in fp32 or fp64. The product for a 16-bit weight runs in its `product_dtype`.
     """
     left, right = factors(update, bases)
     if weight.dtype.itemsize > 2:
         weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=shrink, alpha=-scale)
         return
-    right = right.to(weight.dtype)
+    dtype = product_dtype(weight.dtype, weight.device.type)
+    right = right.to(dtype)
     for stream, rows in enumerate(parts(weight.shape[0], chunk_elements(weight.device) // max(1, weight.shape[1]))):
-        product = left[rows].to(weight.dtype) @ right  # 16-bit products pass through an fp32 temporary: a few rows at a time
+        product = left[rows].to(dtype) @ right  # a few rows at a time: no full-size temporary
         subtract(weight[rows], product, scale, shrink, None if seed is None else seed + stream)
 
 
