@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from galore_torch.train.baselines import to_dense
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
@@ -70,7 +71,7 @@ def _one_run(config: PretrainConfig, name: str, lr: float, data: TokenData, fold
     folder.mkdir(exist_ok=True)
     result, model = train(config, name, lr, data, folder, display)
     if result.status in ("finished", "interrupted"):
-        model.save_pretrained(folder / "model")  # type: ignore[operator]
+        to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")
     return result
 
