@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="galore", description="Train full-parameter models with low-rank optimizer state.")
     parser.add_argument("--version", action="version", version=f"galore-torch {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_pretrain, _add_recipes):
+    for add in _COMMANDS:
         add(commands)
     return parser
 
@@ -127,6 +127,13 @@ def _underscored(word: str) -> str:
         return word
     flag, equals, value = word[2:].partition("=")
     return f"--{flag.replace('-', '_')}{equals}{value}"
+
+
+# One line a command: a function that adds its parser, with set_defaults(run=...): arguments -> exit code.
+_COMMANDS = (
+    _add_pretrain,
+    _add_recipes,
+)
 
 
 def _print_error(message: str) -> None:

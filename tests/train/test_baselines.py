@@ -146,6 +146,26 @@ def test_relora_without_a_cycle_is_refused() -> None:
         config_from({"optimizer": "relora"})
 
 
+def test_the_papers_table_in_one_command(make_config: Callable[..., PretrainConfig], tmp_path: Path, peft: Any) -> None:
+    """All methods one after the other from the same weights; relora's rate restarts where it merges, the others' do not."""
+    names = ("adamw", "galore_adamw", "low_rank", "lora", "relora")
+    settings: dict[str, Any] = {"num_training_steps": 6, "warmup_steps": 1, "cycle_length": 3, "rank": 4, "dtype": "bfloat16"}
+    assert pretrain(make_config(compare=names, activation_checkpointing=True, grad_clipping=1.0, lr=0.01, **settings)) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [row["status"] for row in summary] == ["finished"] * len(names)
+    assert len({row["parameters"] for row in summary}) == 1
+    assert len({row["perplexity_before"] for row in summary if row["optimizer"] != "low_rank"}) == 1
+    rates = {name: [row["lr"] for row in metrics(tmp_path / "run" / name) if "lr" in row] for name in names}
+    assert rates["lora"] == rates["galore_adamw"] == rates["adamw"]
+    assert rates["relora"] == rates["adamw"], "a cycle of three warms up in one update"
+    wide = make_config(optimizer="relora", restart_warmup_steps=2, save_dir=str(tmp_path / "wide"), **settings)
+    assert wide.lr_factor(3, "relora") == wide.lr_factor(3) / 2
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_low_rank_in_a_whole_run(make_config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     """Beside AdamW from the same command: less state, and a model folder without a trace of the factors."""
     assert pretrain(make_config(compare=("adamw", "low_rank"), rank=4)) == 0

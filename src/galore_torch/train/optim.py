@@ -63,8 +63,15 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "lora": OptimizerSpec("lora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
     "relora": OptimizerSpec("relora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
 }
+# Full-rank AdamW and Adafactor inside the backward pass, as in the paper's table 11: this package's classes without a rank.
+_PER_LAYER = {
+    "adamw": OptimizerSpec("GaLoreAdamW", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
+    "adafactor": OptimizerSpec("GaLoreAdafactor", "galore_torch", 3e-3, extra=_ADAFACTOR),
+}
 # Every one of this package's optimizers can update a layer inside the backward pass.
-OPTIMIZERS |= {f"{name}_per_layer": replace(row, per_layer=True) for name, row in OPTIMIZERS.items() if row.home == "galore_torch"}
+OPTIMIZERS |= {
+    f"{name}_per_layer": replace(row, per_layer=True) for name, row in (OPTIMIZERS | _PER_LAYER).items() if row.home == "galore_torch"
+}
 
 
 def optimizer_spec(name: str) -> OptimizerSpec:

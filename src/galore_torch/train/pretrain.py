@@ -60,9 +60,9 @@ def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
     """Build each optimizer once on a model without memory, so that none is refused after hours of the one before."""
     import torch
 
-    with torch.device("meta"):
-        model = model_for(config, data)
     for name, lr in config.contenders:
+        with torch.device("meta"):
+            model = model_for(config, data)  # a new one for each: the baselines change its layers
         build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
 
 

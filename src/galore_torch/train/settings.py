@@ -11,7 +11,7 @@ from typing import Any
 from galore_torch.train.contenders import contenders, run_names
 from galore_torch.train.hf_model import HFShape, hf_shape
 from galore_torch.train.model import ModelShape, model_shape, preset_name
-from galore_torch.train.optim import unused_flags
+from galore_torch.train.optim import optimizer_spec, unused_flags
 from galore_torch.train.schedule import SCHEDULERS, Schedule
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -122,6 +122,12 @@ class Settings:
             for name in dict(self.contenders)
             if (unused := unused_flags(name, self.given))
         ]
+        if self.accumulation > 1 or self.grad_clipping > 0:
+            notes += [
+                f"{name} keeps whole gradients under accumulation or clipping, as there is no low-rank form of them to keep"
+                for name in dict(self.contenders)
+                if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank
+            ]
         notes += [f"--{item.name} has no effect: {item.metadata['note']}" for item in fields(self) if self._is_noted(item)]
         if self.model_config.endswith(".json") and (preset := preset_name(self.model_config)):
             notes.append(f"there is no file {self.model_config}; the preset {preset} has the published sizes")
