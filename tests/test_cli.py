@@ -39,7 +39,7 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["pretrain", "--rank", "0"]])
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["pretrain", "--config", "60m", "--rank", "0"], ["recipes"]])
 def test_parsing_loads_no_heavy_library(words: list[str]) -> None:
     program = (
         "import sys\nfrom galore_torch.cli import main\n"

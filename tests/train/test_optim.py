@@ -88,6 +88,13 @@ def test_adafactor_has_no_relative_step(model: nn.Module) -> None:
             assert not group["scale_parameter"]
 
 
+@pytest.mark.parametrize("name", ["adafactor", "galore_adafactor"])
+def test_adafactor_with_beta1_0_keeps_no_first_moment(name: str, model: nn.Module) -> None:
+    """The published script's convention, and its default."""
+    optimizer = build_optimizer(name, model, lr=0.01, settings={**SETTINGS, "beta1": 0.0})
+    assert [group["beta1"] for group in optimizer.param_groups] == [None] * len(optimizer.param_groups)
+
+
 def test_adam8bit_is_adamw_with_8_bit_moments(model: nn.Module) -> None:
     """Nothing is projected; matrices of 4096 elements and more have 8-bit state, and three steps go where AdamW's go."""
     start, twin = copy.deepcopy(model), copy.deepcopy(model)

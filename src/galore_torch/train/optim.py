@@ -132,7 +132,7 @@ def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
     if "SGD" in class_name:
         return {"momentum": beta1}
     if "Adafactor" in class_name:
-        return {"beta1": beta1}
+        return {"beta1": beta1 or None}  # 0 is no first moment, which is also no memory for one
     return {"betas": (beta1, 0.999)}
 
 
