@@ -132,6 +132,9 @@ def test_muons_checkpoint_goes_on_exactly(model: nn.Module) -> None:
     two = build_optimizer("muon", twin, lr=0.01, settings=SETTINGS)
     loss_of(model).backward()
     one.step()
+    saved = one.state_dict()
+    numbers = [index for group in saved["param_groups"] for index in group["params"]]
+    assert numbers == sorted(saved["state"]) == list(range(len(list(model.parameters())))), "the form of one optimizer"
     twin.load_state_dict(model.state_dict())
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     for chosen, optimizer in ((model, one), (twin, two)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,30 @@ class Together:
             part.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """As one optimizer's: parameters are numbered through all parts."""
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for part, first in self._numbered():
+            saved = part.state_dict()
+            state |= {first + index: value for index, value in saved["state"].items()}
+            groups += [{**group, "params": [first + index for index in group["params"]]} for group in saved["param_groups"]]
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        for part, saved in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(saved)
+        groups = list(state_dict["param_groups"])
+        for part, first in self._numbered():
+            mine = [groups.pop(0) for _ in part.param_groups]
+            indices = {index for group in mine for index in group["params"]}
+            state = {index - first: value for index, value in state_dict["state"].items() if index in indices}
+            own = [{**group, "params": [index - first for index in group["params"]]} for group in mine]
+            part.load_state_dict({"state": state, "param_groups": own})
+
+    def _numbered(self) -> Iterator[tuple[torch.optim.Optimizer, int]]:
+        """Each part with the number of its first parameter."""
+        first = 0
+        for part in self.parts:
+            yield part, first
+            first += sum(len(group["params"]) for group in part.param_groups)
 
 
 def muon_with_adamw(model: nn.Module, settings: Mapping[str, Any], *, lr: float, weight_decay: float) -> Together:
