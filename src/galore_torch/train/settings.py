@@ -23,11 +23,11 @@ def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **more})
 
 
-_PUBLISHED = "accepted from the published script"
+PUBLISHED = "accepted from the published script"
 
 
 def _published(why: str) -> Any:
-    return field(default=None, metadata={"group": _PUBLISHED, "help": f"no effect: {why}", "note": why})
+    return field(default=None, metadata={"group": PUBLISHED, "help": f"no effect: {why}", "note": why})
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Settings:
     save_every: int | None = _published("the model is saved once, at the end")
     tags: str | None = _published("nothing reads it, in the published script neither")
     name: str | None = _published("nothing reads it, in the published script neither; --save_dir names the folder")
-    continue_from: str | None = _setting(None, _PUBLISHED, "refused: it brought back weights without optimizer, schedule and data position")
+    continue_from: str | None = _setting(None, PUBLISHED, "refused: it brought back weights without optimizer, schedule and data position")
     # What reading a config file had to leave out.
     remarks: tuple[str, ...] = field(default=(), repr=False)
     # Names the user typed; they must not be ignored by the optimizer.
