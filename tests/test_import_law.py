@@ -30,6 +30,8 @@ ORDER = [name for floor in LIBRARY.values() for name in floor]
 # A read of a value on the host stops the device's queue; none of these may happen inside step().
 NO_HOST_READ = {*LIBRARY["ground"], *LIBRARY["slots"], *LIBRARY["doing"], "optimizer", "low_rank_grad", "backward"}
 HOST_READS = {"item", "tolist", "numpy", "cpu", "synchronize"}
+COMMANDS = {"cli", "train.__main__"}  # python -m galore_torch.train is galore pretrain
+OWN_EXTRA = {"peft"}  # packages that one feature needs, and asks for when they are missing
 SPEAKS = {"param_groups"}  # galore_param_groups(show=True) prints its table
 
 
@@ -98,7 +100,7 @@ def test_every_file_is_on_a_floor() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_imports_only_from_above(name: str) -> None:
     if is_user(name):
-        above = set(FILES) - ({"cli"} if name != "cli" else set())  # train never imports the command
+        above = set(FILES) - ({"cli"} if name not in COMMANDS else set())  # train never imports the command
     else:
         above = set(ORDER[: ORDER.index(name)])
     below = own(name) - above
@@ -122,7 +124,13 @@ def test_library_imports_only_torch(name: str) -> None:
 def test_train_extra_names_what_the_command_imports() -> None:
     extra = {line.split(">")[0].split(";")[0].strip() for line in requires("galore-torch") or [] if "'train'" in line}
     roots = {full.split(".")[0] for name in FILES if is_user(name) for full in imported(TREES[name])}
-    assert roots - set(sys.stdlib_module_names) - {"torch", "galore_torch"} <= extra
+    assert roots - set(sys.stdlib_module_names) - {"torch", "galore_torch"} - OWN_EXTRA <= extra
+
+
+@pytest.mark.parametrize("name", sorted(OWN_EXTRA))
+def test_package_of_one_feature_has_an_extra_of_its_name(name: str) -> None:
+    text = (SRC.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\n{name} = ["galore-torch[train]", "{name}>=' in text
 
 
 @pytest.mark.parametrize("name", LIBRARY_FILES)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from galore_torch import __version__
-from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
+from galore_torch.train.flags import add_flags, config_from
 from galore_torch.train.model import PRESETS
 from galore_torch.train.optim import OPTIMIZERS
+from galore_torch.train.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 
 _TRAIN_EXTRA = ("transformers", "tokenizers", "rich", "matplotlib")
 _EXIT_USAGE, _EXIT_INTERRUPTED = 2, 130
@@ -24,27 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         arguments = vars(_parser().parse_args(words))
-        command = arguments.pop("command", None)
-        if command is None:
+        run = arguments.pop("run", None)
+        if run is None:
             _parser().print_help()
             return 0
-        return _pretrain(arguments)
+        code: int = run(arguments)
+        return code
     except UserError as error:
         _print_error(str(error))
         return _EXIT_USAGE
     except KeyboardInterrupt:
         _print_error("interrupted; whatever was written before stays where it is")
         return _EXIT_INTERRUPTED
-
-
-def _pretrain(arguments: dict[str, Any]) -> int:
-    config = PretrainConfig(**arguments, given=frozenset(arguments))
-    missing = [name for name in _TRAIN_EXTRA if find_spec(name) is None]
-    if missing:
-        raise UserError(f'galore pretrain needs {", ".join(missing)}; install them with: pip install "galore-torch[train]"')
-    from galore_torch.train.pretrain import pretrain
-
-    return pretrain(config)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,10 +49,19 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="galore", description="Train full-parameter models with low-rank optimizer state.")
     parser.add_argument("--version", action="version", version=f"galore-torch {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for add in _COMMANDS:
+        add(commands)
+    return parser
+
+
+# --- galore pretrain ------------------------------------------------------------------------------------------------
+
+
+def _add_pretrain(commands: Any) -> None:
     pretrain = commands.add_parser(
         "pretrain",
-        usage="galore pretrain [--FLAG VALUE ...]",
+        usage="galore pretrain [--config FILE] [--FLAG VALUE ...]",
         help="pre-train a LLaMA from scratch; without arguments a two-minute demo on the CPU",
         description="Pre-train a LLaMA from scratch. Without arguments: a small model on the "
         "source of Python's standard library, about two minutes on a CPU.",
@@ -68,41 +69,56 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # only what the user typed reaches the config
         allow_abbrev=False,
     )
-    groups: dict[str, Any] = {}
-    for item in fields(PretrainConfig):
-        if "group" in item.metadata:
-            name = item.metadata["group"]
-            if name not in groups:
-                groups[name] = pretrain.add_argument_group(name)
-            _add_flag(groups[name], item)
-    return parser
+    add_flags(pretrain)
+    pretrain.set_defaults(run=_pretrain)
 
 
-def _add_flag(group: Any, item: Field[Any]) -> None:
-    """One flag from one config field, with the field's help and default."""
-    flag = f"--{item.name}"
-    text = item.metadata["help"].replace("%", "%%")
-    if item.default is not None and item.default != () and item.default is not False:
-        text += f" (default: {item.default})"
-    kind = str(item.type)
-    metavar = item.metadata.get("metavar")
-    if kind == "bool":
-        group.add_argument(flag, action="store_true", help=text)
-    elif item.name == "compare":
-        group.add_argument(flag, type=_names, metavar=metavar, help=text)
-    elif kind.startswith("tuple"):
-        group.add_argument(flag, nargs="+", action=_Tuple, metavar=metavar, help=text)
-    else:
-        convert, metavar = _scalar(kind)
-        group.add_argument(flag, type=convert, metavar=metavar, help=text)
+def _pretrain(arguments: dict[str, Any]) -> int:
+    _refuse_more_processes()
+    config = config_from(arguments)
+    missing = [name for name in _TRAIN_EXTRA if find_spec(name) is None]
+    if missing:
+        raise UserError(f'galore pretrain needs {", ".join(missing)}; install them with: pip install "galore-torch[train]"')
+    from galore_torch.train.pretrain import pretrain
+
+    return pretrain(config)
 
 
-def _scalar(kind: str) -> tuple[Callable[[str], Any], str]:
-    if kind.startswith("int"):
-        return _int, "N"
-    if kind.startswith("float"):
-        return _float, "X"
-    return str, "NAME"
+def _refuse_more_processes() -> None:
+    """A launcher's processes would each train the whole model, and write into one folder."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise UserError(
+            f"the launcher started {world} processes (WORLD_SIZE), and galore pretrain trains in one; give torchrun "
+            "--nproc_per_node 1: --total_batch_size stays what it is, by accumulation"
+        )
+
+
+# --- galore recipes -------------------------------------------------------------------------------------------------
+
+
+def _add_recipes(commands: Any) -> None:
+    recipes = commands.add_parser("recipes", help="the published runs as config files: list, show, copy")
+    recipes.set_defaults(run=lambda _: _say(list_recipes()))
+    actions = recipes.add_subparsers(metavar="ACTION", parser_class=_Parser)
+    actions.add_parser("list", help="all of them (what `galore recipes` alone does)")
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name", help=", ".join(recipe_names()))
+    show.set_defaults(run=lambda arguments: _say(show_recipe(arguments["name"])))
+    copy = actions.add_parser("copy", help="write one to a file, to be edited and given to galore pretrain --config")
+    copy.add_argument("name", help="as galore recipes lists it")
+    copy.add_argument("destination", nargs="?", metavar="DEST", help="a new file, or a folder (default: NAME.json, here)")
+    copy.set_defaults(run=_copy_recipe)
+
+
+def _copy_recipe(arguments: dict[str, Any]) -> int:
+    path = copy_recipe(arguments["name"], arguments["destination"])
+    return _say(f"{path}: edit it, then run: galore pretrain --config {path}")
+
+
+def _say(text: str) -> int:
+    print(text)
+    return 0
 
 
 def _underscored(word: str) -> str:
@@ -113,32 +129,11 @@ def _underscored(word: str) -> str:
     return f"--{flag.replace('-', '_')}{equals}{value}"
 
 
-def _int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 32") from None
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 0.01") from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r} names no optimizer, such as adamw,galore_adamw")
-    return names
-
-
-class _Tuple(argparse.Action):
-    """A flag that takes several values and may be repeated: all of them count."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+# One line a command: a function that adds its parser, with set_defaults(run=...): arguments -> exit code.
+_COMMANDS = (
+    _add_pretrain,
+    _add_recipes,
+)
 
 
 def _print_error(message: str) -> None:

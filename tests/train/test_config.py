@@ -74,6 +74,13 @@ def test_flag_that_some_of_the_compared_use_is_noted() -> None:
     assert config.notes == ["adamw does not use --rank"]
 
 
+def test_per_layer_without_a_rank_says_when_it_saves_nothing() -> None:
+    """Clipping waits for all gradients: GaLore keeps them projected, a full-rank optimizer has to keep them whole."""
+    for optimizer, said in (("adam8bit_per_layer", True), ("galore_adamw_per_layer", False), ("adamw", False)):
+        assert any("keeps whole gradients" in note for note in PretrainConfig(optimizer=optimizer, grad_clipping=1.0).notes) == said
+    assert not PretrainConfig(optimizer="adam8bit_per_layer").notes
+
+
 def test_optimizer_beside_compare_is_refused() -> None:
     with pytest.raises(UserError, match="both given"):
         PretrainConfig(compare=("adamw",), optimizer="sgd", given=frozenset({"compare", "optimizer"}))

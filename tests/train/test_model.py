@@ -23,15 +23,49 @@ def build(shape: Any, seed: int = 0, **changes: Any) -> Any:
     return build_model(shape, seed=seed, **(settings | changes))
 
 
+# Of these, millions in the attention and MLP matrices, and in embedding and head.
+PROJECTED = (0.80, 3.16, 10.62, 15.76, 25.30, 37.80, 59.01, 84.93, 198.18, 302.38, 1207.91, 2521.83, 6476.01)
+ENDS = (8.19, 16.38, 24.58, 26.62, 32.77, 32.77, 41.09, 49.15, 49.15, 65.54, 131.07, 163.84, 262.14)
+PARTS = dict(zip(SIZES.split(), zip(PROJECTED, ENDS, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset_has_the_published_size(name: str) -> None:
     with torch.device("meta"):
         model = build(model_shape(name))
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PUBLISHED[name], abs=0.005)
+    sizes = {key: p.numel() / 1e6 for key, p in model.named_parameters()}
+    assert sum(sizes.values()) == pytest.approx(PUBLISHED[name], abs=0.005)
+    layers = sum(size for key, size in sizes.items() if "self_attn" in key or "mlp" in key)
+    assert (layers, sizes["model.embed_tokens.weight"] + sizes["lm_head.weight"]) == pytest.approx(PARTS[name], abs=0.006)
+
+
+def test_llama3_8b_is_the_published_model() -> None:
+    """8,030,261,248 parameters, four queries to a key, positions turned at base 500,000."""
+    with torch.device("meta"):
+        model = build(model_shape("llama3-8b"))
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+    assert tuple(model.model.layers[0].self_attn.k_proj.weight.shape) == (1024, 4096)
+    assert (model.config.rope_parameters["rope_theta"], model.config.rms_norm_eps, model.config.vocab_size) == (500000.0, 1e-5, 128256)
 
 
 def test_every_preset_is_counted() -> None:
-    assert set(PUBLISHED) | {"demo"} == set(PRESETS)
+    assert set(PUBLISHED) | {"demo", "llama3-8b"} == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", ["60M", "llama_60m", "LLaMA-60m", "configs/llama_60m.json", "llama_60m.json"])
+def test_published_names_mean_the_preset(name: str) -> None:
+    assert model_shape(name) == PRESETS["60m"]
+
+
+def test_file_that_is_there_wins_over_the_preset(model_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "llama_60m.json"
+    model_file.rename(path)
+    assert model_shape(str(path)).hidden_size == 16
+
+
+def test_folder_in_the_name_of_a_preset_is_no_preset() -> None:
+    with pytest.raises(UserError, match="neither a preset nor a config file"):
+        model_shape("mine/60m")
 
 
 def test_same_seed_same_weights(model_file: Path) -> None:

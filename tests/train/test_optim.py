@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ SETTINGS: dict[str, Any] = {
     "rank": 4,
     "update_proj_gap": 2,
     "galore_scale": 0.5,
+    "gap_range": None,
+    "cycle_length": 4,
     "proj_type": "std",
     "weight_decay": 0.125,
     "beta1": None,
@@ -35,8 +38,14 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def need(name: str) -> None:
+    if name in ("lora", "relora"):
+        pytest.importorskip("peft", reason="lora and relora need the extra peft")
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_name_learns(name: str, model: nn.Module) -> None:
+    need(name)
     optimizer = build_optimizer(name.upper(), model, lr=OPTIMIZERS[name].default_lr, settings=SETTINGS)
     before = loss_of(model).item()
     with per_layer_updates(name, model, optimizer, deferred=False):
@@ -49,6 +58,7 @@ def test_every_name_learns(name: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_flags_reach_the_groups(name: str, model: nn.Module) -> None:
+    need(name)
     spec = OPTIMIZERS[name]
     beta1 = 0.75 if "beta1" in spec.flags else None
     groups = build_optimizer(name, model, lr=0.01, settings={**SETTINGS, "beta1": beta1}).param_groups
@@ -65,9 +75,10 @@ def test_flags_reach_the_groups(name: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_is_in_one_group(name: str, model: nn.Module) -> None:
+    need(name)
     groups = build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups
     ids = [id(p) for group in groups for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 def test_adafactor_has_no_relative_step(model: nn.Module) -> None:
@@ -75,6 +86,68 @@ def test_adafactor_has_no_relative_step(model: nn.Module) -> None:
         for group in build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups:
             assert not group["relative_step"]
             assert not group["scale_parameter"]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "galore_adafactor"])
+def test_adafactor_with_beta1_0_keeps_no_first_moment(name: str, model: nn.Module) -> None:
+    """The published script's convention, and its default."""
+    optimizer = build_optimizer(name, model, lr=0.01, settings={**SETTINGS, "beta1": 0.0})
+    assert [group["beta1"] for group in optimizer.param_groups] == [None] * len(optimizer.param_groups)
+
+
+def test_adam8bit_is_adamw_with_8_bit_moments(model: nn.Module) -> None:
+    """Nothing is projected; matrices of 4096 elements and more have 8-bit state, and three steps go where AdamW's go."""
+    start, twin = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = build_optimizer("adam8bit", model, lr=0.01, settings=SETTINGS)
+    adamw = build_optimizer("adamw", twin, lr=0.01, settings=SETTINGS)
+    for one, chosen in ((model, optimizer), (twin, adamw)):
+        for _ in range(3):
+            loss_of(one).backward()
+            chosen.step()
+            chosen.zero_grad()
+    embedding = model.get_parameter("model.embed_tokens.weight")
+    assert {"exp_avg_codes", "exp_avg_scale"} <= set(optimizer.state[embedding])
+    for first, mine, theirs in zip(start.parameters(), model.parameters(), twin.parameters(), strict=True):
+        assert torch.cosine_similarity((mine - first).flatten(), (theirs - first).flatten(), dim=0) > 0.99
+
+
+def test_gap_range_reaches_the_projected_group(model: nn.Module) -> None:
+    *_, projected = build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "gap_range": (1, 8)}).param_groups
+    assert projected["gap_range"] == (1, 8)
+
+
+def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:
+    optimizer: Any = build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
+    muon, adamw = optimizer.parts
+    assert [type(part) for part in optimizer.parts] == [torch.optim.Muon, torch.optim.AdamW]
+    assert {tuple(p.shape) for p in muon.param_groups[0]["params"]} == {(16, 16), (24, 16), (16, 24)}
+    for group in optimizer.param_groups:  # what a trainer does at every update
+        group["lr"] = 0.5
+    assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.5, 0.5)
+
+
+def test_muons_checkpoint_goes_on_exactly(model: nn.Module) -> None:
+    twin = copy.deepcopy(model)
+    one = build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
+    two = build_optimizer("muon", twin, lr=0.01, settings=SETTINGS)
+    loss_of(model).backward()
+    one.step()
+    saved = one.state_dict()
+    numbers = [index for group in saved["param_groups"] for index in group["params"]]
+    assert numbers == sorted(saved["state"]) == list(range(len(list(model.parameters())))), "the form of one optimizer"
+    twin.load_state_dict(model.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for chosen, optimizer in ((model, one), (twin, two)):
+        optimizer.zero_grad()
+        loss_of(chosen).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_old_torch_without_muon_is_named(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"muon needs torch.optim.Muon, which came with torch 2.9"):
+        build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
 
 
 def test_optimizers_own_complaint_is_a_user_error(model: nn.Module) -> None:

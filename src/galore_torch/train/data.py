@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.corpus import check_files, file_documents, has_fields, stdlib_documents
 from galore_torch.train.errors import UserError
-from galore_torch.train.model import DEMO_VOCAB, model_shape
+from galore_torch.train.model import DEMO_VOCAB
 from galore_torch.train.tokenizer import TextTokenizer, load_tokenizer, trained_tokenizer
 
 if TYPE_CHECKING:
@@ -119,9 +119,8 @@ def _split(documents: Iterable[str], *, held_out: bool) -> Iterator[str]:
 
 
 def _choose_tokenizer(config: PretrainConfig, training_documents: Callable[[], Iterator[str]]) -> TextTokenizer:
-    if config.tokenizer:
-        return load_tokenizer(config.tokenizer)
-    shape = model_shape(config.model_config).with_vocab(config.vocab_size)
+    if config.tokenizer_name:
+        return load_tokenizer(config.tokenizer_name)
     budget = _BPE_CHARS
 
     def sample() -> Iterator[str]:
@@ -132,12 +131,12 @@ def _choose_tokenizer(config: PretrainConfig, training_documents: Callable[[], I
             budget -= len(document)
             yield document
 
-    return trained_tokenizer(sample(), shape.vocab_size or DEMO_VOCAB)
+    return trained_tokenizer(sample(), config.embedding_rows or DEMO_VOCAB)
 
 
 def _settle_vocabulary(config: PretrainConfig, tokenizer: TextTokenizer) -> int:
     """Rows of the embedding; a tokenizer with more ids than that would index past its end."""
-    rows = model_shape(config.model_config).with_vocab(config.vocab_size).vocab_size
+    rows = config.embedding_rows
     if rows is not None and tokenizer.size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.size} ids, more than the {rows} rows of the model's "

@@ -47,6 +47,11 @@ PRESETS: dict[str, ModelShape] = {
     "1b": ModelShape(2048, 5461, 24, 32),
     "3b": ModelShape(2560, 6848, 32, 32),
     "7b": ModelShape(4096, 11008, 32, 32, max_position_embeddings=2048),
+    # Llama 3 8B (arXiv 2407.21783, table 3): 8 key-value heads, vocabulary 128256.
+    "llama3-8b": ModelShape(
+        *(4096, 14336, 32, 32, 8192, 128256),
+        extras=(("num_key_value_heads", 8), ("rms_norm_eps", 1e-5), ("rope_theta", 500000.0)),
+    ),
 }
 
 _SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -58,10 +63,21 @@ _EXTRA_KEYS = (
 )
 
 
+def preset_name(name: str) -> str | None:
+    """The preset that `name` means, in any case: 60m, llama_60m, or configs/llama_60m.json where there is no such file; else None."""
+    key = name.lower()
+    if key in PRESETS:
+        return key
+    if Path(name).exists() or ("/" in key and not key.endswith(".json")):
+        return None
+    stem = Path(key).name.removesuffix(".json").removeprefix("llama_").removeprefix("llama-").replace("_", "-")
+    return stem if stem in PRESETS else None
+
+
 def model_shape(name: str) -> ModelShape:
     """The shape for a preset name, a LLaMA config.json, or a folder that holds one."""
-    if name.lower() in PRESETS:
-        return PRESETS[name.lower()]
+    if preset := preset_name(name):
+        return PRESETS[preset]
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"
@@ -121,6 +137,13 @@ def build_model(
         model = LlamaForCausalLM(config)
     except Exception as error:  # transformers 5 wraps the ValueError of a bad shape in a class of its own
         raise UserError(f"--model_config cannot be built: {error.__cause__ or error}") from error
+    return finish(model, dtype=dtype, activation_checkpointing=activation_checkpointing)
+
+
+def finish(model: Any, *, dtype: str, activation_checkpointing: bool) -> Any:
+    """The same model in its dtype, its layers recomputed in the backward pass where that is asked for."""
+    import torch
+
     if activation_checkpointing:
         # transformers 5 renamed it, and warns about the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

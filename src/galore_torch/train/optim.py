@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from galore_torch.train.errors import UserError
@@ -16,42 +16,61 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "galore_scale", "proj_type"})
+LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type"})
 COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One row: `class_name` is looked up in torch.optim, transformers or galore_torch (`home`)."""
+    """One row: `class_name` is looked up in `home`, a module; in one of this package's own it is a function of the model."""
 
     class_name: str
     home: str
     default_lr: float  # for a start; AdamW's and GaLoreAdamW's are from small sweeps on `demo`
     flags: frozenset[str] = COMMON_FLAGS
     per_layer: bool = False
+    extra: tuple[tuple[str, Any], ...] = ()  # further arguments
 
     @property
     def low_rank(self) -> bool:
-        return self.home == "galore_torch"
+        """Whether gradients of the layers' matrices are projected."""
+        return self.home == "galore_torch" and "rank" in self.flags
 
 
-def _galore(class_name: str, lr: float, **extra: Any) -> OptimizerSpec:
-    flags = extra.pop("flags", COMMON_FLAGS)
-    return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS, **extra)
+def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS) -> OptimizerSpec:
+    return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS)
 
+
+_ADAFACTOR = (("scale_parameter", False), ("relative_step", False), ("warmup_init", False))  # the published choice: a plain lr
+_BASELINES = "galore_torch.train.baselines"
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam": OptimizerSpec("Adam", "torch.optim", 3e-3),
     "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3),
     "sgd": OptimizerSpec("SGD", "torch.optim", 0.3),
-    "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3),
+    "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3, extra=_ADAFACTOR),
+    "adagrad": OptimizerSpec("Adagrad", "torch.optim", 1e-2, frozenset({"weight_decay"})),
+    # Without a rank GaLoreAdamW8bit is plain AdamW with 8-bit moments: no bitsandbytes, any device, decoupled weight decay.
+    "adam8bit": OptimizerSpec("GaLoreAdamW8bit", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
+    "muon": OptimizerSpec("muon_with_adamw", "galore_torch.train.muon", 3e-3, frozenset({"weight_decay"})),
     "galore_adamw": _galore("GaLoreAdamW", 1e-2),
     "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2),
     "galore_adafactor": _galore("GaLoreAdafactor", 1e-2),
-    "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, flags=frozenset({"weight_decay"})),
+    "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, frozenset({"weight_decay"})),
     "galore_sgd": _galore("GaLoreSGD", 0.3),
-    "galore_adamw_per_layer": _galore("GaLoreAdamW", 1e-2, per_layer=True),
-    "galore_adamw8bit_per_layer": _galore("GaLoreAdamW8bit", 1e-2, per_layer=True),
+    # The paper's baselines: they change the layers, not the optimizer, which is torch's AdamW.
+    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+    "lora": OptimizerSpec("lora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+}
+# Full-rank AdamW and Adafactor inside the backward pass, as in the paper's table 11: this package's classes without a rank.
+_PER_LAYER = {
+    "adamw": OptimizerSpec("GaLoreAdamW", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
+    "adafactor": OptimizerSpec("GaLoreAdafactor", "galore_torch", 3e-3, extra=_ADAFACTOR),
+}
+# Every one of this package's optimizers can update a layer inside the backward pass.
+OPTIMIZERS |= {
+    f"{name}_per_layer": replace(row, per_layer=True) for name, row in (OPTIMIZERS | _PER_LAYER).items() if row.home == "galore_torch"
 }
 
 
@@ -71,36 +90,40 @@ def unused_flags(name: str, given: Iterable[str]) -> list[str]:
 
 
 def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """Build the optimizer `name` for every trainable parameter of `model`.
+    """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline changes first.
 
-    `settings` holds rank, update_proj_gap, galore_scale, proj_type, weight_decay and beta1 (None:
-    the optimizer's own). A ValueError of the optimizer becomes a UserError: its text is for users.
+    `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, weight_decay, beta1 (None: the optimizer's
+    own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
     """
     import importlib
 
     spec = optimizer_spec(name)
-    parameters: Any = [p for p in model.parameters() if p.requires_grad]
-    kwargs: dict[str, Any] = {"lr": lr, "weight_decay": settings["weight_decay"]}
+    kwargs: dict[str, Any] = {"lr": lr, "weight_decay": settings["weight_decay"], **dict(spec.extra)}
     kwargs |= _beta1_argument(spec.class_name, settings["beta1"])
-    if "Adafactor" in spec.class_name:
-        # The published script's choice: a plain learning rate, no relative steps.
-        kwargs |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     try:
-        if spec.low_rank:
-            from galore_torch import galore_param_groups
-
-            parameters = galore_param_groups(
-                model,
-                settings["rank"],
-                update_proj_gap=settings["update_proj_gap"],
-                scale=settings["galore_scale"],
-                proj_type=settings["proj_type"],
-            )
-        cls = getattr(importlib.import_module(spec.home), spec.class_name)
-        optimizer: torch.optim.Optimizer = cls(parameters, **kwargs)
+        make = getattr(importlib.import_module(spec.home), spec.class_name)
+        if spec.home.startswith("galore_torch.train."):
+            optimizer: torch.optim.Optimizer = make(model, settings, **kwargs)
+        else:
+            optimizer = make(_parameters(spec, model, settings), **kwargs)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     return optimizer
+
+
+def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, Any]) -> Any:
+    if not spec.low_rank:
+        return [p for p in model.parameters() if p.requires_grad]
+    from galore_torch import galore_param_groups
+
+    return galore_param_groups(
+        model,
+        settings["rank"],
+        update_proj_gap=settings["update_proj_gap"],
+        gap_range=settings["gap_range"],
+        scale=settings["galore_scale"],
+        proj_type=settings["proj_type"],
+    )
 
 
 def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
@@ -109,7 +132,7 @@ def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
     if "SGD" in class_name:
         return {"momentum": beta1}
     if "Adafactor" in class_name:
-        return {"beta1": beta1}
+        return {"beta1": beta1 or None}  # 0 is no first moment, which is also no memory for one
     return {"betas": (beta1, 0.999)}
 
 

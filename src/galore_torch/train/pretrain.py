@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from galore_torch.train.baselines import to_dense
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
@@ -59,9 +60,9 @@ def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
     """Build each optimizer once on a model without memory, so that none is refused after hours of the one before."""
     import torch
 
-    with torch.device("meta"):
-        model = model_for(config, data)
     for name, lr in config.contenders:
+        with torch.device("meta"):
+            model = model_for(config, data)  # a new one for each: the baselines change its layers
         build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
 
 
@@ -70,7 +71,7 @@ def _one_run(config: PretrainConfig, name: str, lr: float, data: TokenData, fold
     folder.mkdir(exist_ok=True)
     result, model = train(config, name, lr, data, folder, display)
     if result.status in ("finished", "interrupted"):
-        model.save_pretrained(folder / "model")  # type: ignore[operator]
+        to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")
     return result
 

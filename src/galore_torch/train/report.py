@@ -51,7 +51,7 @@ def new_run_folder(save_dir: str | None) -> Path:
 def write_config(folder: Path, config: PretrainConfig, data: TokenData, device: str) -> None:
     """config.json: every setting with its settled value, and what the run was made with."""
     settings = asdict(config)
-    settings.pop("given")
+    del settings["given"], settings["remarks"]
     settings |= {
         "vocab_size": data.vocab_size,
         "rank": config.resolved_rank,
@@ -123,7 +123,7 @@ def headline(config: PretrainConfig, results: Sequence[RunResult]) -> str:
     """One line above the table and the picture: what all runs share."""
     first = results[0]
     return (
-        f"{config.model_config}: {first.parameters:,} parameters, {config.num_training_steps} updates of "
+        f"{config.model_name}: {first.parameters:,} parameters, {config.num_training_steps} updates of "
         f"{config.sequences_per_update} x {config.max_length} tokens, rank {config.resolved_rank}, seed {config.seed}; "
         f"before training: perplexity {_number(first_perplexity(first))}; AdamW's state: {first.adamw_state_bytes / 1e6:.2f} MB"
     )

@@ -43,12 +43,12 @@ def cache_folder() -> Path:
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """A tokenizer from a tokenizers file, or a tokenizers or transformers folder."""
+    """A tokenizer from a tokenizers file, a tokenizers or transformers folder, or by its name on the hub, such as t5-base."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(name)
     if not path.exists():
-        raise UserError(f"--tokenizer {name} does not exist; give a folder or a tokenizer.json")
+        return _hub_tokenizer(name)
     if path.is_dir() and not (path / "tokenizer_config.json").is_file():
         path = path / "tokenizer.json"
         if not path.is_file():
@@ -63,9 +63,21 @@ def load_tokenizer(name: str) -> TextTokenizer:
             fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # tokenizers raises bare Exception on a file it cannot parse
         raise UserError(f"--tokenizer {name} cannot be loaded: {_first_line(error)}") from error
-    if not hasattr(fast, "backend_tokenizer"):
-        raise UserError(f"--tokenizer {name} has no fast form; convert it to a tokenizer.json")
     return _wrap(fast, name)
+
+
+def _hub_tokenizer(name: str) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    missing = f"--tokenizer {name} does not exist; give a folder, a tokenizer.json or a name that the hub gives"
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")) or name.endswith(".json"):
+        raise UserError(missing)  # a path: the hub has no such names
+    try:
+        return _wrap(AutoTokenizer.from_pretrained(name), f"{name} from the hub")
+    except UserError:
+        raise
+    except Exception as error:  # what a network, a hub or a foreign file raises has no common class
+        raise UserError(f"{missing} (it says: {_first_line(error)})") from error
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -96,6 +108,8 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def _wrap(fast: Any, source: str) -> TextTokenizer:
+    if not hasattr(fast, "backend_tokenizer"):
+        raise UserError(f"--tokenizer {source} has no fast form; convert it to a tokenizer.json")
     vocabulary = fast.get_vocab()
     if not vocabulary:
         raise UserError(f"--tokenizer {source} has an empty vocabulary; give a trained tokenizer")

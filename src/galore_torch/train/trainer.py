@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
+from galore_torch.train.hf_model import load_model
 from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.optim import (
     adamw_state_bytes,
@@ -89,7 +90,9 @@ def train(config: PretrainConfig, name: str, lr: float, data: TokenData, folder:
 
 
 def model_for(config: PretrainConfig, data: TokenData) -> nn.Module:
-    """The seed's model with the tokenizer's end-of-text token and the settled vocabulary."""
+    """The seed's model with the tokenizer's end-of-text token and the settled vocabulary, or the one to go on from."""
+    if config.hf_model:
+        return load_model(config.hf_model, dtype=config.torch_dtype, activation_checkpointing=config.activation_checkpointing)
     return build_model(
         model_shape(config.model_config).with_vocab(data.vocab_size),
         seed=config.seed,
@@ -132,7 +135,7 @@ class _Loop:
 
         config, result = self.config, self.result
         start = time.perf_counter()
-        lr = result.lr * config.lr_factor(step - 1)
+        lr = result.lr * config.lr_factor(step - 1, result.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mean_loss = 0.0

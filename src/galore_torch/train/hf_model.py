@@ -1,0 +1,59 @@
+"""A causal language model that exists already: a transformers folder, or a name on the hub. transformers is imported late."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from galore_torch.train.errors import UserError
+from galore_torch.train.model import finish
+
+
+@dataclass(frozen=True)
+class HFShape:
+    """What the settings are checked against."""
+
+    hidden_size: int
+    max_position_embeddings: int
+    vocab_size: int
+
+
+@lru_cache(maxsize=8)
+def hf_shape(name: str) -> HFShape:
+    """Width, positions and vocabulary of the model `name`, from its config alone."""
+    config = _config(name).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize  # some families have no limit
+    return HFShape(config.hidden_size, positions, config.vocab_size)
+
+
+def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:
+    """The model with its weights on the CPU, ready to train; without weights inside `torch.device("meta")`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if torch.get_default_device().type == "meta":
+            model = AutoModelForCausalLM.from_config(_config(name))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--hf_model {name} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model.config.use_cache = False
+    return finish(model.train(), dtype=dtype, activation_checkpointing=activation_checkpointing)
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,202 @@
+"""Settings: every setting of `galore pretrain`, its default and its help, and what follows from them.
+
+The only owner of defaults; config.py checks them. Names are the published pre-training script's. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from galore_torch.train.contenders import contenders, run_names
+from galore_torch.train.hf_model import HFShape, hf_shape
+from galore_torch.train.model import ModelShape, model_shape, preset_name
+from galore_torch.train.optim import optimizer_spec, unused_flags
+from galore_torch.train.schedule import SCHEDULERS, Schedule
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **more})
+
+
+PUBLISHED = "accepted from the published script"
+
+
+def _published(why: str) -> Any:
+    return field(default=None, metadata={"group": PUBLISHED, "help": f"no effect: {why}", "note": why})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one `galore pretrain` call is given, and what follows from it; not checked."""
+
+    # -- model
+    model_config: str = _setting("demo", "model", "preset (demo, 9m ... 7b, llama3-8b), a LLaMA config.json or its folder")
+    hf_model: str | None = _setting(None, "model", "go on training this causal LM: a transformers folder or hub name, not a --model_config")
+    vocab_size: int | None = _setting(None, "model", "rows of the embedding (default: the preset's; demo: the tokenizer's)")
+    max_length: int = _setting(None, "model", "tokens in one training sequence (default: 256; demo: 128)")
+    dtype: str = _setting("float32", "model", "weights: float32 or bfloat16")
+    activation_checkpointing: bool = _setting(False, "model", "recompute activations in the backward pass: less memory, more time")
+    # -- data
+    data: tuple[str, ...] = _setting(
+        (),
+        "data",
+        "training text: .txt, .jsonl (each also .gz) or .parquet files (default: the source of Python's standard library)",
+        metavar="FILE",
+    )
+    eval_data: tuple[str, ...] = _setting((), "data", "held-out text (default: every 20th document of --data)", metavar="FILE")
+    tokenizer: str | None = _setting(None, "data", "tokenizer folder or tokenizer.json (default: a BPE trained once and cached)")
+    text_field: str = _setting("text", "data", "the column of .jsonl and .parquet with the text")
+    # -- optimizer
+    optimizer: str = _setting("galore_adamw", "optimizer", "one of the names listed below")
+    compare: tuple[str, ...] = _setting(
+        (),
+        "optimizer",
+        "optimizers, comma-separated, trained one after the other on the same batches from the same weights; name:lr gives one its own lr",
+        metavar="NAME[:LR],...",
+        parse="names",
+    )
+    lr: float | None = _setting(None, "optimizer", "peak learning rate (default: per optimizer)")
+    weight_decay: float = _setting(0.0, "optimizer", "weight decay")
+    beta1: float | None = _setting(None, "optimizer", "first-moment decay; momentum of sgd (default: the optimizer's own)")
+    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: width / 4)")
+    update_proj_gap: int = _setting(50, "optimizer", "steps between two subspaces")
+    galore_scale: float = _setting(0.25, "optimizer", "factor on the projected update")
+    gap_range: tuple[int, int] | None = _setting(
+        None, "optimizer", "each matrix finds its own gap between these, from --update_proj_gap on", metavar=("LEAST", "MOST"), pair=True
+    )
+    proj_type: str = _setting("std", "optimizer", "which side is projected: " + ", ".join(PROJ_TYPES))
+    # -- training
+    batch_size: int = _setting(16, "training", "sequences in one forward pass")
+    total_batch_size: int | None = _setting(None, "training", "sequences in one update: a multiple of --batch_size (default: equal)")
+    gradient_accumulation: int | None = _setting(None, "training", "forward passes in one update: another way to say --total_batch_size")
+    num_training_steps: int = _setting(400, "training", "updates")
+    max_train_tokens: int | None = _setting(
+        None, "training", "budget in place of --num_training_steps, such as 500K, 100M or 1.5B", parse="tokens"
+    )
+    warmup_steps: int | None = _setting(None, "training", "updates of linear warm-up (default: a tenth)")
+    scheduler: str = _setting("cosine", "training", "after warm-up: " + ", ".join(SCHEDULERS))
+    decay_steps: int | None = _setting(None, "training", "updates of the decay that ends --scheduler wsd (default: a fifth)")
+    cycle_length: int | None = _setting(None, "training", "updates between restarts: of --scheduler cosine_restarts, and of relora")
+    restart_warmup_steps: int | None = _setting(None, "training", "updates of warm-up after a restart (default: a tenth of the cycle)")
+    min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr")
+    grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping")
+    seed: int = _setting(0, "training", "weights and data order")
+    device: str = _setting("auto", "training", "auto, cpu or cuda")
+    # -- run
+    eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
+    eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
+    # -- flags of the published script that have nothing to set here: accepted, and a note says why
+    use_hf_model: bool | None = _published("the model is transformers' LlamaForCausalLM in any case")
+    single_gpu: bool | None = _published("one process is how this command runs in any case")
+    workers: int | None = _published("text is tokenised before training starts, so no loading worker is needed")
+    save_every: int | None = _published("the model is saved once, at the end")
+    tags: str | None = _published("nothing reads it, in the published script neither")
+    name: str | None = _published("nothing reads it, in the published script neither; --save_dir names the folder")
+    continue_from: str | None = _setting(None, PUBLISHED, "refused: it brought back weights without optimizer, schedule and data position")
+    # What reading a config file had to leave out.
+    remarks: tuple[str, ...] = field(default=(), repr=False)
+    # Names the user typed; they must not be ignored by the optimizer.
+    given: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def contenders(self) -> list[tuple[str, float]]:
+        """(optimizer name in lower case, peak learning rate) of each run, in order."""
+        return contenders(self.compare or (self.optimizer,), self.lr)
+
+    @property
+    def run_names(self) -> list[str]:
+        """A name for each contender's folder."""
+        return run_names(self.contenders)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user gave that does not act as he might think, one sentence each."""
+        notes = [
+            f"{name} does not use {', '.join('--' + flag for flag in unused)}"
+            for name in dict(self.contenders)
+            if (unused := unused_flags(name, self.given))
+        ]
+        if self.accumulation > 1 or self.grad_clipping > 0:
+            notes += [
+                f"{name} keeps whole gradients under accumulation or clipping, as there is no low-rank form of them to keep"
+                for name in dict(self.contenders)
+                if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank
+            ]
+        notes += [f"--{item.name} has no effect: {item.metadata['note']}" for item in fields(self) if self._is_noted(item)]
+        if self.model_config.endswith(".json") and (preset := preset_name(self.model_config)):
+            notes.append(f"there is no file {self.model_config}; the preset {preset} has the published sizes")
+        if not self.data and self.model_name != "demo":
+            notes.append("no --data: this trains on the source of Python's standard library, not on C4")
+        return [*self.remarks, *notes]
+
+    def _is_noted(self, item: Field[Any]) -> bool:
+        return "note" in item.metadata and getattr(self, item.name) is not None
+
+    @property
+    def model_name(self) -> str:
+        """What the user calls the model."""
+        return self.hf_model or self.model_config
+
+    @property
+    def shape(self) -> ModelShape | HFShape:
+        """Width, positions and vocabulary of the model."""
+        return hf_shape(self.hf_model) if self.hf_model else model_shape(self.model_config)
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the embedding; None: as many as the tokenizer has ids."""
+        return self.vocab_size or self.shape.vocab_size
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer to load; None: one is trained."""
+        return self.tokenizer or self.hf_model
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in one update."""
+        return (self.total_batch_size or self.batch_size) // self.batch_size
+
+    @property
+    def sequences_per_update(self) -> int:
+        return self.accumulation * self.batch_size
+
+    @property
+    def warmup(self) -> int:
+        """Updates of linear warm-up, settled."""
+        return self.num_training_steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def resolved_rank(self) -> int:
+        if self.rank is not None:
+            return self.rank
+        return max(1, self.shape.hidden_size // 4)
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """What `build_optimizer` takes beside the name and the learning rate."""
+        names = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "weight_decay", "beta1", "cycle_length")
+        return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names}
+
+    @property
+    def torch_dtype(self) -> str:
+        """The name of the dtype in torch."""
+        return DTYPES[self.dtype]
+
+    def schedule(self, optimizer: str = "") -> Schedule:
+        """The schedule of one optimizer: all share --scheduler, but relora's cosine restarts where it merges."""
+        kind = "cosine_restarts" if optimizer == "relora" and self.scheduler == "cosine" else self.scheduler
+        decay = self.decay_steps or max(1, min(self.num_training_steps // 5, self.num_training_steps - self.warmup))
+        cycle = self.cycle_length or 0
+        restart = self.restart_warmup_steps or max(1, cycle // 10)
+        return Schedule(kind, self.num_training_steps, self.warmup, self.min_lr_ratio, decay, cycle, restart)
+
+    def lr_factor(self, step: int, optimizer: str = "") -> float:
+        """Share of the peak learning rate at update `step` (from 0)."""
+        return self.schedule(optimizer).factor(step)
