@@ -103,7 +103,7 @@ class Stored:
             return state[self.name].to(self.real)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
         table = (self.tables(codes.device) if tables is None else tables)[0]
-        blocks = _blocked(_look_up(table, codes.long()), self.axis, self.block)
+        blocks = _blocked(_look_up(table, codes.int()), self.axis, self.block)
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
         return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
 
