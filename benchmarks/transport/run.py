@@ -38,11 +38,13 @@ def main() -> None:
     parser.add_argument("--gap", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="NAME", help=", ".join(map(repr, CHOICES)))
     arguments = parser.parse_args()
-    results: dict[str, list[float]] = {name: [] for name in CHOICES}
+    results: dict[str, list[float]] = {name: [] for name in arguments.only}
     for seed in range(arguments.seeds):
         config, data = text(arguments, seed=seed, num_training_steps=arguments.steps, lr=arguments.lr, rank=arguments.rank)
-        for name, choice in CHOICES.items():
+        for name in results:
+            choice = CHOICES[name]
 
             def build(model: torch.nn.Module, choice: dict[str, Any] = choice) -> torch.optim.Optimizer:
                 full, matrices = galore_param_groups(model, arguments.rank, update_proj_gap=arguments.gap, scale=SCALE, **choice)
