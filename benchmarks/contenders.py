@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,23 @@ class Contender:
             if "turn" in state:  # ours: matrices take turns over the gap, unless they all have the first
                 state["turn"] = 0
         return self
+
+
+def two_gemms(work: Work) -> Callable[[], Any]:
+    """The projection and the update of every matrix, with nothing in between: what no GaLore step goes below."""
+    weights = [nn.Parameter((0.02 * torch.randn(s, device=work.device)).to(work.dtype)) for s in work.shapes]
+    grads = [(1e-3 * torch.randn(s, device=work.device)).to(work.dtype) for s in work.shapes]
+    bases = [torch.randn(min(s), work.rank, device=work.device).to(work.dtype) for s in work.shapes]
+
+    @torch.no_grad()
+    def gemms() -> None:
+        for W, G, P in zip(weights, grads, bases, strict=True):
+            if W.shape[0] >= W.shape[1]:
+                W.addmm_(G @ P, P.mT, alpha=-1e-9)
+            else:
+                W.addmm_(P, P.mT @ G, alpha=-1e-9)
+
+    return gemms
 
 
 def available(peers: Mapping[str, Peer], work: Work) -> tuple[dict[str, Build], dict[str, str]]:

@@ -28,13 +28,18 @@ def run(*commands: list[str], folder: Path) -> str:
 def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path) -> None:
     pictures = [str(tmp_path / f"{name}.png") for name in ("run", "gap", "memory")]
     common = ["--shapes", "demo", "--peers", "galore-torch", "torch"]
+    (tmp_path / "text.txt").write_text("Of a gradient, a few directions hold nearly all. " * 100, encoding="utf-8")
+    text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt")]
     printed = run(
         ["step_time/run.py", *common, "--rounds", "1", "--dtype", "bfloat16", "--picture", pictures[0]],
         ["step_time/gap.py", *common, "--steps", "3", "--gap", "2", "--skip", "1", "--picture", pictures[1]],
         ["step_time/memory.py", *common, "--picture", pictures[2]],
+        ["step_time/parts.py", "--shapes", "demo", "--rounds", "1"],
+        ["refresh/energy.py", "--layers", "1", "--steps", "2", "--gaps", "1", "--batch", "1", *text],
         folder=tmp_path,
     )
-    assert printed.count("| GaLoreAdamW8bit |") == 3
+    assert printed.count("| GaLoreAdamW8bit |") == 4
+    assert "| 1 | power, first |" in printed
     assert printed.count("Without galore-torch 1.0 AdamW: not installed") == 3
     assert all(Path(picture).exists() for picture in pictures)
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from contenders import Contender, Work, add_work_arguments, available, our_builds, peers_note
+from contenders import Contender, Work, add_work_arguments, available, our_builds, peers_note, two_gemms
 from interleave import medians
 from peers import PUBLISHED, add_peers_argument, chosen
 from picture import Panel, draw
@@ -25,23 +24,6 @@ from report import cell, heading, progress, ratios, table
 
 GEMMS = "its two GEMMs alone"
 BUDGET = 60.0  # seconds that one contender may take of a run
-
-
-def two_gemms(work: Work) -> Callable[[], Any]:
-    """The projection and the update of every matrix, with nothing in between: what no GaLore step goes below."""
-    weights = [nn.Parameter((0.02 * torch.randn(s, device=work.device)).to(work.dtype)) for s in work.shapes]
-    grads = [(1e-3 * torch.randn(s, device=work.device)).to(work.dtype) for s in work.shapes]
-    bases = [torch.randn(min(s), work.rank, device=work.device).to(work.dtype) for s in work.shapes]
-
-    @torch.no_grad()
-    def gemms() -> None:
-        for W, G, P in zip(weights, grads, bases, strict=True):
-            if W.shape[0] >= W.shape[1]:
-                W.addmm_(G @ P, P.mT, alpha=-1e-9)
-            else:
-                W.addmm_(P, P.mT @ G, alpha=-1e-9)
-
-    return gemms
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:
