@@ -73,15 +73,21 @@ class PretrainConfig:
     eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
     eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
+    save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped")
+    keep: int = _setting(2, "run", "checkpoints to keep, the newest")
+    resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
+    max_bad_steps: int = _setting(
+        5, "run", "updates in a row that may be skipped because their loss or gradient is not finite, before the run stops"
+    )
     # Names the user typed; they must not be ignored by the optimizer.
     given: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap"):
+        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap", "keep", "max_bad_steps"):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("vocab_size", "rank", "total_batch_size", "eval_tokens"):
             self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("eval_every", "weight_decay", "grad_clipping"):
+        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping"):
             self._number(name, lambda v: v >= 0, "at least 0")
         self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
         for name in ("lr", "galore_scale"):
@@ -131,6 +137,9 @@ class PretrainConfig:
             raise UserError(f"--min_lr_ratio {self.min_lr_ratio} has no effect on --scheduler constant; leave it out, or choose cosine")
         if self.eval_tokens < self.max_length:
             raise UserError(f"--eval_tokens {self.eval_tokens} is less than one sequence; give at least --max_length, {self.max_length}")
+
+        if self.compare and self.resume not in (None, "auto"):
+            raise UserError(f"--resume {self.resume} names one checkpoint, but --compare has {len(self.compare)} runs; use --resume auto")
 
     def _check_optimizers(self) -> None:
         if self.compare and "optimizer" in self.given:
