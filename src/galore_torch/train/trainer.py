@@ -282,7 +282,7 @@ class _Loop:
             self.folder / "checkpoints",
             result.steps,
             lambda folder: fill(folder, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device),
-            config.keep + (result.skipped_in_a_row > 0),  # a doubtful one pushes out none
+            config.keep + result.skipped_in_a_row,  # doubtful ones push out none
         )
         self.saved = result.steps
 
