@@ -404,6 +404,23 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(make_config: Make, tmp
     assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-000002", "step-000004", "step-000005"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "galore_adamw_per_layer"])
+def test_loss_that_jumps_is_skipped_where_that_is_asked_for(
+    name: str, make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Update 56 reads 9 nats too much; update 3 does too, but then nothing is known yet."""
+    loss = _Loop.loss
+    monkeypatch.setattr(_Loop, "loss", lambda self, *a, **k: loss(self, *a, **k) + (9 if self.result.steps in (2, 55) and not k else 0))
+    settings: dict[str, Any] = {"optimizer": name, "num_training_steps": 58}
+    result, _ = train(make_config(max_loss_rise=3.0, **settings), name, 0.01, token_data, tmp_path, Silent())
+    (skipped,) = [row for row in rows(tmp_path) if "skipped" in row]
+    assert (skipped["step"], result.skipped, result.finished) == (56, 1, True)
+    assert skipped["loss"] > 9
+    assert "above the median of the last 50" in skipped["skipped"]
+    result, _ = train(make_config(**settings), name, 0.01, token_data, tmp_path, Silent())
+    assert result.skipped == 0
+
+
 def test_weights_that_are_not_finite_are_no_checkpoint(make_config: Make, tmp_path: Path) -> None:
     code, _ = command(make_config(optimizer="sgd", lr=1e38, save_every=1, warmup_steps=0))
     assert code == module.EXIT_STOPPED

@@ -98,6 +98,8 @@ def plain_failures(what: str, where: Path) -> Iterator[None]:
     """Turn the system's refusal to write `what`, such as a full disk, into a UserError that says so."""
     try:
         yield
+    except UserError:  # it has said so already, nearer to the file
+        raise
     except Exception as error:
         # The libraries that write safetensors and tokenizers wrap it: their text ends in "(os error 28)".
         if not isinstance(error, OSError) and "(os error" not in str(error):

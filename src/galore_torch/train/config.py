@@ -67,6 +67,7 @@ class PretrainConfig:
     scheduler: str = _setting("cosine", "training", "after warm-up: " + ", ".join(SCHEDULERS))
     min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr")
     grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping")
+    max_loss_rise: float = _setting(0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never")
     seed: int = _setting(0, "training", "weights and data order")
     device: str = _setting("auto", "training", "auto, cpu or cuda")
     # -- run
@@ -76,9 +77,7 @@ class PretrainConfig:
     save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped")
     keep: int = _setting(2, "run", "checkpoints to keep, the newest")
     resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
-    max_bad_steps: int = _setting(
-        5, "run", "updates in a row that may be skipped because their loss or gradient is not finite, before the run stops"
-    )
+    max_bad_steps: int = _setting(5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite")
     # Names the user typed; they must not be ignored by the optimizer.
     given: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -87,7 +86,7 @@ class PretrainConfig:
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("vocab_size", "rank", "total_batch_size", "eval_tokens"):
             self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping"):
+        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise"):
             self._number(name, lambda v: v >= 0, "at least 0")
         self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
         for name in ("lr", "galore_scale"):

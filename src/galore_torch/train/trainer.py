@@ -9,8 +9,9 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from galore_torch.train.checkpoint import plain_failures, write_checkpoint
@@ -25,11 +26,14 @@ from galore_torch.train.optim import (
     per_layer_updates,
     state_bytes,
 )
+from galore_torch.train.result import RunResult, perplexity
 from galore_torch.train.resume import METRICS, fill, identity, read_trainer, restore
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+_RECENT = 50  # updates whose median --max_loss_rise is measured from
 
 
 class Watcher(Protocol):
@@ -40,40 +44,8 @@ class Watcher(Protocol):
     def should_stop(self) -> bool: ...
 
 
-@dataclass
-class RunResult:
-    """What one run measured. Sizes in bytes, times in seconds, losses in nats per token."""
-
-    optimizer: str
-    lr: float
-    parameters: int = 0
-    state_bytes: int = 0
-    adamw_state_bytes: int = 0
-    steps: int = 0
-    tokens_seen: int = 0
-    seconds: float = 0.0  # of updates alone, without evaluation
-    peak_memory_mb: float = 0.0
-    skipped: int = 0  # updates left out because the loss or the gradient was not finite
-    skipped_in_a_row: int = 0  # the last ones
-    status: str = "finished"  # or "interrupted", or why it stopped
-    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
-    evals: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens_seen / self.seconds if self.seconds else 0.0
-
-    @property
-    def finished(self) -> bool:
-        return self.status == "finished"
-
-
 class NonFiniteLoss(ArithmeticError):
     """The loss is NaN or infinite; the text names the step and the cure."""
-
-
-# What a checkpoint has of a RunResult; the curves are in its metrics.
-_COUNTERS = ("steps", "tokens_seen", "seconds", "state_bytes", "peak_memory_mb", "skipped", "skipped_in_a_row")
 
 
 def train(
@@ -92,28 +64,20 @@ def train(
     path = folder / METRICS
     with plain_failures("the run", folder):
         if start is not None:
-            _go_on(result, read_trainer(start), restore(start, model, optimizer, path))
+            result.go_on(read_trainer(start), restore(start, model, optimizer, path))
         with (
             path.open("w" if start is None else "a", encoding="utf-8") as metrics,
             per_layer_updates(name, model, optimizer, deferred=deferred),
         ):
             loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder)
             loop.has_gradients = deferred or not optimizer_spec(name).per_layer
-            loop.saved = -1 if start is None or start.parent != folder / "checkpoints" else result.steps
+            loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
             try:
                 loop.run()
             except NonFiniteLoss as stop:
                 result.status = str(stop)
             loop.save()
     return result, model
-
-
-def _go_on(result: RunResult, saved: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Make `result` what it was when the checkpoint was written."""
-    for counter in _COUNTERS:
-        setattr(result, counter, saved[counter])
-    result.losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    result.evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
 
 
 def model_for(config: PretrainConfig, data: TokenData) -> nn.Module:
@@ -165,19 +129,15 @@ class _Loop:
         lr = result.lr * config.lr_factor(step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        row: dict[str, Any] = {"step": step}
-        mean_loss, norm = self.backward([next(stream) for _ in range(config.accumulation)]), 0.0
-        if math.isfinite(mean_loss):
-            row |= {"loss": mean_loss, "lr": lr}
-            norm = self.gradient_norm() if self.has_gradients else 0.0
-        bad = next(
-            (f"the {what} is {value}" for what, value in (("loss", mean_loss), ("gradient norm", norm)) if not math.isfinite(value)), ""
-        )
+        mean_loss, bad = self.backward([next(stream) for _ in range(config.accumulation)])
+        row: dict[str, Any] = {"step": step, "loss": mean_loss, "lr": lr}
+        if not bad and self.has_gradients:
+            row["grad_norm"] = self.gradient_norm()
+            bad = "" if math.isfinite(row["grad_norm"]) else f"the gradient norm is {row['grad_norm']}"
         if bad:
-            row |= {"lr": lr, "skipped": bad}
             result.skipped += 1
+            row["skipped"] = bad
         else:
-            row |= {"grad_norm": norm} if self.has_gradients else {}
             self.optimizer.step()
         result.skipped_in_a_row = result.skipped_in_a_row + 1 if bad else 0
         self.optimizer.zero_grad(set_to_none=True)
@@ -187,27 +147,38 @@ class _Loop:
         result.steps = step
         result.tokens_seen += tokens
         result.seconds += seconds
-        if "loss" in row:
+        if math.isfinite(mean_loss):
             result.losses.append((step, mean_loss))
         row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1)}
         row |= memory_mb(self.device)
-        result.peak_memory_mb = row["peak_rss_mb"]
+        result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
         self.write(row)
-        self.watcher.step({"loss": mean_loss, **row}, config.num_training_steps)
+        self.watcher.step(row, config.num_training_steps)
         if result.skipped_in_a_row >= config.max_bad_steps:
             raise self.not_finite(f"{bad} at step {step}, {result.skipped_in_a_row} skipped in a row")
 
-    def backward(self, parts: list[tuple[Tensor, Tensor]]) -> float:
-        """Gradients of the mean loss over `parts`; returns that loss. Ends at a part whose loss is not finite."""
-        mean_loss = 0.0
-        for inputs, targets in parts:
+    def backward(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[float, str]:
+        """Gradients of the mean loss over `parts`; returns that loss, and why the update is to be left out, if it is."""
+        mean_loss, bad = 0.0, ""
+        for index, (inputs, targets) in enumerate(parts, 1):
             loss = self.loss(inputs, targets)
             mean_loss += loss.item() / len(parts)
             # Before the backward pass: with per-layer updates it is the one that moves weights.
-            if not math.isfinite(mean_loss):
+            if index == len(parts) or not math.isfinite(mean_loss):
+                bad = self.why_bad(mean_loss)
+            if bad:
                 break
             (loss / len(parts)).backward()
-        return mean_loss
+        return mean_loss, bad
+
+    def why_bad(self, loss: float) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        recent = [value for _, value in self.result.losses[-_RECENT:]]
+        rise = loss - median(recent) if len(recent) == _RECENT else 0.0
+        if 0 < self.config.max_loss_rise < rise:
+            return f"the loss is {loss:.4g}, {rise:.3g} above the median of the last {_RECENT}"
+        return ""
 
     def gradient_norm(self) -> float:
         """2-norm of all gradients, which are clipped to --grad_clipping where that is given."""
@@ -269,13 +240,9 @@ class _Loop:
         config, result = self.config, self.result
         if result.steps in (0, self.saved) or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             return
-        best = min(result.evals, key=lambda pair: pair[1], default=None)
-        trainer = {counter: getattr(result, counter) for counter in _COUNTERS} | {
+        trainer = result.record() | {
             "sequences_drawn": result.steps * config.sequences_per_update,
             "last_lr": self.optimizer.param_groups[0]["lr"],
-            "last_loss": result.losses[-1] if result.losses else None,
-            "last_eval": result.evals[-1] if result.evals else None,
-            "best_eval": best,
             "identity": identity(config, result.optimizer, result.lr, self.data),
         }
         write_checkpoint(
@@ -287,17 +254,10 @@ class _Loop:
         self.saved = result.steps
 
     def write(self, row: dict[str, Any]) -> None:
-        # Flushed at once: what a killed run has measured is on disk.
-        self.metrics.write(json.dumps(row) + "\n")
+        # JSON has no NaN. Flushed at once: what a killed run has measured is on disk.
+        finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
-
-
-def perplexity(mean_loss: float) -> float:
-    """exp of a loss in nats per token; infinity where that overflows."""
-    try:
-        return math.exp(mean_loss)
-    except OverflowError:
-        return math.inf
 
 
 def pick_device(name: str) -> str:
