@@ -235,11 +235,14 @@ MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated and clipped": {"total_batch_size": 8, "grad_clipping": 0.5},
     "bf16": {"dtype": "bf16"},
-    "dropout": {},  # draws from the global generator
+}
+EXTRAS = {
+    "dropout": {"attention_dropout": 0.2},  # draws from the global generator
+    "tied": {"tie_word_embeddings": True},  # one tensor under two names
 }
 
 
-@pytest.mark.parametrize(("name", "mode"), [*itertools.product(OPTIMIZERS, [*MODES][:3]), ("adamw", "dropout")])
+@pytest.mark.parametrize(("name", "mode"), [*itertools.product(OPTIMIZERS, MODES), ("adamw", "dropout"), ("adamw", "tied")])
 def test_resumed_run_is_bit_equal(name: str, mode: str, make_config: Make, model_file: Path, token_data: TokenData, tmp_path: Path) -> None:
     """Losses, norms, rates, evaluations and weights; stopped in the middle of a gap, of a pass over the data, before an evaluation."""
 
@@ -248,9 +251,9 @@ def test_resumed_run_is_bit_equal(name: str, mode: str, make_config: Make, model
         torch.rand(len(folder))  # the global generator is elsewhere each time: it must not matter
         return train(config, name, 0.01, token_data, tmp_path / folder, watcher, start)
 
-    if mode == "dropout":
-        model_file.write_text(json.dumps(json.loads(model_file.read_text()) | {"attention_dropout": 0.2}))
-    config = make_config(optimizer=name, num_training_steps=9, eval_every=4, update_proj_gap=3, **MODES[mode])
+    if mode in EXTRAS:
+        model_file.write_text(json.dumps(json.loads(model_file.read_text()) | EXTRAS[mode]))
+    config = make_config(optimizer=name, num_training_steps=9, eval_every=4, update_proj_gap=3, **MODES.get(mode, {}))
     whole, model = run("whole", Until())
     run("parts", Until(4))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")[:5], "stopped before the evaluation after update 4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequ
     if interrupted and stopped_by is not None:
         console.print(
             f"[yellow]interrupted by {signal.Signals(stopped_by).name}: what was trained so far is saved; "
-            f"go on with the same command and --save_dir {folder} --resume auto[/]",
+            f"go on with the same command and --save_dir {shlex.quote(str(folder))} --resume auto[/]",
             highlight=False,
             soft_wrap=True,
         )

@@ -238,7 +238,7 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint, but no second one of an update, and none of weights that are not finite: those push out good ones."""
         config, result = self.config, self.result
-        if result.steps in (0, self.saved) or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             return
         trainer = result.record() | {
             "sequences_drawn": result.steps * config.sequences_per_update,
