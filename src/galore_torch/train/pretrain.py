@@ -32,7 +32,7 @@ EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells 
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
-    """Run every contender of `config`; returns the exit code. UserError: nothing was started."""
+    """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
     console = console or make_console()
     check_data(config)
     starts = find_starts(config)
