@@ -18,13 +18,13 @@ class PretrainConfig(Settings):
     """Settings of one `galore pretrain` call; construction settles and checks them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap"):
+        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap", "keep", "max_bad_steps"):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("vocab_size", "rank", "total_batch_size", "gradient_accumulation", "eval_tokens"):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("max_train_tokens", "decay_steps", "cycle_length", "restart_warmup_steps"):
             self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("eval_every", "weight_decay", "grad_clipping"):
+        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise"):
             self._number(name, lambda v: v >= 0, "at least 0")
         self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
         for name in ("lr", "galore_scale"):
@@ -77,8 +77,8 @@ class PretrainConfig(Settings):
     def _check_model(self) -> None:
         if self.continue_from is not None:
             raise UserError(
-                f"--continue_from {self.continue_from}: the published script brought back weights without optimizer, schedule and data "
-                f"position; to go on from these weights alone give --hf_model {self.continue_from}"
+                f"--continue_from {self.continue_from}: to go on with a run where it stopped give --resume {self.continue_from}; "
+                f"to go on from its weights alone, as the published script did, give --hf_model {self.continue_from}"
             )
         if self.hf_model is not None:
             for name in ("model_config", "vocab_size"):
@@ -113,6 +113,8 @@ class PretrainConfig(Settings):
             )
         if self.eval_tokens < self.max_length:
             raise UserError(f"--eval_tokens {self.eval_tokens} is less than one sequence; give at least --max_length, {self.max_length}")
+        if self.compare and self.resume not in (None, "auto"):
+            raise UserError(f"--resume {self.resume} names one checkpoint, but --compare has {len(self.compare)} runs; use --resume auto")
 
     def _check_schedule(self) -> None:
         steps, names = self.num_training_steps, [name for name, _ in self.contenders]

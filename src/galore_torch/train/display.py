@@ -17,12 +17,12 @@ _PLAIN_LINES = 10  # lines of progress a run prints where there is no terminal
 
 
 class Display:
-    """The `Watcher` of a run. As a context it also turns the first Ctrl-C into a clean stop."""
+    """The `Watcher` of a run. As a context it also turns SIGTERM and the first Ctrl-C into a clean stop."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._interrupted = False
-        self._previous: Any = None
+        self.stopped_by: int | None = None  # the signal that asked for the end
+        self._previous: dict[int, Any] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -37,7 +37,9 @@ class Display:
     def __enter__(self) -> Display:
         # Only the main thread may handle signals; elsewhere Ctrl-C keeps its usual meaning.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+                    self._previous[number] = signal.signal(number, self._stop)
         self._progress.start()
         return self
 
@@ -48,14 +50,15 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by is None:
+            self.stopped_by = number
+            self.console.print("[yellow]stopping after this update; Ctrl-C again to drop the run[/]")
+        elif number == signal.SIGINT:  # SIGTERM may come again while the checkpoint is written
             raise KeyboardInterrupt
-        self._interrupted = True
-        self.console.print("[yellow]stopping after this update; Ctrl-C again to drop the run[/]")
 
     def begin(self, name: str, total: int) -> None:
         """A new run called `name` of `total` updates."""
@@ -63,7 +66,7 @@ class Display:
         self._task = self._progress.add_task(name, total=total, figures="")
 
     def should_stop(self) -> bool:
-        return self._interrupted
+        return self.stopped_by is not None
 
     def step(self, row: dict[str, Any], total: int) -> None:
         figures = f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  {row['rss_mb']:,.0f} MB"
