@@ -18,6 +18,7 @@ SCHEDULERS = ("cosine", "linear", "constant")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -72,6 +73,8 @@ class PretrainConfig:
     # -- run
     eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
     eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
+    tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
     # Names the user typed; they must not be ignored by the optimizer.
     given: frozenset[str] = field(default=frozenset(), repr=False)
@@ -94,6 +97,7 @@ class PretrainConfig:
         self._choice("dtype", tuple(DTYPES))
         self._check_together()
         self._check_optimizers()
+        self._check_looking()
 
     def _number(self, name: str, holds: Callable[[Any], bool], bound: str) -> None:
         value = getattr(self, name)
@@ -144,6 +148,14 @@ class PretrainConfig:
                 raise UserError(
                     f"--{flag} has no effect on {', '.join(names)}; leave it out, or choose an optimizer that uses it, such as galore_adamw"
                 )
+
+    def _check_looking(self) -> None:
+        unknown = [name for name in self.tracker if name not in TRACKERS]
+        if unknown:
+            raise UserError(f"--tracker {unknown[0]!r} is not known; choose from: {', '.join(TRACKERS)}")
+        if self.track_subspace and not any(optimizer_spec(name).low_rank for name, _ in self.contenders):
+            names = ", ".join(name for name, _ in self.contenders)
+            raise UserError(f"--track_subspace has no effect on {names}; leave it out, or choose galore_adamw")
 
     @property
     def contenders(self) -> list[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from galore_torch.train.report import (
     write_config,
     write_json,
 )
+from galore_torch.train.trackers import check_trackers, tracked
 from galore_torch.train.trainer import RunResult, model_for, pick_device, train
 
 EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 130
@@ -32,6 +34,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     console = console or make_console()
     check_data(config)
     check_save_dir(config.save_dir)
+    check_trackers(config.tracker)
     _quiet_libraries()
     device = pick_device(config.device)
     for note in config.notes:
@@ -68,7 +71,9 @@ def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
 def _one_run(config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display) -> RunResult:
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
-    result, model = train(config, name, lr, data, folder, display)
+    settings = {key: value for key, value in asdict(config).items() if key != "given"}
+    with tracked(config.tracker, display, folder, folder.name, settings | {"optimizer": name, "lr": lr}, display.warn) as watcher:
+        result, model = train(config, name, lr, data, folder, watcher)
     if result.status in ("finished", "interrupted"):
         model.save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")

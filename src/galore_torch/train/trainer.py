@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
+from galore_torch.train.measure import Probe
 from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.optim import (
     adamw_state_bytes,
@@ -111,6 +112,9 @@ class _Loop:
     metrics: IO[str]
     watcher: Watcher
 
+    def __post_init__(self) -> None:
+        self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
+
     def run(self) -> None:
         config, result = self.config, self.result
         stream = batches(self.data.train, config.max_length, config.batch_size, config.seed)
@@ -131,6 +135,7 @@ class _Loop:
         import torch
 
         config, result = self.config, self.result
+        self.probe.begin()
         start = time.perf_counter()
         lr = result.lr * config.lr_factor(step - 1)
         for group in self.optimizer.param_groups:
@@ -138,7 +143,8 @@ class _Loop:
         mean_loss = 0.0
         for _ in range(config.accumulation):
             inputs, targets = next(stream)
-            loss = self.loss(inputs, targets)
+            with self.probe.saving():
+                loss = self.loss(inputs, targets)
             mean_loss += loss.item() / config.accumulation
             # Before the backward pass: with per-layer updates it is the one that moves weights.
             self.check_finite(mean_loss, f"the loss is {mean_loss} at step {step}")
@@ -148,7 +154,10 @@ class _Loop:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clipping)
             row["grad_norm"] = norm.item()
             self.check_finite(row["grad_norm"], f"the gradient norm is {norm.item()} at step {step}")
-        self.optimizer.step()
+        else:
+            row |= self.probe.gradient_norm()
+        with self.probe.stepping():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - start
@@ -157,7 +166,8 @@ class _Loop:
         result.tokens_seen += tokens
         result.seconds += seconds
         result.losses.append((step, mean_loss))
-        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1)}
+        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row |= self.probe.finish()
         row |= memory_mb(self.device)
         result.peak_memory_mb = row["peak_rss_mb"]
         self.write(row)
@@ -175,6 +185,7 @@ class _Loop:
         import torch
 
         config, result = self.config, self.result
+        start = time.perf_counter()
         total, tokens = 0.0, 0
         self.model.eval()
         with torch.no_grad():
@@ -191,6 +202,7 @@ class _Loop:
             "eval_perplexity": perplexity(mean),
             "eval_tokens": tokens,
             "tokens_seen": result.tokens_seen,
+            "seconds": round(time.perf_counter() - start, 6),
         }
         self.write(row)
         self.watcher.evaluated(row)
@@ -236,10 +248,11 @@ def memory_mb(device: str) -> dict[str, float]:
         now = pages * resource.getpagesize() / _MB
     except OSError:  # no /proc: the peak is the best that is known
         now = peak
-    row = {"rss_mb": round(now, 1), "peak_rss_mb": round(peak, 1)}
+    row = {"rss_mb": round(now, 1), "peak_rss_mb": round(max(now, peak), 1)}  # the system's peak may lag behind
     if device == "cuda":
         import torch
 
+        row["cuda_mb"] = round(torch.cuda.memory_allocated() / _MB, 1)
         row["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / _MB, 1)
     return row
 
