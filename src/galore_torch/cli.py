@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is None:
             _parser().print_help()
             return 0
-        return _pretrain(arguments)
+        return _report(arguments) if command == "report" else _pretrain(arguments)
     except UserError as error:
         _print_error(str(error))
         return _EXIT_USAGE
@@ -39,12 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(arguments: dict[str, Any]) -> int:
     config = PretrainConfig(**arguments, given=frozenset(arguments))
-    missing = [name for name in _TRAIN_EXTRA if find_spec(name) is None]
-    if missing:
-        raise UserError(f'galore pretrain needs {", ".join(missing)}; install them with: pip install "galore-torch[train]"')
+    _need("pretrain", _TRAIN_EXTRA)
     from galore_torch.train.pretrain import pretrain
 
     return pretrain(config)
+
+
+def _report(arguments: dict[str, Any]) -> int:
+    _need("report", ("matplotlib",))
+    from galore_torch.train.html_report import write_report
+
+    page, *pictures = write_report(arguments["runs"], arguments["output"])
+    print(f"{page} and {len(pictures)} pictures beside it")
+    return 0
+
+
+def _need(command: str, packages: Sequence[str]) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f'galore {command} needs {", ".join(missing)}; install them with: pip install "galore-torch[train]"')
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +88,21 @@ def _parser() -> argparse.ArgumentParser:
             if name not in groups:
                 groups[name] = pretrain.add_argument_group(name)
             _add_flag(groups[name], item)
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="draw runs: one self-contained HTML file, and PNGs beside it",
+        description="Draw one or more runs into one HTML file that needs no network, and PNGs beside it.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder that galore pretrain wrote; of a comparison, all its runs")
+    report.add_argument(
+        "-o", "--output", metavar="FILE.html", help="where to write (default: report.html in RUN; with several, in this folder)"
+    )
 
 
 def _add_flag(group: Any, item: Field[Any]) -> None:

@@ -1,6 +1,7 @@
 """Training commands built on the optimizers: what `galore pretrain` does, in small files.
 
 Floors inside this room, each imports only from those before it:
-errors, optim, model, config, corpus, tokenizer, data, trainer, report, display, pretrain.
+errors, optim, model, config, corpus, tokenizer, data, measure, trainer, series, report, display, trackers, pretrain;
+and for `galore report`, which needs no torch: errors, series, runs, chart_style, charts, html_report.
 Importing this package imports neither torch nor transformers; the functions that need them do.
 """
