@@ -103,29 +103,43 @@ def test_consumed_gradients_have_no_norm_and_no_optimizer_time(make_config: Make
     assert all("refreshes" in row for row in rows)
 
 
-def test_memory_by_purpose_is_what_tensors_hold() -> None:
-    """A linear layer by hand: its input is what it keeps for the backward pass, its weights are not counted twice."""
-    model = torch.nn.Linear(64, 32, bias=False)
-    optimizer = GaLoreAdamW([{"params": model.parameters(), "rank": 4}])
-    probe = Probe(model, optimizer, "cpu", track_subspace=False)
-    inputs = torch.randn(16, 64)
+def one_update(probe: Probe, model: torch.nn.Module, inputs: torch.Tensor) -> dict[str, Any]:
     probe.begin()
     with probe.saving():
-        loss = model(inputs).sum()
+        loss = model(inputs).square().mean()
     loss.backward()
     with probe.stepping():
-        optimizer.step()
-    row = probe.finish()
+        probe.optimizer.step()
+    probe.optimizer.zero_grad()
+    return probe.finish()
+
+
+def test_overlap_of_a_refresh_is_between_the_bases_before_and_after_it() -> None:
+    """By hand from copies of the state, at a refresh in every update."""
+    model = torch.nn.Linear(24, 16, bias=False)
+    optimizer = GaLoreAdamW([{"params": model.parameters(), "rank": 4, "update_proj_gap": 1}])
+    probe = Probe(model, optimizer, "cpu", track_subspace=True)
+    one_update(probe, model, torch.randn(8, 24))
+    for _ in range(3):
+        old = optimizer.state[model.weight]["basis"].clone()
+        row = one_update(probe, model, torch.randn(8, 24))
+        kept = (optimizer.state[model.weight]["basis"].T @ old).norm().item() ** 2 / 4
+        assert kept < 0.9, "the basis has to turn for this test to see anything"
+        assert row["overlap"] == {"weight": pytest.approx(kept, abs=1e-5)}
+
+
+def test_memory_by_purpose_is_what_tensors_hold() -> None:
+    """Two layers by hand: kept for the backward pass are the inputs of both and the output that is squared, not the weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 8, bias=False))
+    optimizer = GaLoreAdamW([{"params": model.parameters(), "rank": 4}])
+    probe = Probe(model, optimizer, "cpu", track_subspace=False)
+    row = one_update(probe, model, torch.randn(16, 64))
     state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     in_bytes = {name: round(mb * 1e6) for name, mb in row["memory_mb"].items()}
-    assert in_bytes == {"weights": 32 * 64 * 4, "gradients": 32 * 64 * 4, "optimizer": state, "activations": 16 * 64 * 4}
+    weights = (64 * 32 + 32 * 8) * 4
+    assert in_bytes == {"weights": weights, "gradients": weights, "optimizer": state, "activations": 16 * (64 + 32 + 8) * 4}
     assert 0 < row["optimizer_s"] < 60
-    probe.begin()
-    with probe.saving():
-        model(inputs).sum().backward()
-    with probe.stepping():
-        optimizer.step()
-    assert "memory_mb" not in probe.finish(), "sizes are told once"
+    assert "memory_mb" not in one_update(probe, model, torch.randn(16, 64)), "sizes are told once"
 
 
 def test_rows_have_what_a_report_needs(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:

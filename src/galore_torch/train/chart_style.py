@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from galore_torch.train.runs import Run
+from galore_torch.train.series import number
 
 INK = "#1b1f24"
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito, 2008).
@@ -64,9 +65,10 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def label_of(run: Run) -> str:
+def label_of(run: Run, letters: int = 48) -> str:
+    """The run's name in at most so many letters, its middle left out."""
     name = printable(run.name)
-    name = f"{name[:30]}…{name[-17:]}" if len(name) > 48 else name
+    name = f"{name[: letters - 18]}…{name[-17:]}" if len(name) > letters else name
     return " " + name if name.startswith("_") else name  # matplotlib hides labels that begin with an underscore
 
 
@@ -88,12 +90,14 @@ def names(runs: Sequence[tuple[int, Run]]) -> list[Any]:
 
 
 def x_axis(axes: Axes, x: str, runs: Sequence[Run]) -> float:
-    """Label the x axis; returns the factor on x."""
+    """Label the x axis, from 0 to the end of the longest run; returns the factor on x."""
     if x == "wall":
         longest = max(run.wall for run in runs)
         unit, factor = ("s", 1.0) if longest < 600 else ("min", 1 / 60) if longest < 7200 else ("h", 1 / 3600)
-        axes.set_xlabel(f"time of updates and evaluations ({unit})")
+        axes.set(xlabel=f"time of updates and evaluations ({unit})", xlim=(0, 1.02 * longest * factor or 1))
         return factor
+    rows = [row for run in runs for row in (*run.updates, *run.evals)]
+    axes.set_xlim(0, 1.02 * max((number(row.get(x)) or 0 for row in rows), default=0) or 1)
     if x == "tokens_seen":
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

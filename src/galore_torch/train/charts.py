@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from galore_torch.train.chart_style import DEPTH, FEW, INK, colour, label_of, legend, look, names, panels, printable, x_axis
 from galore_torch.train.runs import Run
@@ -84,6 +84,8 @@ def _curves(field: str, unit: str, *, log: bool = False, smoothed: bool = False)
         elif min(seen) >= 0:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(unit)
+        if max(seen) >= 10_000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         legend(figure, names(shown))
         return figure
 
@@ -99,6 +101,7 @@ def _overlap(runs: Sequence[Run]) -> Figure | None:
     layers = sorted({layer_of(name) for _, found in shown for name in found})
     for axes, (run, found) in zip(stack, shown, strict=True):
         gaps = [b - a for steps, _ in found.values() for a, b in itertools.pairwise(steps)]
+        size, alpha = (8, 0.5) if sum(len(steps) for steps, _ in found.values()) < 500 else (3, 0.25)
         gap = statistics.median(gaps) if gaps else max(steps[-1] for steps, _ in found.values())
         for index, layer in enumerate(layers):
             dots = sorted((s, v) for name, points in found.items() if layer_of(name) == layer for s, v in zip(*points, strict=True))
@@ -107,7 +110,7 @@ def _overlap(runs: Sequence[Run]) -> Figure | None:
                 bins.setdefault(int(step // gap), []).append((step, value))
             means = [tuple(map(statistics.fmean, zip(*part, strict=True))) for part in bins.values()]
             shade = DEPTH(index / max(1, len(layers) - 1))
-            axes.scatter([step for step, _ in dots], [value for _, value in dots], color=shade, s=8, alpha=0.5, linewidths=0)
+            axes.scatter([step for step, _ in dots], [value for _, value in dots], color=shade, s=size, alpha=alpha, linewidths=0)
             axes.plot(*zip(*means, strict=True), color=shade, linewidth=1.6, marker="." if len(means) <= FEW else "")
         axes.set(ylim=(0, 1.02), ylabel="overlap")
         axes.set_title(label_of(run), loc="left")
@@ -125,13 +128,13 @@ def layer_of(name: str) -> tuple[int, str]:
 
 
 def _step_times(runs: Sequence[Run]) -> Figure | None:
-    """One panel a run: updates without a refresh light, with one dark, on top of each other."""
+    """One panel a run: updates without a refresh pale, with one in full colour, on top of each other."""
     shown = [(i, run) for i, run in enumerate(runs) if run.seconds()]
     if not shown:
         return None
     figure, stack = panels(len(shown), 0.9 + (1.6 if len(shown) < 4 else 1.1) * len(shown), sharex=True)
     everything = sorted(s for _, run in shown for s in run.seconds())
-    last = everything[min(len(everything) - 1, int(0.99 * len(everything)))] * 1.05  # the slowest in a hundred leave the picture
+    first, last = 0.95 * everything[0], 1.05 * everything[int(0.99 * (len(everything) - 1))]  # the slowest in a hundred leave the picture
     unit, factor = ("ms", 1e3) if last < 2 else ("s", 1.0)
     for axes, (index, run) in zip(stack, shown, strict=True):
         kinds = [("without a refresh", run.seconds(refreshed=False), 0.4), ("with a refresh", run.seconds(refreshed=True), 1.0)]
@@ -139,9 +142,10 @@ def _step_times(runs: Sequence[Run]) -> Figure | None:
         labels = [f"{label}: {len(part)}, median {statistics.median(part) * factor:.3g} {unit}" for label, part, _ in kinds]
         shades = [to_rgba(colour(index), alpha) for _, _, alpha in kinds]
         times = [[s * factor for s in part] for _, part, _ in kinds]
-        axes.hist(times, bins=40, range=(0, last * factor), stacked=True, color=shades, label=labels)
+        axes.hist(times, bins=40, range=(first * factor, last * factor), stacked=True, color=shades, label=labels)
         beyond = sum(s > last for s in run.seconds())
-        axes.set_title(label_of(run) + (f" ({beyond} slower than {last * factor:.3g} {unit})" if beyond else ""), loc="left")
+        title = f"{label_of(run, 36)} ({beyond} slower than {last * factor:.3g} {unit})" if beyond else label_of(run)
+        axes.set_title(title, loc="left")
         axes.set(ylabel="updates", ylim=(0, 1.6 * axes.get_ylim()[1]))  # room for the legend above the bars
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.legend(loc="upper right")
@@ -154,26 +158,30 @@ def _memory(runs: Sequence[Run]) -> Figure | None:
     shown = [run for run in runs if run.memory]
     if not shown:
         return None
-    figure, (axes,) = panels(height=1.0 + 0.45 * len(shown))
+    figure, (axes,) = panels(height=1.0 + 0.6 * len(shown))
     widest = max(sum(run.memory.values()) for run in shown)
-    unit, factor = ("GB", 1e-3) if widest >= 10_000 else ("MB", 1.0)
+    unit, factor = _megabytes(widest)
     parts = list(dict.fromkeys(part for run in shown for part in run.memory))
     for row, run in enumerate(shown):
         left = 0.0
         for index, part in enumerate(parts):
             width = run.memory.get(part, 0.0)
-            axes.barh(row, width * factor, left=left * factor, color=colour(index), height=0.6)
-            if width > 0.09 * widest:
+            axes.barh(row, width * factor, left=left * factor, color=colour(index), height=0.5)
+            if width > 0.08 * widest:
                 middle = (left + width / 2) * factor
                 axes.text(middle, row, f"{width * factor:.3g}", ha="center", va="center", fontsize=8, color="#ffffff")
             left += width
         axes.text(left * factor, row, f" {left * factor:.3g} {unit}", ha="left", va="center", fontsize=8)
-    axes.set_yticks(range(len(shown)), [label_of(run) for run in shown])
-    axes.set(xlabel=f"memory ({unit})", xlim=(0, widest * factor * 1.15))
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
+        axes.text(0, row - 0.3, label_of(run), ha="left", va="bottom", fontsize=8.5)
+    axes.set_yticks([])
+    axes.set(xlabel=f"memory ({unit})", xlim=(0, widest * factor * 1.15), ylim=(len(shown) - 0.6, -0.8))
     legend(figure, [Patch(color=colour(index), label=part) for index, part in enumerate(parts)])
     return figure
+
+
+def _megabytes(largest: float) -> tuple[str, float]:
+    """Unit, and factor on MB."""
+    return ("GB", 1e-3) if largest >= 10_000 else ("MB", 1.0)
 
 
 def _held(runs: Sequence[Run]) -> Figure | None:
@@ -188,12 +196,14 @@ def _held(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, (axes,) = panels(height=3.0)
     x_axis(axes, "step", runs)
+    highest = max(value for *_, now, peak in found for value in (*now[1], *peak[1]))
+    unit, factor = _megabytes(highest)
     for index, _, now, peak in found:
+        now, peak = ((xs, [y * factor for y in ys]) for xs, ys in (now, peak))
         marker = "." if len(now[0]) <= FEW else ""
         axes.plot(*thin(*now), color=colour(index), linewidth=1.6, marker=marker)
         axes.plot(*thin(*peak), color=colour(index), linewidth=1.0, linestyle="--", marker=marker)
-    axes.set_ylim(0, 1.1 * max(value for *_, now, peak in found for value in (*now[1], *peak[1])))
-    axes.set_ylabel("memory (MB)")
+    axes.set(ylim=(0, 1.1 * highest * factor or 1), ylabel=f"memory ({unit})")
     dashed = Line2D([], [], color=INK, linewidth=1.0, linestyle="--", label="peak so far")
     now_lines = [Line2D([], [], color=colour(index), linewidth=2, label=label_of(run)) for index, run, *_ in found]
     legend(figure, [*now_lines, dashed])
@@ -224,7 +234,7 @@ CHARTS = (
     Chart(
         "step-time",
         "Time of an update",
-        "Updates that refreshed a basis are dark, the others light.",
+        "Updates that refreshed a basis are in full colour, the others pale.",
         _step_times,
         "Not recorded: it takes at least two updates.",
     ),

@@ -37,11 +37,14 @@ figure { margin: 0; padding: 1rem; background: var(--card); border: 1px solid va
 figure svg { display: block; width: 100%; height: auto; color: var(--ink) }
 figcaption { color: var(--faint); font-size: .85rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); font-size: .9rem }
-th, td { white-space: nowrap; text-align: right; vertical-align: top }
-th { font-weight: 600; color: var(--faint) }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); font-size: .9rem }
+td { white-space: nowrap } th, td { text-align: right; vertical-align: top }
+th { font-weight: 600; color: var(--faint); vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
-.settings td { white-space: normal; max-width: 18rem; overflow-wrap: anywhere } .settings td:first-child { min-width: 12rem }
+td:first-child, td:nth-child(3) { white-space: normal; overflow-wrap: break-word; min-width: 6rem; max-width: 24rem }
+td:first-child { min-width: 13rem }
+.settings { margin: 1.5rem 0 }
+.settings td { white-space: normal } .settings th, .settings td { min-width: 7rem; max-width: 24rem; overflow-wrap: anywhere }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; font-size: .85rem }
 summary { cursor: pointer; margin: .5rem 0 } @media print { figure { break-inside: avoid } }
@@ -74,7 +77,7 @@ def write_report(paths: Sequence[str], output: str | None = None) -> list[Path]:
 def _document(runs: Sequence[Run], cards: Sequence[str]) -> str:
     title = "galore report: " + (_text(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs")
     light, dark = ("; ".join(f"--c{i}: {value}" for i, value in enumerate(colours)) for colours in (PALETTE, _DARK))
-    broken = [f"{_text(run.name)}: {run.unreadable} lines of metrics.jsonl could not be read" for run in runs if run.unreadable]
+    broken = [f"{_text(run.name)}: {run.unreadable} of the lines in metrics.jsonl could not be read" for run in runs if run.unreadable]
     body = [
         f"<h1>{title}</h1>",
         _table(_HEADER, [_summary(index, run) for index, run in enumerate(runs)]),
@@ -83,7 +86,7 @@ def _document(runs: Sequence[Run], cards: Sequence[str]) -> str:
         f'<div class="more">{"".join(cards[_LOSSES:])}</div>',
         _differences(runs),
         _overlaps(runs),
-        *(f"<details><summary>Settings of {_text(run.name)}</summary><pre>{_settings(run)}</pre></details>" for run in runs if run.config),
+        _settings(runs),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -171,13 +174,23 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
+def _configs(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
+    """(names of the runs that share it, config) of each: the runs of a comparison have one."""
+    shared: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for run in runs:
+        if run.config:
+            shared.setdefault(json.dumps(run.config), ([], run.config))[0].append(run.name)
+    return [(", ".join(names), config) for names, config in shared.values()]
+
+
 def _differences(runs: Sequence[Run]) -> str:
-    """The settings in which several runs differ."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in ("save_dir", "resolved"))
-    rows = [(key, [json.dumps(run.config.get(key)) for run in runs]) for key in keys]
+    """The settings in which several configs differ; a dash where one does not have it."""
+    names, configs = zip(*_configs(runs) or [("", {})], strict=True)
+    keys = dict.fromkeys(key for config in configs for key in config if key not in ("save_dir", "resolved"))
+    rows = [(key, [json.dumps(config[key]) if key in config else "-" for config in configs]) for key in keys]
     different = [[_text(key), *map(_text, values)] for key, values in rows if len(set(values)) > 1]
-    table = _table(["", *(run.name for run in runs)], different)
-    return f'<h2>Settings that differ</h2><div class="settings">{table}</div>' if different else ""
+    table = _table(["", *names], different)
+    return f'<div class="settings"><h2>Settings that differ</h2>{table}</div>' if different else ""
 
 
 def _overlaps(runs: Sequence[Run]) -> str:
@@ -191,5 +204,12 @@ def _overlaps(runs: Sequence[Run]) -> str:
     return f"<details><summary>Subspace overlap of every matrix</summary>{table}</details>" if rows else ""
 
 
-def _settings(run: Run) -> str:
-    return escape("".join(c if c == "\n" or c.isprintable() else "?" for c in json.dumps(run.config, indent=2)))
+def _settings(runs: Sequence[Run]) -> str:
+    """Every config whole, folded away."""
+    folded = [
+        f"<details><summary>Settings of {_text(names)}</summary><pre>"
+        + "\n".join(map(_text, json.dumps(config, indent=2).splitlines()))
+        + "</pre></details>"
+        for names, config in _configs(runs)
+    ]
+    return "\n".join(folded)

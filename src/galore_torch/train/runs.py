@@ -35,8 +35,9 @@ class Run:
     @property
     def optimizer(self) -> str:
         made = _dict(self.config.get("resolved")).get("optimizers")
-        first = made[0] if isinstance(made, list) and len(made) == 1 else {}
-        return str(self.summary.get("optimizer") or _dict(first).get("optimizer") or self.folder.name)
+        names = [_dict(one).get("optimizer") for one in made] if isinstance(made, list) else []
+        alone = names[0] if len(names) == 1 else self.folder.name if names else None  # a comparison names folders after optimizers
+        return str(self.summary.get("optimizer") or alone or "-")
 
     @property
     def status(self) -> str:
