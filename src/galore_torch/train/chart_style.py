@@ -94,10 +94,10 @@ def x_axis(axes: Axes, x: str, runs: Sequence[Run]) -> float:
     if x == "wall":
         longest = max(run.wall for run in runs)
         unit, factor = ("s", 1.0) if longest < 600 else ("min", 1 / 60) if longest < 7200 else ("h", 1 / 3600)
-        axes.set(xlabel=f"time of updates and evaluations ({unit})", xlim=(0, 1.02 * longest * factor or 1))
+        axes.set(xlabel=f"time of updates and evaluations ({unit})", xlim=_span(longest * factor))
         return factor
     rows = [row for run in runs for row in (*run.updates, *run.evals)]
-    axes.set_xlim(0, 1.02 * max((number(row.get(x)) or 0 for row in rows), default=0) or 1)
+    axes.set_xlim(_span(max((number(row.get(x)) or 0 for row in rows), default=0)))
     if x == "tokens_seen":
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -105,3 +105,9 @@ def x_axis(axes: Axes, x: str, runs: Sequence[Run]) -> float:
         axes.set_xlabel("update")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return 1.0
+
+
+def _span(end: float) -> tuple[float, float]:
+    """From 0 to `end`, with room for the marks at both."""
+    end = end or 1
+    return -0.02 * end, 1.02 * end
