@@ -29,7 +29,8 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.optim import OPTIMIZERS
-from galore_torch.train.trainer import RunResult, train
+from galore_torch.train.result import RunResult
+from galore_torch.train.trainer import train
 
 Make = Callable[..., PretrainConfig]
 

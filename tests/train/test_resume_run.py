@@ -28,10 +28,12 @@ from galore_torch.train.data import TokenData
 from galore_torch.train.display import Display
 from galore_torch.train.errors import UserError
 from galore_torch.train.pretrain import pretrain
+from galore_torch.train.resume import find_starts
 from galore_torch.train.trainer import _Loop, train
 
 Make = Callable[..., PretrainConfig]
-CLOCK = {"tokens_per_s", "rss_mb", "peak_rss_mb"}  # what differs between two equal runs
+# What differs between two equal runs: a clock, the system's memory, and sizes that each process measures once.
+CLOCK = {"tokens_per_s", "seconds", "optimizer_s", "rss_mb", "peak_rss_mb", "memory_mb"}
 
 
 class Silent:
@@ -235,6 +237,24 @@ def test_auto_starts_afresh_where_nothing_was_saved(make_config: Make, tmp_path:
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
+def test_auto_starts_afresh_beside_what_a_tracker_left(make_config: Make, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "wandb").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    assert find_starts(make_config(resume="auto", tracker=("wandb",))).folder == run
+    assert find_starts(make_config(resume="auto")).folder is None
+
+
+def test_sizes_are_measured_in_the_first_update_that_is_not_skipped(
+    make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = _Loop.loss
+    monkeypatch.setattr(_Loop, "loss", lambda self, *a, **k: loss(self, *a, **k) * (1 if self.result.steps or k else torch.nan))
+    train(make_config(), "adamw", 0.01, token_data, tmp_path, Silent())
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written if "memory_mb" in row] == [2]
+
+
 def test_auto_names_and_skips_the_broken_ones(make_config: Make, tmp_path: Path) -> None:
     config = make_config(save_every=2, keep=9, resume="auto")
     assert command(config)[0] == 0
@@ -386,6 +406,7 @@ def test_bad_update_is_skipped_and_counted(
     updates = [row for row in rows(tmp_path) if "lr" in row]
     assert [row["step"] for row in updates if "skipped" in row] == [3, 4]
     assert all(row["skipped"].startswith(f"the {broken} is ") for row in updates if "skipped" in row)
+    assert ["refreshes" in row for row in updates] == [name != "adamw" and "skipped" not in row for row in updates]
     assert [step for step, _ in result.losses] == ([1, 2, 5, 6] if broken == "loss" else [1, 2, 3, 4, 5, 6])
 
 

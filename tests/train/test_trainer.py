@@ -16,7 +16,10 @@ from torch import nn
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, load_data, windows_in_order
 from galore_torch.train.errors import UserError
-from galore_torch.train.trainer import RunResult, memory_mb, perplexity, pick_device, train
+from galore_torch.train.memory import memory_mb
+from galore_torch.train.place import pick_device
+from galore_torch.train.result import RunResult, perplexity
+from galore_torch.train.trainer import train
 
 Make = Callable[..., PretrainConfig]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from galore_torch.train.contenders import check_contenders
 from galore_torch.train.errors import UserError
+from galore_torch.train.optim import optimizer_spec
 from galore_torch.train.schedule import SCHEDULERS
-from galore_torch.train.settings import DEVICES, DTYPES, PROJ_TYPES, Settings
+from galore_torch.train.settings import DEVICES, DTYPES, PROJ_TYPES, TRACKERS, Settings
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PretrainConfig(Settings):
         self._check_model()
         self._check_batch()
         self._check_schedule()
+        self._check_looking()
         check_contenders(self.compare, self.contenders, self.given)
 
     def _settle(self) -> None:
@@ -115,6 +117,14 @@ class PretrainConfig(Settings):
             raise UserError(f"--eval_tokens {self.eval_tokens} is less than one sequence; give at least --max_length, {self.max_length}")
         if self.compare and self.resume not in (None, "auto"):
             raise UserError(f"--resume {self.resume} names one checkpoint, but --compare has {len(self.compare)} runs; use --resume auto")
+
+    def _check_looking(self) -> None:
+        unknown = [name for name in self.tracker if name not in TRACKERS]
+        if unknown:
+            raise UserError(f"--tracker {unknown[0]!r} is not known; choose from: {', '.join(TRACKERS)}")
+        if self.track_subspace and not any(optimizer_spec(name).low_rank for name, _ in self.contenders):
+            names = ", ".join(name for name, _ in self.contenders)
+            raise UserError(f"--track_subspace has no effect on {names}; leave it out, or choose galore_adamw")
 
     def _check_schedule(self) -> None:
         steps, names = self.num_training_steps, [name for name, _ in self.contenders]

@@ -17,10 +17,11 @@ def memory_mb(device: str) -> dict[str, float]:
         now = pages * resource.getpagesize() / _MB
     except OSError:  # no /proc: the peak is the best that is known
         now = peak
-    row = {"rss_mb": round(now, 1), "peak_rss_mb": round(peak, 1)}
+    row = {"rss_mb": round(now, 1), "peak_rss_mb": round(max(now, peak), 1)}  # the system's peak may lag behind
     if device == "cuda":
         import torch
 
+        row["cuda_mb"] = round(torch.cuda.memory_allocated() / _MB, 1)
         row["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / _MB, 1)
     return row
 

@@ -14,7 +14,9 @@ from galore_torch.train.checkpoint import plain_failures, step_of
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
+from galore_torch.train.flags import SETTINGS
 from galore_torch.train.optim import build_optimizer
+from galore_torch.train.place import model_for, pick_device
 from galore_torch.train.report import (
     check_save_dir,
     draw,
@@ -26,8 +28,10 @@ from galore_torch.train.report import (
     write_config,
     write_json,
 )
+from galore_torch.train.result import RunResult
 from galore_torch.train.resume import METRICS, Starts, check_identity, differences, find_starts, identity, run_folder
-from galore_torch.train.trainer import RunResult, model_for, pick_device, train
+from galore_torch.train.trackers import check_trackers, tracked
+from galore_torch.train.trainer import train
 
 EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells have it: Ctrl-C 130, SIGTERM 143
 
@@ -39,6 +43,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     starts = find_starts(config)
     if starts.folder is None:
         check_save_dir(config.save_dir)
+    check_trackers(config.tracker)
     _quiet_libraries()
     device = pick_device(config.device)
     for note in config.notes:
@@ -96,7 +101,9 @@ def _one_run(
 ) -> RunResult:
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
-    result, model = train(config, name, lr, data, folder, display, start)
+    settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
+    with tracked(config.tracker, display, folder, folder.name, settings, display.warn) as watcher:
+        result, model = train(config, name, lr, data, folder, watcher, start)
     if result.status in ("finished", "interrupted"):
         to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")

@@ -127,7 +127,7 @@ def _newest(config: PretrainConfig) -> Starts:
 def _nothing_saved_yet(folder: Path, config: PretrainConfig) -> bool:
     """Whether `folder` holds what a run leaves that was stopped before its first checkpoint, and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    own = set(config.run_names) if config.compare else {METRICS, "checkpoints"}
+    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", *config.tracker}
     return "config.json" in names and names <= own | {"config.json"} and not any(folder.rglob("step-*"))
 
 

@@ -17,6 +17,7 @@ from galore_torch.train.schedule import SCHEDULERS, Schedule
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -91,6 +92,8 @@ class Settings:
     # -- run
     eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
     eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
+    tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
     save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped")
     keep: int = _setting(2, "run", "checkpoints to keep, the newest")

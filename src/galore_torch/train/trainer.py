@@ -17,16 +17,15 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from galore_torch.train.checkpoint import plain_failures, write_checkpoint
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
-from galore_torch.train.hf_model import load_model
+from galore_torch.train.measure import Probe
 from galore_torch.train.memory import memory_mb
-from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.optim import (
     adamw_state_bytes,
     build_optimizer,
-    optimizer_spec,
     per_layer_updates,
     state_bytes,
 )
+from galore_torch.train.place import model_for, pick_device
 from galore_torch.train.result import RunResult, perplexity
 from galore_torch.train.resume import METRICS, fill, identity, read_trainer, restore
 
@@ -71,7 +70,6 @@ def train(
             per_layer_updates(name, model, optimizer, deferred=deferred),
         ):
             loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder)
-            loop.has_gradients = deferred or not optimizer_spec(name).per_layer
             loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
             try:
                 loop.run()
@@ -79,20 +77,6 @@ def train(
                 result.status = str(stop)
             loop.save()
     return result, model
-
-
-def model_for(config: PretrainConfig, data: TokenData) -> nn.Module:
-    """The seed's model with the tokenizer's end-of-text token and the settled vocabulary, or the one to go on from."""
-    if config.hf_model:
-        return load_model(config.hf_model, dtype=config.torch_dtype, activation_checkpointing=config.activation_checkpointing)
-    return build_model(
-        model_shape(config.model_config).with_vocab(data.vocab_size),
-        seed=config.seed,
-        dtype=config.torch_dtype,
-        bos_token_id=data.tokenizer.fast.bos_token_id,
-        eos_token_id=data.tokenizer.end_id,
-        activation_checkpointing=config.activation_checkpointing,
-    )
 
 
 @dataclass
@@ -106,8 +90,10 @@ class _Loop:
     metrics: IO[str]
     watcher: Watcher
     folder: Path
-    has_gradients: bool = True  # after the backward pass; per-layer updates may have consumed them
     saved: int = -1  # the update of the last checkpoint
+
+    def __post_init__(self) -> None:
+        self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
 
     def run(self) -> None:
         """Go on from result.steps to the end of the schedule, or until the watcher asks to stop."""
@@ -128,20 +114,22 @@ class _Loop:
     def update(self, step: int, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step over `accumulation` batches, left out where it would not be finite; writes one line of metrics."""
         config, result = self.config, self.result
+        self.probe.begin()
         start = time.perf_counter()
         lr = result.lr * config.lr_factor(step - 1, result.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mean_loss, bad = self.backward([next(stream) for _ in range(config.accumulation)])
         row: dict[str, Any] = {"step": step, "loss": mean_loss, "lr": lr}
-        if not bad and self.has_gradients:
-            row["grad_norm"] = self.gradient_norm()
-            bad = "" if math.isfinite(row["grad_norm"]) else f"the gradient norm is {row['grad_norm']}"
+        if not bad:
+            row |= self.gradient_norm()
+            bad = "" if math.isfinite(row.get("grad_norm", 0.0)) else f"the gradient norm is {row['grad_norm']}"
         if bad:
             result.skipped += 1
             row["skipped"] = bad
         else:
-            self.optimizer.step()
+            with self.probe.stepping():
+                self.optimizer.step()
         result.skipped_in_a_row = result.skipped_in_a_row + 1 if bad else 0
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -152,7 +140,8 @@ class _Loop:
         result.seconds += seconds
         if math.isfinite(mean_loss):
             result.losses.append((step, mean_loss))
-        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1)}
+        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
         result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
         self.write(row)
@@ -164,7 +153,8 @@ class _Loop:
         """Gradients of the mean loss over `parts`; returns that loss, and why the update is to be left out, if it is."""
         mean_loss, bad = 0.0, ""
         for index, (inputs, targets) in enumerate(parts, 1):
-            loss = self.loss(inputs, targets)
+            with self.probe.saving():
+                loss = self.loss(inputs, targets)
             mean_loss += loss.item() / len(parts)
             # Before the backward pass: with per-layer updates it is the one that moves weights.
             if index == len(parts) or not math.isfinite(mean_loss):
@@ -183,13 +173,13 @@ class _Loop:
             return f"the loss is {loss:.4g}, {rise:.3g} above the median of the last {_RECENT}"
         return ""
 
-    def gradient_norm(self) -> float:
-        """2-norm of all gradients, which are clipped to --grad_clipping where that is given."""
+    def gradient_norm(self) -> dict[str, float]:
+        """{"grad_norm": of all gradients}, which are clipped to --grad_clipping where that is given; {} where they are consumed."""
         import torch
 
         if self.config.grad_clipping > 0:
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping).item()
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
+            return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping).item()}
+        return self.probe.gradient_norm()
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats over (B, L) targets, in float32 whatever the weights' dtype."""
@@ -210,6 +200,7 @@ class _Loop:
         if not self.evaluation_is_due():
             return
         config, result = self.config, self.result
+        start = time.perf_counter()
         total, tokens = 0.0, 0
         self.model.eval()
         with torch.no_grad():
@@ -231,6 +222,7 @@ class _Loop:
             "eval_perplexity": perplexity(mean),
             "eval_tokens": tokens,
             "tokens_seen": result.tokens_seen,
+            "seconds": round(time.perf_counter() - start, 6),
         }
         self.write(row)
         self.watcher.evaluated(row)
@@ -261,16 +253,3 @@ class _Loop:
         finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
-
-
-def pick_device(name: str) -> str:
-    """'cpu' or 'cuda' for auto, cpu or cuda."""
-    import torch
-
-    from galore_torch.train.errors import UserError
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; give --device cpu")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
