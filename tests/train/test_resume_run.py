@@ -60,13 +60,14 @@ def environment() -> dict[str, str]:
 
 
 # Imports once what a run needs, then makes a process of its own for each command it reads: (words, log, cache). A killed process,
-# unlike a lost machine, loses nothing that it gave to the system, so none of them waits for the disk.
+# unlike a lost machine, loses nothing that it gave to the system, so none of them waits for the disk; none draws the picture.
 FORKER = """
 import json, os, sys
-import matplotlib.figure, torch, transformers.models.llama.modeling_llama
+import torch, transformers.models.llama.modeling_llama
 import galore_torch.train.pretrain
 from galore_torch import cli
 os.fsync = lambda descriptor: None
+galore_torch.train.pretrain.draw = lambda *_: None
 for line in sys.stdin:
     words, log, os.environ["XDG_CACHE_HOME"] = json.loads(line)
     pid = os.fork()
