@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, load_data, windows_in_order
-from galore_torch.train.trainer import model_for
+from galore_torch.train.place import model_for
 
 
 def machine(device: str = "cpu") -> str:

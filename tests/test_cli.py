@@ -39,7 +39,9 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["pretrain", "--config", "60m", "--rank", "0"], ["recipes"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--help"], ["pretrain", "--config", "60m", "--rank", "0"], ["recipes"], ["report", "--help"]]
+)
 def test_parsing_loads_no_heavy_library(words: list[str]) -> None:
     program = (
         "import sys\nfrom galore_torch.cli import main\n"
@@ -121,6 +123,22 @@ def test_missing_extra_says_what_to_install(capsys: pytest.CaptureFixture[str], 
     line = failure(capsys, "pretrain")
     assert "needs tokenizers, rich" in line
     assert 'pip install "galore-torch[train]"' in line
+
+
+def test_report_needs_only_the_package_that_draws(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    line = failure(capsys, "report", "runs/first")
+    assert "galore report needs matplotlib;" in line
+
+
+def test_report_loads_neither_torch_nor_transformers() -> None:
+    """A report is drawn where nothing can be trained."""
+    program = (
+        "import sys, galore_torch.train.html_report\nprint('loaded:', [m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
 
 
 def test_what_is_typed_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

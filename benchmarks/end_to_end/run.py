@@ -33,7 +33,9 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches
 from galore_torch.train.model import PRESETS
 from galore_torch.train.optim import OPTIMIZERS, build_optimizer, optimizer_spec
-from galore_torch.train.trainer import RunResult, _Loop, model_for
+from galore_torch.train.place import model_for
+from galore_torch.train.result import RunResult
+from galore_torch.train.trainer import _Loop
 
 LENGTH = 128  # tokens of one sequence
 PRESET = "end_to_end"
@@ -73,7 +75,7 @@ class Run:
         else:
             lr = optimizer_spec(name).default_lr
             optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
-        loop = _Loop(config, model, optimizer, data, device, RunResult(name, lr), io.StringIO(), Nobody())
+        loop = _Loop(config, model, optimizer, data, device, RunResult(name, lr), io.StringIO(), Nobody(), folder=Path())
         return cls(loop, batches(data.train, config.max_length, config.batch_size, config.seed))
 
     def update(self) -> None:

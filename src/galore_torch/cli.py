@@ -76,9 +76,7 @@ def _add_pretrain(commands: Any) -> None:
 def _pretrain(arguments: dict[str, Any]) -> int:
     _refuse_more_processes()
     config = config_from(arguments)
-    missing = [name for name in _TRAIN_EXTRA if find_spec(name) is None]
-    if missing:
-        raise UserError(f'galore pretrain needs {", ".join(missing)}; install them with: pip install "galore-torch[train]"')
+    _need("pretrain", _TRAIN_EXTRA)
     from galore_torch.train.pretrain import pretrain
 
     return pretrain(config)
@@ -116,6 +114,40 @@ def _copy_recipe(arguments: dict[str, Any]) -> int:
     return _say(f"{path}: edit it, then run: galore pretrain --config {path}")
 
 
+# --- galore report --------------------------------------------------------------------------------------------------
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="draw runs: one self-contained HTML file, and PNGs beside it",
+        description="Draw one or more runs into one HTML file that needs no network, and PNGs beside it.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder that galore pretrain wrote; of a comparison, all its runs")
+    report.add_argument(
+        "-o", "--output", metavar="FILE.html", help="where to write (default: report.html in RUN; with several, in this folder)"
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: dict[str, Any]) -> int:
+    _need("report", ("matplotlib",))
+    from galore_torch.train.html_report import write_report
+
+    page, *pictures = write_report(arguments["runs"], arguments["output"])
+    return _say(f"{page} and {len(pictures)} pictures beside it")
+
+
+# --- what the commands share ----------------------------------------------------------------------------------------
+
+
+def _need(command: str, packages: Sequence[str]) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f'galore {command} needs {", ".join(missing)}; install them with: pip install "galore-torch[train]"')
+
+
 def _say(text: str) -> int:
     print(text)
     return 0
@@ -133,6 +165,7 @@ def _underscored(word: str) -> str:
 _COMMANDS = (
     _add_pretrain,
     _add_recipes,
+    _add_report,
 )
 
 

@@ -39,6 +39,13 @@ def test_order_depends_on_the_seed_alone() -> None:
     assert first_pass != second_pass
 
 
+@pytest.mark.parametrize("drawn", [1, 12, 50, 77, 156])  # 78 windows a pass: within the first, at its last, in the second, in the third
+def test_order_goes_on_from_any_place(drawn: int) -> None:
+    tokens = torch.arange(625, dtype=torch.int32)
+    whole = [inputs[0, 0].item() for inputs, _ in islice(batches(tokens, 8, 1, seed=3), 200)]
+    assert [inputs[0, 0].item() for inputs, _ in islice(batches(tokens, 8, 1, seed=3, start=drawn), 200 - drawn)] == whole[drawn:]
+
+
 def test_evaluation_covers_the_text_in_order() -> None:
     tokens = torch.arange(8 * 7 + 5, dtype=torch.int32)
     parts = list(windows_in_order(tokens, 8, 3))

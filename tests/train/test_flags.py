@@ -152,7 +152,7 @@ def test_token_budget_is_a_number_of_updates(text: str, tokens: int, parsed: Cal
         ("--scheduler cosine_restarts --cycle_length 100 --restart_warmup_steps 100", "must be less than --cycle_length 100"),
         ("--decay_steps 5", "--decay_steps 5 has no effect on --scheduler cosine"),
         ("--scheduler wsd --decay_steps 399", "--decay_steps 399 is more than the 360 updates after warm-up"),
-        ("--continue_from old", "to go on from these weights alone give --hf_model old"),
+        ("--continue_from old", "as the published script did, give --hf_model old"),
         ("--hf_model a --model_config 60m", "--model_config and --hf_model are both given"),
         ("--hf_model a --vocab_size 9", "--vocab_size and --hf_model are both given"),
     ],

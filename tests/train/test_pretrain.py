@@ -46,6 +46,7 @@ def test_run_folder_is_complete_and_the_model_loads(make_config: Make, tmp_path:
         "results.md",
         "summary.json",
         "model",
+        "checkpoints",
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -95,7 +96,7 @@ def test_compare_writes_one_table_and_one_picture(make_config: Make, tmp_path: P
 
 
 def test_contender_that_diverges_does_not_cost_the_others(make_config: Make, tmp_path: Path) -> None:
-    code, printed = command(make_config(compare=("sgd:1e30", "adamw")))
+    code, printed = command(make_config(compare=("sgd:1e30", "adamw"), max_bad_steps=1))
     assert code == 1
     assert "sgd stopped: the loss is nan at step 2" in printed
     first, second = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -154,17 +155,20 @@ def test_ctrl_c_saves_model_table_and_picture(make_config: Make, tmp_path: Path,
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module, "Display", Impatient)
-    before = signal.getsignal(signal.SIGINT)  # a background job inherits SIG_IGN
-    code, printed = command(make_config(compare=("adamw", "sgd")))
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits SIG_IGN
+    try:
+        code, printed = command(make_config(compare=("adamw", "sgd")))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler is not put back"
+    finally:
+        signal.signal(signal.SIGINT, found)
     run = tmp_path / "run"
     assert code == 130
-    assert "interrupted" in printed
+    assert "interrupted by SIGINT" in printed
     assert "| - |" in (run / "results.md").read_text(), "no perplexity was measured after the last update"
     (summary,) = json.loads((run / "summary.json").read_text())
     assert (summary["optimizer"], summary["status"], summary["steps"]) == ("adamw", "interrupted", 3)
     assert (run / "adamw" / "model" / "model.safetensors").is_file()
     assert (run / "loss.png").is_file()
-    assert signal.getsignal(signal.SIGINT) is before, "the handler is not put back"
 
 
 def test_terminal_shows_loss_lr_speed_and_memory(make_config: Make) -> None:

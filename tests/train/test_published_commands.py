@@ -71,7 +71,7 @@ def test_every_other_published_flag_acts_or_is_noted(parsed: Callable[[str], Pre
     assert (config.sequences_per_update, config.max_length, config.num_training_steps) == (8, 64, 195)
     assert (config.scheduler, config.min_lr_ratio, config.seed, config.beta1, config.proj_type) == ("linear", 0.2, 3, 0.5, "left")
     noted = {note.split()[0] for note in config.notes if "has no effect" in note}
-    assert noted == {"--use_hf_model", "--save_every", "--tags", "--workers", "--name"}
+    assert noted == {"--use_hf_model", "--tags", "--workers", "--name"}
 
 
 def test_more_processes_than_one_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from galore_torch.train.contenders import check_contenders
 from galore_torch.train.errors import UserError
+from galore_torch.train.optim import optimizer_spec
 from galore_torch.train.schedule import SCHEDULERS
-from galore_torch.train.settings import DEVICES, DTYPES, PROJ_TYPES, Settings
+from galore_torch.train.settings import DEVICES, DTYPES, PROJ_TYPES, TRACKERS, Settings
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class PretrainConfig(Settings):
     """Settings of one `galore pretrain` call; construction settles and checks them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap"):
+        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap", "keep", "max_bad_steps"):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("vocab_size", "rank", "total_batch_size", "gradient_accumulation", "eval_tokens"):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("max_train_tokens", "decay_steps", "cycle_length", "restart_warmup_steps"):
             self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("eval_every", "weight_decay", "grad_clipping"):
+        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise"):
             self._number(name, lambda v: v >= 0, "at least 0")
         self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
         for name in ("lr", "galore_scale"):
@@ -39,6 +40,7 @@ class PretrainConfig(Settings):
         self._check_model()
         self._check_batch()
         self._check_schedule()
+        self._check_looking()
         check_contenders(self.compare, self.contenders, self.given)
 
     def _settle(self) -> None:
@@ -77,8 +79,8 @@ class PretrainConfig(Settings):
     def _check_model(self) -> None:
         if self.continue_from is not None:
             raise UserError(
-                f"--continue_from {self.continue_from}: the published script brought back weights without optimizer, schedule and data "
-                f"position; to go on from these weights alone give --hf_model {self.continue_from}"
+                f"--continue_from {self.continue_from}: to go on with a run where it stopped give --resume {self.continue_from}; "
+                f"to go on from its weights alone, as the published script did, give --hf_model {self.continue_from}"
             )
         if self.hf_model is not None:
             for name in ("model_config", "vocab_size"):
@@ -113,6 +115,16 @@ class PretrainConfig(Settings):
             )
         if self.eval_tokens < self.max_length:
             raise UserError(f"--eval_tokens {self.eval_tokens} is less than one sequence; give at least --max_length, {self.max_length}")
+        if self.compare and self.resume not in (None, "auto"):
+            raise UserError(f"--resume {self.resume} names one checkpoint, but --compare has {len(self.compare)} runs; use --resume auto")
+
+    def _check_looking(self) -> None:
+        unknown = [name for name in self.tracker if name not in TRACKERS]
+        if unknown:
+            raise UserError(f"--tracker {unknown[0]!r} is not known; choose from: {', '.join(TRACKERS)}")
+        if self.track_subspace and not any(optimizer_spec(name).low_rank for name, _ in self.contenders):
+            names = ", ".join(name for name, _ in self.contenders)
+            raise UserError(f"--track_subspace has no effect on {names}; leave it out, or choose galore_adamw")
 
     def _check_schedule(self) -> None:
         steps, names = self.num_training_steps, [name for name, _ in self.contenders]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from galore_torch.train.config import PretrainConfig
@@ -30,6 +32,11 @@ class TokenData:
     tokenizer: TextTokenizer
     vocab_size: int
     source: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the training tokens: the same for the same text, tokenizer and length, wherever the files lie."""
+        return hashlib.sha256(self.train.numpy().data).hexdigest()
 
 
 def check_data(config: PretrainConfig) -> None:
@@ -76,11 +83,11 @@ def load_data(config: PretrainConfig) -> TokenData:
     return TokenData(train, held_out, tokenizer, vocab_size, source)
 
 
-def batches(tokens: Tensor, length: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(tokens: Tensor, length: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (inputs, targets), each (batch_size, length) int64; targets are one token ahead.
 
     The stream is cut into windows; every pass over them is a new permutation that depends on
-    `seed` alone, so runs of one seed see the same batches.
+    `seed` alone, so runs of one seed see the same batches. `start`: windows drawn before, by a run that is resumed here.
     """
     import torch
 
@@ -88,9 +95,11 @@ def batches(tokens: Tensor, length: int, batch_size: int, seed: int) -> Iterator
     offsets = torch.arange(length + 1)
 
     def order() -> Iterator[Tensor]:
-        for epoch in itertools.count():
+        skipped = start % len(starts)
+        for epoch in itertools.count(start // len(starts)):
             generator = torch.Generator().manual_seed(seed + epoch)
-            yield from starts[torch.randperm(len(starts), generator=generator)]
+            yield from starts[torch.randperm(len(starts), generator=generator)][skipped:]
+            skipped = 0
 
     endless = order()
     while True:

@@ -1,43 +1,60 @@
-"""What the user sees while a run lasts: a live line in a terminal, plain lines elsewhere."""
+"""What the user sees while a run lasts: a live bar and figures in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from galore_torch.train.series import RefreshShare
 
 _PLAIN_LINES = 10  # lines of progress a run prints where there is no terminal
 
 
+class _TwoLines(Progress):
+    """The bars, one a run, and under them the figures of the run that lasts: together they do not fit 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.tasks:
+            yield Text(f"  {self.tasks[-1].fields['figures']}", overflow="ellipsis", no_wrap=True)
+
+
 class Display:
-    """The `Watcher` of a run. As a context it also turns the first Ctrl-C into a clean stop."""
+    """The `Watcher` of a run. As a context it also turns SIGTERM and the first Ctrl-C into a clean stop."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._interrupted = False
-        self._previous: Any = None
-        self._progress = Progress(
+        self.stopped_by: int | None = None  # the signal that asked for the end
+        self._previous: dict[int, Any] = {}
+        self._progress = _TwoLines(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._task: Any = None
+        self._share = RefreshShare()
 
     def __enter__(self) -> Display:
         # Only the main thread may handle signals; elsewhere Ctrl-C keeps its usual meaning.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+                    self._previous[number] = signal.signal(number, self._stop)
         self._progress.start()
         return self
 
@@ -48,29 +65,35 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by is None:
+            self.stopped_by = number
+            self.console.print("[yellow]stopping after this update; Ctrl-C again to drop the run[/]")
+        elif number == signal.SIGINT:  # SIGTERM may come again while the checkpoint is written
             raise KeyboardInterrupt
-        self._interrupted = True
-        self.console.print("[yellow]stopping after this update; Ctrl-C again to drop the run[/]")
 
     def begin(self, name: str, total: int) -> None:
         """A new run called `name` of `total` updates."""
         self._name = name
+        self._share = RefreshShare()
         self._task = self._progress.add_task(name, total=total, figures="")
 
     def should_stop(self) -> bool:
-        return self._interrupted
+        return self.stopped_by is not None
 
     def step(self, row: dict[str, Any], total: int) -> None:
-        figures = f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  {row['rss_mb']:,.0f} MB"
+        self._share.add(row)
+        figures = _figures(row, self._share.value)
         self._progress.update(self._task, completed=row["step"], figures=figures)
         every = max(1, total // _PLAIN_LINES)
         if not self.console.is_terminal and (row["step"] % every == 0 or row["step"] == total):
-            self.console.print(f"{self._name} {row['step']}/{total}  {figures}", highlight=False)
+            self.console.print(f"{self._name} {row['step']}/{total}  {figures}", highlight=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"[yellow]note:[/] {escape(message)}", highlight=False)
 
     def evaluated(self, row: dict[str, Any]) -> None:
         self.console.print(
@@ -78,6 +101,14 @@ class Display:
             f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens",
             highlight=False,
         )
+
+
+def _figures(row: dict[str, Any], share: float | None) -> str:
+    """Loss, rate, speed, memory now / at its peak (the device's where there is one), and the share of time in refreshes."""
+    now, peak = (row["cuda_mb"], row["cuda_peak_mb"]) if "cuda_mb" in row else (row["rss_mb"], row["peak_rss_mb"])
+    memory = f"{now / 1e3:.1f}/{peak / 1e3:.1f} GB" if peak >= 10_000 else f"{now:,.0f}/{peak:,.0f} MB"
+    refresh = "" if share is None else f"  refresh {share:.0%}"
+    return f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  {memory}{refresh}"
 
 
 def show_table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from galore_torch.train.baselines import to_dense
+from galore_torch.train.checkpoint import plain_failures, step_of
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
+from galore_torch.train.flags import SETTINGS
 from galore_torch.train.optim import build_optimizer
+from galore_torch.train.place import model_for, pick_device
 from galore_torch.train.report import (
     check_save_dir,
     draw,
@@ -23,16 +28,22 @@ from galore_torch.train.report import (
     write_config,
     write_json,
 )
-from galore_torch.train.trainer import RunResult, model_for, pick_device, train
+from galore_torch.train.result import RunResult
+from galore_torch.train.resume import METRICS, Starts, check_identity, differences, find_starts, identity, run_folder
+from galore_torch.train.trackers import check_trackers, tracked
+from galore_torch.train.trainer import train
 
-EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells have it: Ctrl-C 130, SIGTERM 143
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
-    """Run every contender of `config`; returns the exit code. UserError: nothing was started."""
+    """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
     console = console or make_console()
     check_data(config)
-    check_save_dir(config.save_dir)
+    starts = find_starts(config)
+    if starts.folder is None:
+        check_save_dir(config.save_dir)
+    check_trackers(config.tracker)
     _quiet_libraries()
     device = pick_device(config.device)
     for note in config.notes:
@@ -40,20 +51,24 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     with console.status("reading text, training or loading the tokenizer"):
         data = load_data(config)
     _check_optimizers(config, data)
-    folder = new_run_folder(config.save_dir)
-    write_config(folder, config, data, device)
+    _check_starts(config, data, starts)
+    folder = starts.folder or new_run_folder(config.save_dir)
+    with plain_failures("the run", folder):
+        write_config(folder, config, data, device)
     _introduce(console, config, data, folder)
+    _introduce_starts(console, starts, device)
 
     results: list[RunResult] = []
     with Display(console) as display:
         for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
             if display.should_stop():
                 break
-            own_folder = folder / run_name if config.compare else folder
+            own_folder = run_folder(folder, config, run_name)
             display.begin(run_name, config.num_training_steps)
-            results.append(_one_run(config, name, lr, data, own_folder, display))
-            _write_results(folder, config, results)
-    return _close(console, config, folder, results)
+            with plain_failures("the run", folder):
+                results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name)))
+                _write_results(folder, config, results)
+    return _close(console, config, folder, results, display.stopped_by)
 
 
 def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
@@ -66,10 +81,29 @@ def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
         build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
 
 
-def _one_run(config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display) -> RunResult:
+def _check_starts(config: PretrainConfig, data: TokenData, starts: Starts) -> None:
+    """Refuse a checkpoint of another run before anything is changed."""
+    for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
+        if run_name in starts.checkpoints:
+            check_identity(starts.checkpoints[run_name], config, identity(config, name, lr, data))
+
+
+def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
+    notes = [f"skipped: {what}" for what in starts.skipped] + differences(starts.checkpoints.values(), device)
+    for note in notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+    for run_name, path in starts.checkpoints.items():
+        console.print(f"resumed    {run_name} after update {step_of(path)}", highlight=False)
+
+
+def _one_run(
+    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None
+) -> RunResult:
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
-    result, model = train(config, name, lr, data, folder, display)
+    settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
+    with tracked(config.tracker, display, folder, folder.name, settings, display.warn) as watcher:
+        result, model = train(config, name, lr, data, folder, watcher, start)
     if result.status in ("finished", "interrupted"):
         to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")
@@ -100,13 +134,23 @@ def _introduce(console: Console, config: PretrainConfig, data: TokenData, folder
         )
 
 
-def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequence[RunResult]) -> int:
-    header, rows = table_rows(config, results)
-    show_table(console, headline(config, results), header, rows)
-    console.print(f"config, metrics, picture and model: {folder}", highlight=False, soft_wrap=True)
-    if any(result.status == "interrupted" for result in results):
-        console.print("[yellow]interrupted: what was trained so far is saved[/]")
-        return EXIT_INTERRUPTED
+def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequence[RunResult], stopped_by: int | None) -> int:
+    if results:
+        header, rows = table_rows(config, results)
+        show_table(console, headline(config, results), header, rows)
+        console.print(f"config, metrics, picture, checkpoints and model: {folder}", highlight=False, soft_wrap=True)
+    for result in results:
+        if result.skipped:
+            console.print(f"[yellow]{result.optimizer}: {result.skipped} updates were skipped, see {METRICS}[/]", highlight=False)
+    interrupted = any(result.status == "interrupted" for result in results) or len(results) < len(config.contenders)
+    if interrupted and stopped_by is not None:
+        console.print(
+            f"[yellow]interrupted by {signal.Signals(stopped_by).name}: what was trained so far is saved; "
+            f"go on with the same command and --save_dir {shlex.quote(str(folder))} --resume auto[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return EXIT_SIGNAL + stopped_by
     stopped = [result for result in results if not result.finished]
     for result in stopped:
         console.print(f"[red]{result.optimizer} stopped: {result.status}[/]", highlight=False, soft_wrap=True)

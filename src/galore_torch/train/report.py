@@ -15,9 +15,9 @@ from typing import Any
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
-from galore_torch.train.trainer import RunResult, perplexity
+from galore_torch.train.result import RunResult, perplexity
+from galore_torch.train.series import smooth
 
-_SMOOTHING = 0.8  # of the bold training curve
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -188,7 +188,7 @@ def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> No
         losses = [loss for _, loss in result.losses]
         if steps:
             left.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            left.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=label)
+            left.plot(steps, smooth(losses), color=colour, linewidth=1.8, label=label)
         right.plot(
             [step for step, _ in result.evals],
             [perplexity(loss) for _, loss in result.evals],
@@ -208,13 +208,3 @@ def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> No
             axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle(headline(config, results), fontsize=8)
     figure.savefig(path)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean with the start's bias taken out."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        smoothed.append(total / weight)
-    return smoothed

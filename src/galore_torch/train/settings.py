@@ -17,6 +17,7 @@ from galore_torch.train.schedule import SCHEDULERS, Schedule
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -85,20 +86,26 @@ class Settings:
     restart_warmup_steps: int | None = _setting(None, "training", "updates of warm-up after a restart (default: a tenth of the cycle)")
     min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr")
     grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping")
+    max_loss_rise: float = _setting(0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never")
     seed: int = _setting(0, "training", "weights and data order")
     device: str = _setting("auto", "training", "auto, cpu or cuda")
     # -- run
     eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
     eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
+    tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
+    save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped")
+    keep: int = _setting(2, "run", "checkpoints to keep, the newest")
+    resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
+    max_bad_steps: int = _setting(5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite")
     # -- flags of the published script that have nothing to set here: accepted, and a note says why
     use_hf_model: bool | None = _published("the model is transformers' LlamaForCausalLM in any case")
     single_gpu: bool | None = _published("one process is how this command runs in any case")
     workers: int | None = _published("text is tokenised before training starts, so no loading worker is needed")
-    save_every: int | None = _published("the model is saved once, at the end")
     tags: str | None = _published("nothing reads it, in the published script neither")
     name: str | None = _published("nothing reads it, in the published script neither; --save_dir names the folder")
-    continue_from: str | None = _setting(None, PUBLISHED, "refused: it brought back weights without optimizer, schedule and data position")
+    continue_from: str | None = _setting(None, PUBLISHED, "refused: --resume brings back everything, --hf_model weights alone")
     # What reading a config file had to leave out.
     remarks: tuple[str, ...] = field(default=(), repr=False)
     # Names the user typed; they must not be ignored by the optimizer.

@@ -1,6 +1,6 @@
 """One optimizer, one model, one pass through the schedule: the training loop and its measurements.
 
-Prints nothing and writes one file, metrics.jsonl. What is shown goes through the `Watcher`.
+Prints nothing and writes metrics.jsonl and checkpoints. What is shown goes through the `Watcher`.
 """
 
 from __future__ import annotations
@@ -9,26 +9,31 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from galore_torch.train.checkpoint import plain_failures, write_checkpoint
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
-from galore_torch.train.hf_model import load_model
-from galore_torch.train.model import build_model, model_shape
+from galore_torch.train.measure import Probe
+from galore_torch.train.memory import memory_mb
 from galore_torch.train.optim import (
     adamw_state_bytes,
     build_optimizer,
     per_layer_updates,
     state_bytes,
 )
+from galore_torch.train.place import model_for, pick_device
+from galore_torch.train.result import RunResult, perplexity
+from galore_torch.train.resume import METRICS, fill, identity, read_trainer, restore
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-_MB = 1e6
+_RECENT = 50  # updates whose median --max_loss_rise is measured from
 
 
 class Watcher(Protocol):
@@ -39,68 +44,39 @@ class Watcher(Protocol):
     def should_stop(self) -> bool: ...
 
 
-@dataclass
-class RunResult:
-    """What one run measured. Sizes in bytes, times in seconds, losses in nats per token."""
-
-    optimizer: str
-    lr: float
-    parameters: int = 0
-    state_bytes: int = 0
-    adamw_state_bytes: int = 0
-    steps: int = 0
-    tokens_seen: int = 0
-    seconds: float = 0.0  # of updates alone, without evaluation
-    peak_memory_mb: float = 0.0
-    status: str = "finished"  # or "interrupted", or why it stopped
-    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
-    evals: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens_seen / self.seconds if self.seconds else 0.0
-
-    @property
-    def finished(self) -> bool:
-        return self.status == "finished"
-
-
 class NonFiniteLoss(ArithmeticError):
     """The loss is NaN or infinite; the text names the step and the cure."""
 
 
-def train(config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, watcher: Watcher) -> tuple[RunResult, nn.Module]:
-    """Train from the seed's weights with the optimizer `name`; write folder/metrics.jsonl."""
+def train(
+    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, watcher: Watcher, start: Path | None = None
+) -> tuple[RunResult, nn.Module]:
+    """Train with the optimizer `name`, from the seed's weights or from the checkpoint `start`; write metrics and checkpoints.
+
+    UserError where the folder cannot be written; the checkpoints made before stand.
+    """
     device = pick_device(config.device)
     model = model_for(config, data).to(device)
     result = RunResult(name, lr, parameters=sum(p.numel() for p in model.parameters()))
     result.adamw_state_bytes = adamw_state_bytes(model)
     optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
     deferred = config.accumulation > 1 or config.grad_clipping > 0
-    with (
-        (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
-        per_layer_updates(name, model, optimizer, deferred=deferred),
-    ):
-        loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher)
-        try:
-            loop.run()
-        except NonFiniteLoss as stop:
-            result.status = str(stop)
+    path = folder / METRICS
+    with plain_failures("the run", folder):
+        if start is not None:
+            result.go_on(read_trainer(start), restore(start, model, optimizer, path))
+        with (
+            path.open("w" if start is None else "a", encoding="utf-8") as metrics,
+            per_layer_updates(name, model, optimizer, deferred=deferred),
+        ):
+            loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder)
+            loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
+            try:
+                loop.run()
+            except NonFiniteLoss as stop:
+                result.status = str(stop)
+            loop.save()
     return result, model
-
-
-def model_for(config: PretrainConfig, data: TokenData) -> nn.Module:
-    """The seed's model with the tokenizer's end-of-text token and the settled vocabulary, or the one to go on from."""
-    if config.hf_model:
-        return load_model(config.hf_model, dtype=config.torch_dtype, activation_checkpointing=config.activation_checkpointing)
-    return build_model(
-        model_shape(config.model_config).with_vocab(data.vocab_size),
-        seed=config.seed,
-        dtype=config.torch_dtype,
-        bos_token_id=data.tokenizer.fast.bos_token_id,
-        eos_token_id=data.tokenizer.end_id,
-        activation_checkpointing=config.activation_checkpointing,
-    )
 
 
 @dataclass
@@ -113,45 +89,48 @@ class _Loop:
     result: RunResult
     metrics: IO[str]
     watcher: Watcher
+    folder: Path
+    saved: int = -1  # the update of the last checkpoint
+
+    def __post_init__(self) -> None:
+        self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
 
     def run(self) -> None:
+        """Go on from result.steps to the end of the schedule, or until the watcher asks to stop."""
         config, result = self.config, self.result
-        stream = batches(self.data.train, config.max_length, config.batch_size, config.seed)
-        self.evaluate()
-        for step in range(1, config.num_training_steps + 1):
-            if self.watcher.should_stop():
-                result.status = "interrupted"
-                return
-            self.update(step, stream)
-            if step == 1:
+        drawn = result.steps * config.sequences_per_update
+        stream = batches(self.data.train, config.max_length, config.batch_size, config.seed, start=drawn)
+        self.evaluate_if_due()
+        while result.steps < config.num_training_steps and not self.watcher.should_stop():
+            self.update(result.steps + 1, stream)
+            if not result.state_bytes:
                 result.state_bytes = state_bytes(self.optimizer)
-            last = step == config.num_training_steps
-            if last or (config.eval_every and step % config.eval_every == 0):
-                self.evaluate()
+            self.evaluate_if_due()
+            if config.save_every and result.steps % config.save_every == 0 and not result.skipped_in_a_row:
+                self.save()
+        if result.steps < config.num_training_steps or self.evaluation_is_due():
+            result.status = "interrupted"
 
     def update(self, step: int, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimizer step over `accumulation` batches; writes one line of metrics."""
-        import torch
-
+        """One optimizer step over `accumulation` batches, left out where it would not be finite; writes one line of metrics."""
         config, result = self.config, self.result
+        self.probe.begin()
         start = time.perf_counter()
         lr = result.lr * config.lr_factor(step - 1, result.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        mean_loss = 0.0
-        for _ in range(config.accumulation):
-            inputs, targets = next(stream)
-            loss = self.loss(inputs, targets)
-            mean_loss += loss.item() / config.accumulation
-            # Before the backward pass: with per-layer updates it is the one that moves weights.
-            self.check_finite(mean_loss, f"the loss is {mean_loss} at step {step}")
-            (loss / config.accumulation).backward()
+        mean_loss, bad = self.backward([next(stream) for _ in range(config.accumulation)])
         row: dict[str, Any] = {"step": step, "loss": mean_loss, "lr": lr}
-        if config.grad_clipping > 0:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clipping)
-            row["grad_norm"] = norm.item()
-            self.check_finite(row["grad_norm"], f"the gradient norm is {norm.item()} at step {step}")
-        self.optimizer.step()
+        if not bad:
+            row |= self.gradient_norm()
+            bad = "" if math.isfinite(row.get("grad_norm", 0.0)) else f"the gradient norm is {row['grad_norm']}"
+        if bad:
+            result.skipped += 1
+            row["skipped"] = bad
+        else:
+            with self.probe.stepping():
+                self.optimizer.step()
+        result.skipped_in_a_row = result.skipped_in_a_row + 1 if bad else 0
         self.optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - start
@@ -159,12 +138,48 @@ class _Loop:
         result.steps = step
         result.tokens_seen += tokens
         result.seconds += seconds
-        result.losses.append((step, mean_loss))
-        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1)}
+        if math.isfinite(mean_loss):
+            result.losses.append((step, mean_loss))
+        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
-        result.peak_memory_mb = row["peak_rss_mb"]
+        result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
         self.write(row)
         self.watcher.step(row, config.num_training_steps)
+        if result.skipped_in_a_row >= config.max_bad_steps:
+            raise self.not_finite(f"{bad} at step {step}, {result.skipped_in_a_row} skipped in a row")
+
+    def backward(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[float, str]:
+        """Gradients of the mean loss over `parts`; returns that loss, and why the update is to be left out, if it is."""
+        mean_loss, bad = 0.0, ""
+        for index, (inputs, targets) in enumerate(parts, 1):
+            with self.probe.saving():
+                loss = self.loss(inputs, targets)
+            mean_loss += loss.item() / len(parts)
+            # Before the backward pass: with per-layer updates it is the one that moves weights.
+            if index == len(parts) or not math.isfinite(mean_loss):
+                bad = self.why_bad(mean_loss)
+            if bad:
+                break
+            (loss / len(parts)).backward()
+        return mean_loss, bad
+
+    def why_bad(self, loss: float) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        recent = [value for _, value in self.result.losses[-_RECENT:]]
+        rise = loss - median(recent) if len(recent) == _RECENT else 0.0
+        if 0 < self.config.max_loss_rise < rise:
+            return f"the loss is {loss:.4g}, {rise:.3g} above the median of the last {_RECENT}"
+        return ""
+
+    def gradient_norm(self) -> dict[str, float]:
+        """{"grad_norm": of all gradients}, which are clipped to --grad_clipping where that is given; {} where they are consumed."""
+        import torch
+
+        if self.config.grad_clipping > 0:
+            return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping).item()}
+        return self.probe.gradient_norm()
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats over (B, L) targets, in float32 whatever the weights' dtype."""
@@ -173,20 +188,33 @@ class _Loop:
         logits = self.model(input_ids=inputs.to(self.device)).logits  # (B, L, vocabulary)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(self.device).flatten(), reduction=reduction)
 
-    def evaluate(self) -> None:
-        """Held-out loss: the sum over tokens divided by the number of tokens."""
+    def evaluation_is_due(self) -> bool:
+        config, step = self.config, self.result.steps
+        due = step in (0, config.num_training_steps) or (config.eval_every > 0 and step % config.eval_every == 0)
+        return due and [at for at, _ in self.result.evals[-1:]] != [step]
+
+    def evaluate_if_due(self) -> None:
+        """Held-out loss: the sum over tokens divided by the number of tokens. Given up when the watcher asks to stop."""
         import torch
 
+        if not self.evaluation_is_due():
+            return
         config, result = self.config, self.result
+        start = time.perf_counter()
         total, tokens = 0.0, 0
         self.model.eval()
         with torch.no_grad():
             for inputs, targets in windows_in_order(self.data.held_out, config.max_length, config.batch_size):
+                if self.watcher.should_stop():
+                    break
                 total += self.loss(inputs, targets, reduction="sum").item()
                 tokens += targets.numel()
         self.model.train()
+        if self.watcher.should_stop():
+            return  # a resumed run makes up for it
         mean = total / tokens
-        self.check_finite(mean, f"the held-out loss is {mean} after step {result.steps}")
+        if not math.isfinite(mean):
+            raise self.not_finite(f"the held-out loss is {mean} after step {result.steps}")
         result.evals.append((result.steps, mean))
         row = {
             "step": result.steps,
@@ -194,65 +222,34 @@ class _Loop:
             "eval_perplexity": perplexity(mean),
             "eval_tokens": tokens,
             "tokens_seen": result.tokens_seen,
+            "seconds": round(time.perf_counter() - start, 6),
         }
         self.write(row)
         self.watcher.evaluated(row)
 
-    def check_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
+    def not_finite(self, what: str) -> NonFiniteLoss:
+        return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
+
+    def save(self) -> None:
+        """Write a checkpoint, but no second one of an update, and none of weights that are not finite: those push out good ones."""
+        config, result = self.config, self.result
+        if result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            return
+        trainer = result.record() | {
+            "sequences_drawn": result.steps * config.sequences_per_update,
+            "last_lr": self.optimizer.param_groups[0]["lr"],
+            "identity": identity(config, result.optimizer, result.lr, self.data),
+        }
+        write_checkpoint(
+            self.folder / "checkpoints",
+            result.steps,
+            lambda folder: fill(folder, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device),
+            config.keep + result.skipped_in_a_row,  # doubtful ones push out none
+        )
+        self.saved = result.steps
 
     def write(self, row: dict[str, Any]) -> None:
-        # Flushed at once: what a killed run has measured is on disk.
-        self.metrics.write(json.dumps(row) + "\n")
+        # JSON has no NaN. Flushed at once: what a killed run has measured is on disk.
+        finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
-
-
-def perplexity(mean_loss: float) -> float:
-    """exp of a loss in nats per token; infinity where that overflows."""
-    try:
-        return math.exp(mean_loss)
-    except OverflowError:
-        return math.inf
-
-
-def pick_device(name: str) -> str:
-    """'cpu' or 'cuda' for auto, cpu or cuda."""
-    import torch
-
-    from galore_torch.train.errors import UserError
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; give --device cpu")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
-
-
-def memory_mb(device: str) -> dict[str, float]:
-    """Memory of this process in MB (10**6 bytes) as the system counts it; CUDA's peak beside it."""
-    peak = _peak_rss_mb()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        import resource
-
-        now = pages * resource.getpagesize() / _MB
-    except OSError:  # no /proc: the peak is the best that is known
-        now = peak
-    row = {"rss_mb": round(now, 1), "peak_rss_mb": round(peak, 1)}
-    if device == "cuda":
-        import torch
-
-        row["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / _MB, 1)
-    return row
-
-
-def _peak_rss_mb() -> float:
-    import sys
-
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / _MB if sys.platform == "darwin" else peak * 1024 / _MB

@@ -1,0 +1,60 @@
+"""What one run measured, and its way into a checkpoint and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+_COUNTERS = ("steps", "tokens_seen", "seconds", "state_bytes", "peak_memory_mb", "skipped", "skipped_in_a_row")
+
+
+@dataclass
+class RunResult:
+    """What one run measured. Sizes in bytes, times in seconds, losses in nats per token."""
+
+    optimizer: str
+    lr: float
+    parameters: int = 0
+    state_bytes: int = 0
+    adamw_state_bytes: int = 0
+    steps: int = 0
+    tokens_seen: int = 0
+    seconds: float = 0.0  # of updates alone, without evaluation
+    peak_memory_mb: float = 0.0
+    skipped: int = 0  # updates left out because the loss or the gradient was not finite
+    skipped_in_a_row: int = 0  # the last ones
+    status: str = "finished"  # or "interrupted", or why it stopped
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
+    evals: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_seen / self.seconds if self.seconds else 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint has of this: the counters, and the best-known figures. The curves are in its metrics."""
+        return {counter: getattr(self, counter) for counter in _COUNTERS} | {
+            "last_loss": self.losses[-1] if self.losses else None,
+            "last_eval": self.evals[-1] if self.evals else None,
+            "best_eval": min(self.evals, key=lambda pair: pair[1], default=None),
+        }
+
+    def go_on(self, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Become what this was when the checkpoint with `record` and the metrics `rows` was written."""
+        for counter in _COUNTERS:
+            setattr(self, counter, record[counter])
+        self.losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        self.evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a loss in nats per token; infinity where that overflows."""
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:
+        return math.inf
