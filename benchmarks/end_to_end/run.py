@@ -145,12 +145,13 @@ def main() -> None:
         )
         print(heading(settings, arguments.device))
         header = ["optimizer", "tokens/s, median", "of adamw", "of galore-torch 1.0"]
-        header += ["tokens/s, whole run", "of adamw", "of galore-torch 1.0", "slowest update / median"]
+        header += ["tokens/s, whole run", "of adamw", "of galore-torch 1.0", "slowest update / median", "but the first"]
         rows = [
             [
                 name,
                 *(x for v in (middle, whole) for x in (f"{v[name]:.0f}", *(cell(ratios(v, b).get(name)) for b in ("adamw", PUBLISHED)))),
-                f"{max(values) / statistics.median(values):.1f}",
+                # The first makes every basis, and compiles.
+                *(f"{max(values[skip:], default=0.0) / statistics.median(values):.2f}" for skip in (0, 1)),
             ]
             for name, values in seconds.items()
         ]
