@@ -62,7 +62,7 @@ SHARED = """
         stochastic_rounding: round bf16 weights up or down at random, so that small updates are not lost. Default True.
         decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
         min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
-        compile: fuse the elementwise part of a step with torch.compile. None does so where it pays (from 2^15 elements, when a
+        compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a
             compiler is found), True always, False never. The first step then takes some seconds for each shape.
         maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
 

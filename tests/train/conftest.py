@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from galore_torch import cli
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, load_data
 
@@ -72,3 +73,16 @@ def make_config(text_file: Path, model_file: Path, tmp_path: Path) -> Callable[.
 @pytest.fixture
 def token_data(make_config: Callable[..., PretrainConfig]) -> TokenData:
     return load_data(make_config())
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], PretrainConfig]:
+    """The config that a line of flags leads to, through the command line itself."""
+    seen: list[PretrainConfig] = []
+    monkeypatch.setattr("galore_torch.train.pretrain.pretrain", lambda config: seen.append(config) or 0)
+
+    def parse(line: str) -> PretrainConfig:
+        assert cli.main(["pretrain", *line.split()]) == 0
+        return seen[-1]
+
+    return parse

@@ -16,19 +16,6 @@ from galore_torch.train.flags import config_from
 from galore_torch.train.pretrain import pretrain
 
 
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], PretrainConfig]:
-    """The config that a line of flags leads to, through the command line itself."""
-    seen: list[PretrainConfig] = []
-    monkeypatch.setattr("galore_torch.train.pretrain.pretrain", lambda config: seen.append(config) or 0)
-
-    def parse(line: str) -> PretrainConfig:
-        assert cli.main(["pretrain", *line.split()]) == 0
-        return seen[-1]
-
-    return parse
-
-
 def write(path: Path, **settings: Any) -> str:
     path.write_text(json.dumps(settings))
     return str(path)

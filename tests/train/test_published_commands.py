@@ -34,18 +34,6 @@ COMMANDS = {
 }
 
 
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], PretrainConfig]:
-    seen: list[PretrainConfig] = []
-    monkeypatch.setattr("galore_torch.train.pretrain.pretrain", lambda config: seen.append(config) or 0)
-
-    def parse(line: str) -> PretrainConfig:
-        assert cli.main(["pretrain", *line.split()]) == 0
-        return seen[-1]
-
-    return parse
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_pasted_command_is_the_recipe(name: str, parsed: Callable[[str], PretrainConfig]) -> None:
     """But for the held-out tokens, which the published script has no flag for."""
