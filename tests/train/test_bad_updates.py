@@ -36,10 +36,10 @@ def test_bad_update_is_skipped_and_counted(
     """Updates 3 and 4 meet NaN: the weights stay as update 2 left them, and the run learns on."""
     loss = _Loop.loss
 
-    def sometimes(self: _Loop, *args: Any, **kwargs: Any) -> torch.Tensor:
-        value = loss(self, *args, **kwargs)
-        if kwargs or self.result.steps not in (2, 3):
-            seen[self.result.steps] = [p.clone() for p in self.model.parameters()]
+    def sometimes(self: _Loop, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        value = loss(self, inputs, targets)
+        seen[self.result.steps] = [p.clone() for p in self.model.parameters()]
+        if self.result.steps not in (2, 3):
             return value
         if broken == "loss":
             return value * torch.nan
@@ -62,7 +62,7 @@ def test_bad_update_is_skipped_and_counted(
 def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted across a resume; doubtful checkpoints do not push out the last good one."""
     loss = _Loop.loss
-    monkeypatch.setattr(_Loop, "loss", lambda self, *a, **k: loss(self, *a, **k) * (torch.nan if self.result.steps > 1 and not k else 1))
+    monkeypatch.setattr(_Loop, "loss", lambda self, x, y: loss(self, x, y) * (torch.nan if self.result.steps > 1 else 1))
 
     def interrupt_at_4(self: Display, row: dict[str, Any], total: int) -> None:
         if row["step"] == 4:
@@ -84,7 +84,7 @@ def test_loss_that_jumps_is_skipped_where_that_is_asked_for(
 ) -> None:
     """Update 56 reads 9 nats too much; update 3 does too, but then nothing is known yet."""
     loss = _Loop.loss
-    monkeypatch.setattr(_Loop, "loss", lambda self, *a, **k: loss(self, *a, **k) + (9 if self.result.steps in (2, 55) and not k else 0))
+    monkeypatch.setattr(_Loop, "loss", lambda self, x, y: loss(self, x, y) + 9 * y.numel() * (self.result.steps in (2, 55)))
     settings: dict[str, Any] = {"optimizer": name, "num_training_steps": 58}
     result, _ = train(make_config(max_loss_rise=3.0, **settings), name, 0.01, token_data, tmp_path, Silent())
     (skipped,) = [row for row in rows(tmp_path) if "skipped" in row]
@@ -106,7 +106,7 @@ def test_sizes_are_measured_in_the_first_update_that_is_not_skipped(
     make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = _Loop.loss
-    monkeypatch.setattr(_Loop, "loss", lambda self, *a, **k: loss(self, *a, **k) * (1 if self.result.steps or k else torch.nan))
+    monkeypatch.setattr(_Loop, "loss", lambda self, x, y: loss(self, x, y) * (1 if self.result.steps else torch.nan))
     train(make_config(), "adamw", 0.01, token_data, tmp_path, Silent())
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written if "memory_mb" in row] == [2]

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from galore_torch import cli
 from galore_torch.train.checkpoint import checkpoints_in
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.display import Display
-from galore_torch.train.trainer import _Loop
+from galore_torch.train.loss import TokenLoss
 
 Make = Callable[..., PretrainConfig]
 
@@ -173,16 +172,19 @@ def test_stop_during_an_evaluation_does_not_wait_for_it(
 ) -> None:
     """The checkpoint is without it; the resumed run makes up for it and equals the uninterrupted one."""
     assert command(make_config(save_dir=str(tmp_path / "whole"), eval_every=3, batch_size=1))[0] == 0
-    loss = _Loop.loss
+    forward, updates = TokenLoss.forward, 0
 
-    def signalling(self: _Loop, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs and self.result.steps == at:
+    def signalling(loss: TokenLoss, *args: torch.Tensor) -> torch.Tensor:
+        nonlocal updates
+        if torch.is_grad_enabled():
+            updates += 1
+        elif updates == at:
             signal.raise_signal(signal.SIGTERM)
-        return loss(self, *args, **kwargs)
+        return forward(loss, *args)
 
     config = make_config(eval_every=3, batch_size=1, resume="auto")
     with monkeypatch.context() as patch:
-        patch.setattr(_Loop, "loss", signalling)
+        patch.setattr(TokenLoss, "forward", signalling)
         assert command(config)[0] == 143
     assert [row["step"] for row in rows(tmp_path / "run")] == ([0, 1, 2, 3] if at else [])
     assert command(config)[0] == 0

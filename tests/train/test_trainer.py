@@ -16,6 +16,7 @@ from torch import nn
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, load_data, windows_in_order
 from galore_torch.train.errors import UserError
+from galore_torch.train.loss import TokenLoss
 from galore_torch.train.memory import memory_mb
 from galore_torch.train.place import pick_device
 from galore_torch.train.result import RunResult, perplexity
@@ -127,23 +128,23 @@ def test_evaluation_is_the_mean_over_tokens(make_config: Make, token_data: Token
 
 
 def test_evaluates_in_eval_mode_and_returns_to_training(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:
-    modes: list[bool] = []
-    kept = nn.functional.cross_entropy
+    evaluations: list[int] = []
+    seen: set[tuple[bool, bool]] = set()
+    forward = TokenLoss.forward
 
     class Spy(Silent):
         def evaluated(self, row: dict[str, Any]) -> None:
-            modes.append(True)
+            evaluations.append(row["step"])
 
-    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append((kwargs["reduction"], torch.is_grad_enabled()))
-        return kept(*args, **kwargs)
+    def watched(loss: TokenLoss, *args: torch.Tensor) -> torch.Tensor:
+        seen.add((loss.model.training, torch.is_grad_enabled()))
+        return forward(loss, *args)
 
-    seen: list[tuple[str, bool]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "cross_entropy", watched)
+        patch.setattr(TokenLoss, "forward", watched)
         train(make_config(eval_every=2), "adamw", 0.01, token_data, tmp_path, Spy())
-    assert set(seen) == {("sum", False), ("mean", True)}
-    assert len(modes) == 4, "before, at 2, at 4, after"
+    assert seen == {(False, False), (True, True)}
+    assert evaluations == [0, 2, 4, 6]
 
 
 def test_metrics_have_one_line_an_update(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:

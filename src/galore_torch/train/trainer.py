@@ -17,6 +17,8 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from galore_torch.train.checkpoint import plain_failures, write_checkpoint
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
+from galore_torch.train.evaluate import held_out_loss
+from galore_torch.train.loss import TokenLoss, counted
 from galore_torch.train.measure import Probe
 from galore_torch.train.memory import memory_mb
 from galore_torch.train.optim import (
@@ -93,6 +95,7 @@ class _Loop:
     saved: int = -1  # the update of the last checkpoint
 
     def __post_init__(self) -> None:
+        self.token_loss = TokenLoss(self.model).train()  # a loaded model comes in eval mode
         self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
 
     def run(self) -> None:
@@ -152,17 +155,22 @@ class _Loop:
     def backward(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[float, str]:
         """Gradients of the mean loss over `parts`; returns that loss, and why the update is to be left out, if it is."""
         mean_loss, bad = 0.0, ""
+        tokens = sum(counted(targets) for _, targets in parts)  # not the mean of means: parts may hold padding
         for index, (inputs, targets) in enumerate(parts, 1):
             with self.probe.saving():
-                loss = self.loss(inputs, targets)
-            mean_loss += loss.item() / len(parts)
+                loss = self.loss(inputs, targets) / tokens
+            mean_loss += loss.item()
             # Before the backward pass: with per-layer updates it is the one that moves weights.
             if index == len(parts) or not math.isfinite(mean_loss):
                 bad = self.why_bad(mean_loss)
             if bad:
                 break
-            (loss / len(parts)).backward()
+            loss.backward()
         return mean_loss, bad
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """`TokenLoss` of one part of an update."""
+        return self.token_loss(inputs.to(self.device), targets.to(self.device))
 
     def why_bad(self, loss: float) -> str:
         if not math.isfinite(loss):
@@ -181,38 +189,22 @@ class _Loop:
             return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping).item()}
         return self.probe.gradient_norm()
 
-    def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats over (B, L) targets, in float32 whatever the weights' dtype."""
-        import torch
-
-        logits = self.model(input_ids=inputs.to(self.device)).logits  # (B, L, vocabulary)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(self.device).flatten(), reduction=reduction)
-
     def evaluation_is_due(self) -> bool:
         config, step = self.config, self.result.steps
         due = step in (0, config.num_training_steps) or (config.eval_every > 0 and step % config.eval_every == 0)
         return due and [at for at, _ in self.result.evals[-1:]] != [step]
 
     def evaluate_if_due(self) -> None:
-        """Held-out loss: the sum over tokens divided by the number of tokens. Given up when the watcher asks to stop."""
-        import torch
-
+        """The held-out loss. Given up when the watcher asks to stop."""
         if not self.evaluation_is_due():
             return
         config, result = self.config, self.result
         start = time.perf_counter()
-        total, tokens = 0.0, 0
-        self.model.eval()
-        with torch.no_grad():
-            for inputs, targets in windows_in_order(self.data.held_out, config.max_length, config.batch_size):
-                if self.watcher.should_stop():
-                    break
-                total += self.loss(inputs, targets, reduction="sum").item()
-                tokens += targets.numel()
-        self.model.train()
-        if self.watcher.should_stop():
+        windows = windows_in_order(self.data.held_out, config.max_length, config.batch_size)
+        found = held_out_loss(self.token_loss, windows, self.device, self.watcher.should_stop)
+        if found is None:
             return  # a resumed run makes up for it
-        mean = total / tokens
+        mean, tokens = found
         if not math.isfinite(mean):
             raise self.not_finite(f"the held-out loss is {mean} after step {result.steps}")
         result.evals.append((result.steps, mean))
