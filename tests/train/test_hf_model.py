@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import load_data
@@ -64,6 +65,14 @@ def test_loaded_model_trains_in_its_dtype_with_recomputed_layers(tmp_path: Path)
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert not model.config.use_cache
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_rotary_frequencies_of_a_loaded_model_stay_in_fp32(tmp_path: Path) -> None:
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    saved = LlamaForCausalLM(config)
+    saved.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype="bfloat16", activation_checkpointing=False)
+    assert torch.equal(model.model.rotary_emb.inv_freq, saved.model.rotary_emb.inv_freq)
 
 
 def test_length_is_checked_against_the_models_positions(tmp_path: Path) -> None:
