@@ -124,3 +124,14 @@ def test_shape_that_cannot_be_built_is_a_user_error(tmp_path: Path) -> None:
     path.write_text(json.dumps({**raw, "model_type": "llama", "vocab_size": 50}))
     with pytest.raises(UserError, match="--model_config cannot be built"):
         build(model_shape(str(path)))
+
+
+def test_saved_bf16_model_is_the_trained_one(model_file: Path, tmp_path: Path) -> None:
+    """transformers loads rotary frequencies in fp32: rounded to bf16 while training, far positions would turn by other angles."""
+    from transformers import AutoModelForCausalLM
+
+    model = build(model_shape(str(model_file)), dtype="bfloat16").eval()
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits)

@@ -107,12 +107,11 @@ def test_missing_or_damaged_weights_are_named(run: Path) -> None:
         load_tokenizer(run / "model")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-def test_baselines_checkpoint_gives_the_model_that_its_run_left(dtype: str, make_config: Make, tmp_path: Path) -> None:
+def test_baselines_checkpoint_gives_the_model_that_its_run_left(make_config: Make, tmp_path: Path) -> None:
     """Oracle: RUN/model, which the run wrote from the layers it had in memory."""
     pytest.importorskip("peft", reason="lora and relora need the extra peft")
     names = ("low_rank", "lora", "relora")
-    command(make_config(compare=names, rank=4, cycle_length=4, warmup_steps=1, lr=0.01, dtype=dtype))
+    command(make_config(compare=names, rank=4, cycle_length=4, warmup_steps=1, lr=0.01, dtype="bf16"))
     for name in names:
         folder = weights_folder(str(tmp_path / "run" / name))
         assert folder.name == "step-000006"

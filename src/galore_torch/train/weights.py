@@ -13,6 +13,7 @@ from typing import Any
 from galore_torch.train.checkpoint import MANIFEST, newest_whole, verify
 from galore_torch.train.errors import UserError
 from galore_torch.train.hf_model import first_line, quiet_transformers
+from galore_torch.train.model import finish
 from galore_torch.train.optim import build_optimizer, optimizer_spec
 from galore_torch.train.resume import METRICS, TRAINER, read_trainer
 
@@ -28,7 +29,7 @@ def weights_folder(path: str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{path} {'is a file' if folder.exists() else 'does not exist'}; give a run's folder or a model's")
-    if is_checkpoint(folder):
+    if _is_checkpoint(folder):
         verify(folder)
         return folder
     if (folder / METRICS).is_file() or (folder / "checkpoints").is_dir():
@@ -43,9 +44,9 @@ def weights_folder(path: str) -> Path:
     return folder
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is, or was meant to be, a checkpoint of a run."""
-    return any((folder / name).is_file() for name in (MANIFEST, TRAINER)) or folder.resolve().parent.name == "checkpoints"
+def is_of_run(folder: Path) -> bool:
+    """Whether `galore pretrain` wrote the weights in `folder`: a checkpoint, or the model that a run left."""
+    return _is_checkpoint(folder) or (folder.resolve().parent / METRICS).is_file()
 
 
 def _of_run(run: Path) -> Path:
@@ -59,6 +60,11 @@ def _of_run(run: Path) -> Path:
     if not _holds_model(run / "model"):
         raise UserError(f"{run} has no checkpoint yet; wait for one, or stop the run, which saves")
     return run / "model"  # the checkpoints were taken away after the run had ended
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint, or was meant to be one."""
+    return any((folder / name).is_file() for name in (MANIFEST, TRAINER)) or folder.resolve().parent.name == "checkpoints"
 
 
 def _holds_model(folder: Path) -> bool:
@@ -106,13 +112,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _multiplied_out(checkpoint: Path, trained: dict[str, Any]) -> Any:
     """The model of a baseline's checkpoint: its layers are changed as they were for training, filled, and changed back."""
-    import torch
     from safetensors.torch import load_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from galore_torch.train.baselines import to_dense
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint)).to(getattr(torch, trained["dtype"]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    finish(model, dtype=trained["dtype"], activation_checkpointing=False)
     build_optimizer(trained["optimizer"], model, lr=trained["lr"], settings=trained)  # also changes the layers
     load_model(model, checkpoint / "model.safetensors")
     return to_dense(model).eval()
