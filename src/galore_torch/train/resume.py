@@ -19,6 +19,7 @@ from galore_torch.train.checkpoint import checkpoints_in, load_tree, newest_whol
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
+from galore_torch.train.lock import LOCK
 from galore_torch.train.settings import PUBLISHED
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 METRICS = "metrics.jsonl"
+TRACKED = "trackers.json"  # the names of this run at the services it is sent to
 TRAINER = "trainer.json"
 _OPTIMIZER = "optimizer"
 # Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
@@ -127,8 +129,8 @@ def _newest(config: PretrainConfig) -> Starts:
 def _nothing_saved_yet(folder: Path, config: PretrainConfig) -> bool:
     """Whether `folder` holds what a run leaves that was stopped before its first checkpoint, and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", *config.tracker}
-    return "config.json" in names and names <= own | {"config.json"} and not any(folder.rglob("step-*"))
+    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", TRACKED, *config.tracker}
+    return "config.json" in names and names <= own | {"config.json", LOCK} and not any(folder.rglob("step-*"))
 
 
 def run_folder(folder: Path, config: PretrainConfig, run_name: str) -> Path:
