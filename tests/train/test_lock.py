@@ -59,7 +59,7 @@ def nothing(text: str) -> None:
 def test_second_process_is_refused_until_the_first_is_gone(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run that another process has resumed, and a folder that another process has just made."""
     monkeypatch.setattr("galore_torch.train.pretrain.draw", lambda *_: None)
-    finished, new = tmp_path / "run", tmp_path / "new"
+    new = tmp_path / "new"
     assert command(make_config(num_training_steps=1))[0] == 0
     new.mkdir()
     for config in (make_config(num_training_steps=1, resume="auto"), make_config(num_training_steps=1, save_dir=str(new))):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import PRESETS, build_model, model_shape
+from memory import peak_bytes
 
 # Millions of parameters of the published configs at vocabulary 32,000 (100m: 32,100).
 SIZES = "9m 20m 35m 40m 60m 71m 100m 130m 250m 350m 1b 3b 7b"
@@ -85,8 +88,21 @@ def test_activation_checkpointing_runs_a_layer_again_in_the_backward_pass(model_
     assert len(calls) == forwards
 
 
-def test_dtype_is_the_weights(model_file: Path) -> None:
-    assert {p.dtype for p in build(model_shape(str(model_file)), dtype="bfloat16").parameters()} == {torch.bfloat16}
+def test_dtype_is_the_weights_and_not_the_rotary_frequencies(model_file: Path) -> None:
+    model = build(model_shape(str(model_file)), dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    frequencies = build(model_shape(str(model_file))).model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_building_in_bf16_takes_no_memory_beyond_the_weights() -> None:
+    """The whole model in fp32 first would take three times as much."""
+    built: list[nn.Module] = []
+    shape = replace(PRESETS["9m"], num_hidden_layers=12)
+    peak = peak_bytes(lambda: built.append(build(shape, dtype="bfloat16")))
+    weights = sum(p.nbytes for p in built[0].parameters())
+    assert weights <= peak < 1.1 * weights
 
 
 def test_config_folder_and_published_key_names(tmp_path: Path) -> None:
@@ -124,14 +140,3 @@ def test_shape_that_cannot_be_built_is_a_user_error(tmp_path: Path) -> None:
     path.write_text(json.dumps({**raw, "model_type": "llama", "vocab_size": 50}))
     with pytest.raises(UserError, match="--model_config cannot be built"):
         build(model_shape(str(path)))
-
-
-def test_saved_bf16_model_is_the_trained_one(model_file: Path, tmp_path: Path) -> None:
-    """transformers loads rotary frequencies in fp32: rounded to bf16 while training, far positions would turn by other angles."""
-    from transformers import AutoModelForCausalLM
-
-    model = build(model_shape(str(model_file)), dtype="bfloat16").eval()
-    model.save_pretrained(tmp_path / "model")
-    tokens = torch.arange(64)[None]
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits)

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from galore_torch.codecs import CODECS
+from galore_torch.recipe import Recipe
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.optim import OPTIMIZERS, adamw_state_bytes, build_optimizer, per_layer_updates, state_bytes, unused_flags
+from galore_torch.train.settings import BASIS_CODECS, STATE_CODECS
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -114,6 +117,31 @@ def test_adam8bit_is_adamw_with_8_bit_moments(model: nn.Module) -> None:
 def test_gap_range_reaches_the_projected_group(model: nn.Module) -> None:
     *_, projected = build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "gap_range": (1, 8)}).param_groups
     assert projected["gap_range"] == (1, 8)
+
+
+def test_codecs_reach_every_group_and_are_the_size_of_the_state(model: nn.Module) -> None:
+    """Of projected and of other weights; None is what the class has."""
+
+    def state(name: str, **codecs: str | None) -> tuple[set[str], int]:
+        optimizer = build_optimizer(name, model, lr=0.01, settings=SETTINGS | codecs)
+        loss_of(model).backward()
+        optimizer.step()
+        return {f"{group['state_codec']} {group['basis_codec']}" for group in optimizer.param_groups}, state_bytes(optimizer)
+
+    own, size = state("galore_adamw")
+    assert own == {"fp32 fp32"}
+    assert state("galore_adamw", state_codec="fp32", basis_codec=None) == (own, size)
+    assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[0] == {"bf16 bf16"}
+    assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[1] == pytest.approx(size / 2, rel=0.03)
+    assert state("galore_adamw8bit", state_codec="bf16")[0] == {"bf16 bf16"}
+    assert state("galore_adamw8bit")[0] == {"int8 bf16"}
+
+
+def test_codecs_that_are_offered_are_those_of_the_library() -> None:
+    for state_codec in STATE_CODECS:
+        for basis_codec in BASIS_CODECS:
+            Recipe(state_codec=state_codec, basis_codec=basis_codec)
+    assert set(STATE_CODECS) == set(CODECS)
 
 
 def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:

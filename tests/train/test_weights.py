@@ -14,6 +14,7 @@ from whole_runs import command
 from galore_torch.train.checkpoint import BrokenCheckpoint, checkpoints_in
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
+from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.weights import load_tokenizer, load_weights, weights_folder
 
 Make = Callable[..., PretrainConfig]
@@ -121,3 +122,13 @@ def test_baselines_checkpoint_gives_the_model_that_its_run_left(make_config: Mak
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
     with pytest.raises(UserError, match=r"run is a folder of runs \(lora, low_rank, relora\); name one of them, such as .*lora"):
         weights_folder(str(tmp_path / "run"))
+
+
+def test_loaded_bf16_model_computes_what_the_trained_one_did(model_file: Path, tmp_path: Path) -> None:
+    """Rotary frequencies too: rounded to bf16 while training, they would not be those that transformers loads."""
+    shape, how = model_shape(str(model_file)), {"bos_token_id": None, "eos_token_id": 0, "activation_checkpointing": False}
+    model = build_model(shape, seed=0, dtype="bfloat16", **how).eval()  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, load_weights(tmp_path / "model")(tokens).logits)

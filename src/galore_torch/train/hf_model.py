@@ -10,6 +10,9 @@ from typing import Any
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import finish
 
+# Keys of a config that are written anew at each saving, or do not change what the layers compute.
+_HOW_IT_IS_RUN = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"})
+
 
 @dataclass(frozen=True)
 class HFShape:
@@ -26,6 +29,11 @@ def hf_shape(name: str) -> HFShape:
     config = _config(name).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize  # some families have no limit
     return HFShape(config.hidden_size, positions, config.vocab_size)
+
+
+def hf_architecture(name: str) -> dict[str, Any]:
+    """What the config of the model `name` says of its layers; not where it lies, nor how it is run."""
+    return {key: value for key, value in _config(name).to_dict().items() if key not in _HOW_IT_IS_RUN}
 
 
 def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,22 +136,37 @@ def build_model(
             use_cache=False,
             **dict(shape.extras),
         )
-        model = LlamaForCausalLM(config)
+        with default_dtype(dtype):  # a 7B in fp32 would not fit where its bf16 weights do
+            model = LlamaForCausalLM(config)
     except Exception as error:  # transformers 5 wraps the ValueError of a bad shape in a class of its own
         raise UserError(f"--model_config cannot be built: {error.__cause__ or error}") from error
     return finish(model, dtype=dtype, activation_checkpointing=activation_checkpointing)
 
 
 def finish(model: Any, *, dtype: str, activation_checkpointing: bool) -> Any:
-    """The same model in its dtype, its layers recomputed in the backward pass where that is asked for."""
+    """The same model, its parameters in their dtype, its layers recomputed in the backward pass where that is asked for.
+
+    Buffers keep theirs: rotary frequencies in bf16 would be off by up to half a radian after 256 positions.
+    """
     import torch
 
     if activation_checkpointing:
         # transformers 5 renamed it, and warns about the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    # Parameters alone. transformers keeps rotary frequencies in fp32 when it loads the model again: rounded to bf16 they would
-    # be others, by up to 0.4 %, and the saved model would not be the trained one.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return model
+
+
+@contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    """New tensors are of this dtype where they name none."""
+    import torch
+
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)

@@ -19,7 +19,9 @@ from galore_torch.train.checkpoint import checkpoints_in, load_tree, newest_whol
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
+from galore_torch.train.hf_model import hf_architecture
 from galore_torch.train.lock import LOCK
+from galore_torch.train.optim import own_settings, unused_flags
 from galore_torch.train.settings import PUBLISHED
 
 if TYPE_CHECKING:
@@ -59,23 +61,46 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
 
 
 def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any]) -> None:
-    """Refuse to continue a run under settings that would have made it another run."""
-    saved = read_trainer(checkpoint)["identity"]
+    """Refuse to continue a run under settings that would have made it another run.
+
+    Compared is what they amount to: a default that is given by name is no change, nor what the optimizer does not use.
+    """
+    saved, name = read_trainer(checkpoint)["identity"], ours["optimizer"]
+    derived = config.derived_steps | own_settings(name)
+    unused, defaults = unused_flags(name, ours), {item.name: item.default for item in fields(config)}
     for flag, value in ours.items():
-        was = saved.get(flag, getattr(config, flag))  # a setting younger than the checkpoint had its default
-        if was == value:
+        was = saved.get(flag, defaults.get(flag, value))  # a setting younger than the checkpoint had its default
+        if flag in unused or was == value or _settled(was, flag, derived) == _settled(value, flag, derived):
             continue
         if flag == "data":
             raise UserError(
                 f"--data gives {value}, but {checkpoint} was trained on {was}; give the same text, --eval_data and --tokenizer, "
                 "or start a new run without --resume"
             )
+        if flag == "hf_model" and value and was:
+            _check_architecture(checkpoint, value)
+            continue
         if flag == "model_config":
             part = next(key for key in value if value[key] != was.get(key))
             flag, was, value = f"model_config ({part})", was.get(part), value[part]
         raise UserError(
             f"--{flag} is {value}, but {was} in {checkpoint}, which would change the run; give {was}, or start a new run without --resume"
         )
+
+
+def _settled(value: Any, flag: str, derived: dict[str, Any]) -> Any:
+    return derived.get(flag) if value is None else value
+
+
+def _check_architecture(checkpoint: Path, name: str) -> None:
+    """Refuse an --hf_model of other layers than the checkpoint's. Where it lies is free: the weights are the checkpoint's."""
+    theirs, ours = hf_architecture(str(checkpoint)), hf_architecture(name)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"--hf_model {name} has {key} {ours.get(key)}, but {theirs.get(key)} in {checkpoint}; give the model that the run "
+                "began with, or start a new run without --resume"
+            )
 
 
 @dataclass(frozen=True)
