@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from galore_torch.codecs import CODECS
 from galore_torch.recipe import Recipe
+from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.optim import OPTIMIZERS, adamw_state_bytes, build_optimizer, per_layer_updates, state_bytes, unused_flags
@@ -135,6 +138,26 @@ def test_codecs_reach_every_group_and_are_the_size_of_the_state(model: nn.Module
     assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[1] == pytest.approx(size / 2, rel=0.03)
     assert state("galore_adamw8bit", state_codec="bf16")[0] == {"bf16 bf16"}
     assert state("galore_adamw8bit")[0] == {"int8 bf16"}
+
+
+def test_readme_has_the_sizes_of_the_published_60m_run(parsed: Callable[[str], PretrainConfig]) -> None:
+    """Every row of its table, from tensors without memory; shares are those of AdamW's moments, twice the weights."""
+    config = parsed("--config 60m")
+    shape: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "activation_checkpointing": False, "seed": 0}
+    lines = (Path(__file__).parents[2] / "README.md").read_text().partition("| `--optimizer` |")[2].splitlines()[2:]
+    table = [[cell.strip().split(" ")[0] for cell in line.strip("|").split("|")] for line in itertools.takewhile(str.strip, lines)]
+    assert len(table) == 5
+    for name, state_codec, basis_codec, size, of_bf16, of_fp32 in table:
+        with torch.device("meta"):
+            model = build_model(model_shape("60m"), dtype=config.torch_dtype, **shape)
+        elements = sum(p.numel() for p in model.parameters())
+        held = 4 * elements
+        if name != "adamw":
+            codecs = {"state_codec": state_codec, "basis_codec": basis_codec}
+            optimizer = build_optimizer(name, model, lr=0.01, settings=config.optimizer_settings | codecs)
+            held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+        assert float(size) == pytest.approx(held / 1e6, abs=0.05)
+        assert (float(of_bf16), float(of_fp32)) == pytest.approx((25 * held / elements, 12.5 * held / elements), abs=0.51)
 
 
 def test_codecs_that_are_offered_are_those_of_the_library() -> None:
