@@ -63,6 +63,7 @@ def test_exported_run_is_the_model_that_was_trained(run: Path, tmp_path: Path, c
     files = everything(tmp_path / "new")
     assert {"model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json"} <= files.keys()
     assert json.loads(files["model/config.json"])["use_cache"]
+    assert files["model/tokenizer_config.json"] == (run / "model" / "tokenizer_config.json").read_bytes()
     assert not any(str(run.parent).encode() in content for content in files.values()), "no path of this machine"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
     assert everything(run) == before

@@ -105,9 +105,12 @@ def load_tokenizer(folder: Path) -> Any:
 
     quiet_transformers()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a file it cannot parse
         raise UserError(f"{folder} has no tokenizer that can be loaded: {first_line(error)}") from error
+    for how_it_was_loaded in ("is_local", "local_files_only"):  # transformers 5 would save that too
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
 
 
 def _multiplied_out(checkpoint: Path, trained: dict[str, Any]) -> Any:
