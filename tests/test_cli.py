@@ -40,7 +40,11 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["pretrain", "--help"], ["pretrain", "--config", "60m", "--rank", "0"], ["recipes"], ["report", "--help"]]
+    "words",
+    [
+        *[["--help"], ["pretrain", "--help"], ["pretrain", "--config", "60m", "--rank", "0"], ["recipes"], ["report", "--help"]],
+        *[["export", "--help"], ["generate", "--help"]],
+    ],
 )
 def test_parsing_loads_no_heavy_library(words: list[str]) -> None:
     program = (

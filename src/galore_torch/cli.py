@@ -139,6 +139,61 @@ def _report(arguments: dict[str, Any]) -> int:
     return _say(f"{page} and {len(pictures)} pictures beside it")
 
 
+# --- galore export --------------------------------------------------------------------------------------------------
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a run's weights as an ordinary Hugging Face folder",
+        description="Write the weights of a run's newest whole checkpoint, or of a named one, with config and tokenizer to a folder that "
+        "AutoModelForCausalLM and AutoTokenizer load. What a baseline trained beside its matrices is multiplied out.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    export.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="such as runs/a, or runs/a/checkpoints/step-000500")
+    export.add_argument("destination", metavar="DEST", help="a new folder")
+    export.add_argument("--dtype", metavar="NAME", help="of the weights: bfloat16, float32 or float16 (default: as they were trained)")
+    export.add_argument("--max_shard_size", metavar="SIZE", help="of one file (default: 5GB)")
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: dict[str, Any]) -> int:
+    _need("export", _TRAIN_EXTRA)
+    from galore_torch.train.export import export
+
+    return _say(export(**arguments))
+
+
+# --- galore generate ------------------------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="text from a run, for a look at what it has learnt",
+        description="Go on from a prompt with the model of a run, a checkpoint or any Hugging Face folder, as plain text.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    generate.add_argument("source", metavar="RUN_OR_FOLDER", help="such as runs/a, one of its checkpoints, or an exported folder")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what the text begins with")
+    generate.add_argument("--max_new_tokens", type=int, metavar="N", help="tokens after the prompt, at most (default: 64)")
+    generate.add_argument("--temperature", type=float, metavar="X", help="0: always the likeliest token (default: 0.8)")
+    generate.add_argument("--top_k", type=int, metavar="N", help="draw from the likeliest N tokens, 0: from all (default: 50)")
+    generate.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: 0)")
+    generate.add_argument("--count", type=int, metavar="N", help="texts, with a line --- between them (default: 1)")
+    generate.add_argument("--device", metavar="NAME", choices=("auto", "cpu", "cuda"), help="auto, cpu or cuda (default: auto)")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(arguments: dict[str, Any]) -> int:
+    _need("generate", _TRAIN_EXTRA)
+    from galore_torch.train.generate import generate
+
+    return _say("\n---\n".join(generate(**arguments)))
+
+
 # --- what the commands share ----------------------------------------------------------------------------------------
 
 
@@ -166,6 +221,8 @@ _COMMANDS = (
     _add_pretrain,
     _add_recipes,
     _add_report,
+    _add_export,
+    _add_generate,
 )
 
 

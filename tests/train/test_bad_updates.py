@@ -27,7 +27,7 @@ Make = Callable[..., PretrainConfig]
     ("name", "broken"),
     [
         *[("adamw", "loss"), ("adamw", "gradient norm"), ("galore_adamw", "loss"), ("galore_adamw", "gradient norm")],
-        ("galore_adamw_per_layer", "loss"),  # inside the backward pass the optimizer itself skips each matrix's bad gradient
+        *[("galore_adamw_per_layer", "loss"), ("galore_adamw_per_layer", "gradient norm")],
     ],
 )
 def test_bad_update_is_skipped_and_counted(

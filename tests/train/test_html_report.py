@@ -96,6 +96,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(folder / "out" / "page.html")
 
 
+def test_sizes_that_a_resumed_run_wrote_twice_count_once(tmp_path: Path) -> None:
+    """Each process measures them in its first update; the table and the picture of memory read this."""
+    rows = updates(12)
+    again = [*rows[:6], rows[6] | {"memory_mb": rows[0]["memory_mb"]}, *rows[7:]]
+    once, twice = (write_run(tmp_path / name, each) for name, each in (("once", rows), ("twice", again)))
+    first, second = read_runs([once, twice])
+    assert second.memory == first.memory == {"weights": 20.0, "gradients": 20.0, "optimizer": 10.0, "activations": 50.0}
+
+
 def test_needs_no_network_and_runs_no_script(page: Page) -> None:
     """No address but those inside the page and in its own data, no script, and a policy that forbids both."""
     for tag, attributes in page.elements:

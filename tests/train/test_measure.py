@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from galore_torch import GaLoreAdamW
-from galore_torch.train import trainer
+from galore_torch.train import place, trainer
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
@@ -101,6 +101,30 @@ def test_consumed_gradients_have_no_norm_and_no_optimizer_time(make_config: Make
     assert not any("grad_norm" in row or "optimizer_s" in row for row in rows)
     assert rows[0]["memory_mb"]["gradients"] == 0
     assert all("refreshes" in row for row in rows)
+
+
+def test_bad_gradient_inside_the_backward_pass_is_counted(
+    make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One matrix meets NaN in update 3: the optimizer leaves it as it is, and the loop says that the update was bad."""
+    bad, weights = "model.layers.0.mlp.gate_proj.weight", []
+
+    def model_for(*args: Any) -> torch.nn.Module:
+        model = place.model_for(*args)
+
+        def poisoned(grad: torch.Tensor) -> torch.Tensor:
+            weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            return grad * torch.nan if len(weights) == 3 else grad
+
+        model.get_parameter(bad).register_hook(poisoned)
+        return model
+
+    monkeypatch.setattr(trainer, "model_for", model_for)
+    rows, model = updates(make_config(optimizer="galore_adamw_per_layer", rank=4, num_training_steps=4), token_data, tmp_path)
+    assert {row["step"]: row.get("skipped") for row in rows} == {1: None, 2: None, 3: "the gradient norm is nan", 4: None}
+    third, fourth = weights[2:]
+    assert [name for name, p in fourth.items() if torch.equal(p, third[name])] == [bad]
+    assert not torch.equal(model.get_parameter(bad), fourth[bad])
 
 
 def one_update(probe: Probe, model: torch.nn.Module, inputs: torch.Tensor) -> dict[str, Any]:

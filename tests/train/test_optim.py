@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from galore_torch.codecs import CODECS
+from galore_torch.recipe import Recipe
+from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import build_model, model_shape
 from galore_torch.train.optim import OPTIMIZERS, adamw_state_bytes, build_optimizer, per_layer_updates, state_bytes, unused_flags
+from galore_torch.train.settings import BASIS_CODECS, STATE_CODECS
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -114,6 +120,51 @@ def test_adam8bit_is_adamw_with_8_bit_moments(model: nn.Module) -> None:
 def test_gap_range_reaches_the_projected_group(model: nn.Module) -> None:
     *_, projected = build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "gap_range": (1, 8)}).param_groups
     assert projected["gap_range"] == (1, 8)
+
+
+def test_codecs_reach_every_group_and_are_the_size_of_the_state(model: nn.Module) -> None:
+    """Of projected and of other weights; None is what the class has."""
+
+    def state(name: str, **codecs: str | None) -> tuple[set[str], int]:
+        optimizer = build_optimizer(name, model, lr=0.01, settings=SETTINGS | codecs)
+        loss_of(model).backward()
+        optimizer.step()
+        return {f"{group['state_codec']} {group['basis_codec']}" for group in optimizer.param_groups}, state_bytes(optimizer)
+
+    own, size = state("galore_adamw")
+    assert own == {"fp32 fp32"}
+    assert state("galore_adamw", state_codec="fp32", basis_codec=None) == (own, size)
+    assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[0] == {"bf16 bf16"}
+    assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[1] == pytest.approx(size / 2, rel=0.03)
+    assert state("galore_adamw8bit", state_codec="bf16")[0] == {"bf16 bf16"}
+    assert state("galore_adamw8bit")[0] == {"int8 bf16"}
+
+
+def test_readme_has_the_sizes_of_the_published_60m_run(parsed: Callable[[str], PretrainConfig]) -> None:
+    """Every row of its table, from tensors without memory; shares are those of AdamW's moments, twice the weights."""
+    config = parsed("--config 60m")
+    shape: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "activation_checkpointing": False, "seed": 0}
+    lines = (Path(__file__).parents[2] / "README.md").read_text().partition("| `--optimizer` |")[2].splitlines()[2:]
+    table = [[cell.strip().split(" ")[0] for cell in line.strip("|").split("|")] for line in itertools.takewhile(str.strip, lines)]
+    assert len(table) == 5
+    for name, state_codec, basis_codec, size, of_bf16, of_fp32 in table:
+        with torch.device("meta"):
+            model = build_model(model_shape("60m"), dtype=config.torch_dtype, **shape)
+        elements = sum(p.numel() for p in model.parameters())
+        held = 4 * elements
+        if name != "adamw":
+            codecs = {"state_codec": state_codec, "basis_codec": basis_codec}
+            optimizer = build_optimizer(name, model, lr=0.01, settings=config.optimizer_settings | codecs)
+            held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+        assert float(size) == pytest.approx(held / 1e6, abs=0.05)
+        assert (float(of_bf16), float(of_fp32)) == pytest.approx((25 * held / elements, 12.5 * held / elements), abs=0.51)
+
+
+def test_codecs_that_are_offered_are_those_of_the_library() -> None:
+    for state_codec in STATE_CODECS:
+        for basis_codec in BASIS_CODECS:
+            Recipe(state_codec=state_codec, basis_codec=basis_codec)
+    assert set(STATE_CODECS) == set(CODECS)
 
 
 def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from whole_runs import assert_same_run, command, rows
 
 from galore_torch.train.checkpoint import checkpoints_in
 from galore_torch.train.config import PretrainConfig
+from galore_torch.train.data import load_data
 from galore_torch.train.errors import UserError
-from galore_torch.train.resume import find_starts
+from galore_torch.train.resume import check_identity, find_starts, identity
 
 Make = Callable[..., PretrainConfig]
 
@@ -154,3 +156,77 @@ def test_another_machine_is_noted(make_config: Make, tmp_path: Path, finished_ru
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     _, printed = command(make_config(resume="auto"))
     assert "threads was 1 and is 99 now: the run goes on, but not to the last bit" in printed
+
+
+# --- the same run in other words ------------------------------------------------------------------------------------------
+
+
+def refuse_or_pass(config: PretrainConfig) -> None:
+    """What `galore pretrain` does before it changes anything."""
+    data = load_data(config)
+    ((name, lr),) = config.contenders
+    (checkpoint,) = find_starts(config).checkpoints.values()
+    check_identity(checkpoint, config, identity(config, name, lr, data))
+
+
+@pytest.mark.parametrize(
+    ("settings", "same", "other"),
+    [
+        (
+            {"optimizer": "adamw"},
+            {"lr": 0.003, "rank": 4, "warmup_steps": 0, "beta1": 0.9, "total_batch_size": 4, "vocab_size": 300, "max_train_tokens": 400},
+            {"beta1": 0.8},
+        ),
+        ({"optimizer": "adamw"}, {"rank": 2, "update_proj_gap": 7, "galore_scale": 9.0, "proj_type": "full"}, {"weight_decay": 0.1}),
+        ({"scheduler": "wsd"}, {"decay_steps": 1}, {"decay_steps": 2}),
+        ({"scheduler": "cosine_restarts", "cycle_length": 3, "warmup_steps": 1}, {"restart_warmup_steps": 1}, {"restart_warmup_steps": 2}),
+        ({"optimizer": "sgd"}, {"beta1": 0.0}, {"beta1": 0.9}),
+        ({"optimizer": "galore_adafactor"}, {"beta1": 0.0, "rank": 4, "state_codec": "fp32"}, {"rank": 3}),
+        ({"optimizer": "galore_adamw"}, {"state_codec": "fp32", "basis_codec": "fp32", "beta1": 0.9}, {"state_codec": "bf16"}),
+        ({"optimizer": "galore_adamw8bit"}, {"state_codec": "int8", "basis_codec": "bf16"}, {"basis_codec": "fp32"}),
+        ({"optimizer": "galore_adamw", "state_codec": "fp32"}, {"state_codec": None}, {"state_codec": "int8"}),
+    ],
+)
+def test_what_settings_amount_to_is_compared(
+    make_config: Make, tmp_path: Path, settings: dict[str, Any], same: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """A default given by name changes nothing, nor does what the optimizer does not use; another value is refused."""
+    command(make_config(**settings))
+    refuse_or_pass(make_config(**settings | same, resume="auto"))
+    flag, value = next(iter(other.items()))
+    with pytest.raises(UserError, match=f"--{flag} is {value}, but .* which would change the run"):
+        refuse_or_pass(make_config(**settings | other, resume="auto"))
+
+
+def test_setting_younger_than_the_checkpoint_had_its_default(make_config: Make, tmp_path: Path) -> None:
+    command(make_config(optimizer="galore_adamw"))
+    (checkpoint,) = checkpoints_in(tmp_path / "run" / "checkpoints")
+    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    for flag in ("state_codec", "basis_codec"):
+        del trainer["identity"][flag]
+    (checkpoint / "trainer.json").write_text(json.dumps(trainer))
+    config = make_config(optimizer="galore_adamw")
+    name, lr = config.contenders[0]
+    for changes, says in (({}, None), ({"state_codec": "fp32"}, None), ({"state_codec": "bf16"}, "--state_codec is bf16, but None in")):
+        config = make_config(optimizer="galore_adamw", **changes)
+        with pytest.raises(UserError, match=says) if says else nullcontext():
+            check_identity(checkpoint, config, identity(config, name, lr, load_data(config)))
+
+
+def test_moved_hf_model_is_the_same_and_another_one_is_not(make_config: Make, tmp_path: Path, finished_run: Path) -> None:
+    model = Path(shutil.copytree(finished_run / "model", tmp_path / "model"))
+    changes: dict[str, Any] = {"model_config": "demo", "optimizer": "galore_adamw", "rank": 4, "save_every": 3}
+    assert command(make_config(hf_model=str(model), **changes))[0] == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    model = model.rename(tmp_path / "moved")
+    code, printed = command(make_config(hf_model=str(model), resume="auto", **changes))
+    assert (code, "resumed    galore_adamw after update 3" in printed) == (0, True)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    with pytest.raises(
+        UserError, match=r"--hf_model .*other has rms_norm_eps 0.1, but 1e-06 in .*; give the model that the run began with"
+    ):
+        refuse_or_pass(make_config(hf_model=str(other), resume="auto", **changes))
+    with pytest.raises(UserError, match=r"--hf_model is None, but .*moved in"):
+        refuse_or_pass(make_config(**changes | {"model_config": str(model)}, resume="auto"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from galore_torch.train.checkpoint import checkpoints_in, step_of
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.pretrain import pretrain
@@ -60,7 +62,8 @@ def test_service_gets_every_row_under_its_step(name: str, make_config: Make, tmp
     recorder = Recorder(name, monkeypatch)
     assert command(make_config(tracker=(name,), optimizer="galore_adamw", rank=4, track_subspace=True))[0] == 0
     ((_, start),) = recorder.of("init")
-    assert (start["project"], start["name"], start["config"]["optimizer"]) == ("galore", "run", "galore_adamw")
+    assert (start["project"], start["config"]["optimizer"]) == ("galore", "galore_adamw")
+    assert start["name"].partition("-")[0] == "run"
     assert (start.get("dir") == str(tmp_path / "run")) == (name == "wandb")
     assert len(recorder.of("finish")) == 1
     rows = metrics(tmp_path / "run")
@@ -71,6 +74,45 @@ def test_service_gets_every_row_under_its_step(name: str, make_config: Make, tmp
         assert values.get("eval/loss") == row.get("eval_loss")
         assert all(isinstance(value, (int, float)) for value in values.values())
     assert any(key.startswith("overlap/model.layers.0") for values, _ in sent for key in values)
+
+
+def test_resumed_run_goes_on_in_the_same_run_of_each_service(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb knows a run by its id, trackio by its name; a run in another folder is another one to both."""
+    services = [Recorder(name, monkeypatch) for name in ("wandb", "trackio")]
+    trackers: dict[str, Any] = {"tracker": ("wandb", "trackio"), "save_every": 2, "keep": 9}
+    assert command(make_config(**trackers))[0] == 0
+    killed_after_update(4, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert command(make_config(**trackers, save_dir=str(tmp_path / "moved"), resume="auto"))[0] == 0
+    branch = make_config(**trackers, save_dir=str(tmp_path / "branch"), resume=str(tmp_path / "moved" / "checkpoints" / "step-000002"))
+    assert command(branch)[0] == 0
+    for recorder, key in zip(services, ("id", "name"), strict=True):
+        first, resumed, branched = [kwargs for _, kwargs in recorder.of("init")]
+        assert first["resume"] == resumed["resume"] == "allow"
+        assert first[key] == resumed[key] != branched[key]
+        steps = [kwargs["step"] for _, kwargs in recorder.of("log")]
+        assert steps == [*[0, 1, 2, 3, 4, 5, 6, 6], *[5, 6, 6], *[3, 4, 5, 6, 6]]
+
+
+def test_run_that_starts_again_before_its_first_checkpoint_is_the_same_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder("wandb", monkeypatch)
+    config = make_config(tracker=("wandb",), num_training_steps=2, resume="auto")
+    assert command(config)[0] == 0
+    for path in (tmp_path / "run").iterdir():  # what a kill leaves
+        if path.name not in ("config.json", "metrics.jsonl", "trackers.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert command(config)[0] == 0
+    first, again = [kwargs["id"] for _, kwargs in recorder.of("init")]
+    assert first == again
+
+
+def killed_after_update(step: int, run: Path) -> None:
+    """Make a finished run look as if it had been killed after the checkpoint of `step`, and before the next one."""
+    for path in checkpoints_in(run / "checkpoints"):
+        if step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def test_several_trackers_and_several_runs(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +165,20 @@ def test_names_of_values() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-def test_real_tensorboard_reads_back_the_losses(make_config: Make, tmp_path: Path) -> None:
-    """Written by torch's SummaryWriter, read by TensorBoard's own reader."""
+def test_real_tensorboard_reads_back_the_losses_of_a_resumed_run(make_config: Make, tmp_path: Path) -> None:
+    """Written by torch's SummaryWriter, read by TensorBoard's own reader: each update once, though some were written twice."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert command(make_config(tracker=("tensorboard",)))[0] == 0
+    config = make_config(tracker=("tensorboard",), save_every=2, keep=9, resume="auto")
+    assert command(config)[0] == 0
+    killed_after_update(4, tmp_path / "run")
+    assert command(config)[0] == 0
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     losses = {row["step"]: row["loss"] for row in metrics(tmp_path / "run") if "loss" in row}
-    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(losses, rel=1e-6)
-    assert len(events.Scalars("eval/loss")) == 2
+    read = events.Scalars("train/loss")
+    assert [event.step for event in read] == list(losses)
+    assert {event.step: event.value for event in read} == pytest.approx(losses, rel=1e-6)
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 6]

@@ -22,6 +22,7 @@ from galore_torch.train.errors import UserError
 FORMAT, VERSION = "galore-torch checkpoint", 1
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_GO_ON = "go on from the last checkpoint with --resume auto"
 _BLOCK = 1 << 20  # bytes hashed at once
 
 
@@ -36,25 +37,35 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     the last good one stands. UserError, and nothing left behind, where the disk is full or refuses.
     """
     target = folder / f"step-{step:06d}"
-    temporary = folder / (_TEMPORARY + target.name)
     with plain_failures(f"the checkpoint of update {step}", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(_TEMPORARY + "*"):
             shutil.rmtree(left_over)
-        try:
-            temporary.mkdir()
+        with whole_folder(target) as temporary:
             fill(temporary)
             _seal(temporary, step)
             if target.exists():  # a broken one: whole ones are never made twice
                 shutil.rmtree(target)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _sync(folder)
         for old in [path for path in checkpoints_in(folder) if step_of(path) <= step][:-keep]:
             # Renamed first: half a deleted checkpoint must not look like a broken one.
             shutil.rmtree(old.rename(folder / (_TEMPORARY + old.name)))
     return target
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which gets the name `target` once the disk has all of it; nothing is left behind where that fails."""
+    temporary = target.with_name(_TEMPORARY + target.name)
+    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [*sorted(temporary.rglob("*")), temporary]:
+            _sync(path)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(target.parent)
 
 
 def verify(path: Path) -> None:
@@ -94,7 +105,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 @contextmanager
-def plain_failures(what: str, where: Path) -> Iterator[None]:
+def plain_failures(what: str, where: Path, cure: str = _GO_ON) -> Iterator[None]:
     """Turn the system's refusal to write `what`, such as a full disk, into a UserError that says so."""
     try:
         yield
@@ -105,10 +116,7 @@ def plain_failures(what: str, where: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(
-            f"{what} cannot be written to {where}: {reason}; make room or mend the folder, then go on from the last "
-            "checkpoint with --resume auto"
-        ) from error
+        raise UserError(f"{what} cannot be written to {where}: {reason}; make room or mend the folder, then {cure}") from error
 
 
 # --- trees of tensors -----------------------------------------------------------------------------------------------------
@@ -165,13 +173,11 @@ def _unpack(value: Any, tensors: dict[str, Any]) -> Any:
 
 
 def _seal(folder: Path, step: int) -> None:
-    """Write the manifest, and wait until the disk has everything."""
+    """Write the manifest: the size and the checksum of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": content}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in [*files, folder / MANIFEST, folder]:
-        _sync(path)
 
 
 def _manifest(path: Path) -> list[tuple[str, int, str]]:

@@ -11,7 +11,7 @@ from galore_torch.train.contenders import check_contenders
 from galore_torch.train.errors import UserError
 from galore_torch.train.optim import optimizer_spec
 from galore_torch.train.schedule import SCHEDULERS
-from galore_torch.train.settings import DEVICES, DTYPES, PROJ_TYPES, TRACKERS, Settings
+from galore_torch.train.settings import BASIS_CODECS, DEVICES, DTYPES, PROJ_TYPES, STATE_CODECS, TRACKERS, Settings
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class PretrainConfig(Settings):
         self._choice("proj_type", PROJ_TYPES)
         self._choice("device", DEVICES)
         self._choice("dtype", tuple(DTYPES))
+        self._choice("state_codec", (None, *STATE_CODECS))
+        self._choice("basis_codec", (None, *BASIS_CODECS))
         self._settle()
         self._check_model()
         self._check_batch()
@@ -71,10 +73,10 @@ class PretrainConfig(Settings):
         if value is not None and not (math.isfinite(value) and holds(value)):
             raise UserError(f"--{name} {value} is out of bounds: give a number {bound}")
 
-    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise UserError(f"--{name} {value!r} is not known; choose one of: {', '.join(choices)}")
+            raise UserError(f"--{name} {value!r} is not known; choose one of: {', '.join(filter(None, choices))}")
 
     def _check_model(self) -> None:
         if self.continue_from is not None:

@@ -10,6 +10,9 @@ from typing import Any
 from galore_torch.train.errors import UserError
 from galore_torch.train.model import finish
 
+# Keys of a config that are written anew at each saving, or do not change what the layers compute.
+_HOW_IT_IS_RUN = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"})
+
 
 @dataclass(frozen=True)
 class HFShape:
@@ -28,6 +31,11 @@ def hf_shape(name: str) -> HFShape:
     return HFShape(config.hidden_size, positions, config.vocab_size)
 
 
+def hf_architecture(name: str) -> dict[str, Any]:
+    """What the config of the model `name` says of its layers; not where it lies, nor how it is run."""
+    return {key: value for key, value in _config(name).to_dict().items() if key not in _HOW_IT_IS_RUN}
+
+
 def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:
     """The model with its weights on the CPU, ready to train; without weights inside `torch.device("meta")`."""
     import torch
@@ -39,7 +47,7 @@ def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"--hf_model {name} cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise UserError(f"--hf_model {name} cannot be loaded as a causal language model: {first_line(error)}") from error
     model.config.use_cache = False
     return finish(model.train(), dtype=dtype, activation_checkpointing=activation_checkpointing)
 
@@ -50,10 +58,16 @@ def _config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {_first_line(error)}"
-        ) from error
+        raise UserError(f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def quiet_transformers() -> None:
+    """No warnings and progress bars of transformers between what a command says."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

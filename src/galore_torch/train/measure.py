@@ -5,6 +5,7 @@ Reads the optimizer's state and changes nothing in it: a run is bit-equal with a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +33,14 @@ class Probe:
         self._due: list[_Matrix] = []
         self._old: dict[str, Bases] = {}
         self._optimizer_s: float | None = None
+        self._finite: Tensor | None = None  # of the gradients that updates inside the backward pass consume, a 0-d bool
+        for parameter in self._names:
+            if getattr(parameter, "_galore_fused", False):
+                parameter.register_hook(self._look_at)
 
     def begin(self) -> None:
         """Which refreshes are due. Before the first forward pass, for per-layer updates refresh inside the backward pass."""
+        self._finite = None
         self._due = [matrix for matrix in self._matrices() if matrix.is_due()]
         if self.track_subspace:
             self._old = {matrix.name: matrix.bases(copy=True) for matrix in self._due if matrix.ready()}
@@ -61,14 +67,14 @@ class Probe:
         self._memory["activations"] = sum(kept.values())
 
     def gradient_norm(self) -> dict[str, float]:
-        """{"grad_norm": the 2-norm of all gradients}; {} where updates inside the backward pass have consumed them."""
+        """{"grad_norm": the 2-norm of all gradients}; {} where updates inside the backward pass have consumed them, NaN if one was bad."""
         from torch.nn.utils import get_total_norm
 
         from galore_torch.low_rank_grad import ConsumedGrad
 
         gradients = self._gradients()
         if any(isinstance(grad, ConsumedGrad) for grad in gradients):
-            return {}
+            return {} if self._finite is None or bool(self._finite) else {"grad_norm": math.nan}
         return {"grad_norm": get_total_norm(gradients).item()}
 
     @contextmanager
@@ -102,6 +108,12 @@ class Probe:
             row["memory_mb"] = {name: self._memory[name] / _MB for name in ("weights", "gradients", "optimizer", "activations")}
             self._first = False
         return row
+
+    def _look_at(self, gradient: Tensor) -> None:
+        from galore_torch.linalg import finite
+
+        good = finite(gradient)
+        self._finite = good if self._finite is None else self._finite & good
 
     def _weights(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type"})
+_CODECS = ("state_codec", "basis_codec")
+LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", *_CODECS})
 COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
 
 
@@ -92,14 +93,16 @@ def unused_flags(name: str, given: Iterable[str]) -> list[str]:
 def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline changes first.
 
-    `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, weight_decay, beta1 (None: the optimizer's
-    own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
+    `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, weight_decay, beta1, state_codec, basis_codec
+    (these three None: the optimizer's own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
     """
     import importlib
 
     spec = optimizer_spec(name)
     kwargs: dict[str, Any] = {"lr": lr, "weight_decay": settings["weight_decay"], **dict(spec.extra)}
     kwargs |= _beta1_argument(spec.class_name, settings["beta1"])
+    if spec.low_rank:  # of every parameter, projected or not
+        kwargs |= {name: codec for name in _CODECS if (codec := settings.get(name)) is not None}
     try:
         make = getattr(importlib.import_module(spec.home), spec.class_name)
         if spec.home.startswith("galore_torch.train."):
@@ -134,6 +137,22 @@ def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
     if "Adafactor" in class_name:
         return {"beta1": beta1 or None}  # 0 is no first moment, which is also no memory for one
     return {"betas": (beta1, 0.999)}
+
+
+def own_settings(name: str) -> dict[str, Any]:
+    """What the optimizer `name` takes where beta1 and the codecs are not given. beta1 0 is none."""
+    import importlib
+    import inspect
+
+    spec = optimizer_spec(name)
+    own: dict[str, Any] = {"beta1": 0.9}  # of torch's AdamW, which trains the baselines
+    if not spec.home.startswith("galore_torch.train."):
+        made = getattr(importlib.import_module(spec.home), spec.class_name)
+        defaults = {key: parameter.default for key, parameter in inspect.signature(made).parameters.items()}
+        own["beta1"] = defaults.get("betas", (defaults.get("momentum", defaults.get("beta1")),))[0] or 0.0
+        if spec.low_rank:
+            own |= {codec: getattr(made.row, codec) for codec in _CODECS}
+    return own
 
 
 def per_layer_updates(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
 from galore_torch.train.flags import SETTINGS
+from galore_torch.train.hf_model import quiet_transformers
+from galore_torch.train.lock import run_lock
 from galore_torch.train.optim import build_optimizer
 from galore_torch.train.place import model_for, pick_device
 from galore_torch.train.report import (
@@ -38,21 +41,33 @@ EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
-    console = console or make_console()
+    with ExitStack() as locks:
+        return _pretrain(config, console or make_console(), locks)
+
+
+def _pretrain(config: PretrainConfig, console: Console, locks: ExitStack) -> int:
+    def note(text: str) -> None:
+        console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+
     check_data(config)
     starts = find_starts(config)
     if starts.folder is None:
-        check_save_dir(config.save_dir)
+        check_save_dir(config.save_dir, config.resume)
+    else:
+        locks.enter_context(run_lock(starts.folder, note))
     check_trackers(config.tracker)
-    _quiet_libraries()
+    quiet_transformers()
     device = pick_device(config.device)
-    for note in config.notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False)
+    for text in config.notes:
+        note(text)
     with console.status("reading text, training or loading the tokenizer"):
         data = load_data(config)
     _check_optimizers(config, data)
     _check_starts(config, data, starts)
-    folder = starts.folder or new_run_folder(config.save_dir)
+    folder = starts.folder
+    if folder is None:
+        folder = new_run_folder(config.save_dir)
+        locks.enter_context(run_lock(folder, note))
     with plain_failures("the run", folder):
         write_config(folder, config, data, device)
     _introduce(console, config, data, folder)
@@ -102,7 +117,8 @@ def _one_run(
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
     settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
-    with tracked(config.tracker, display, folder, folder.name, settings, display.warn) as watcher:
+    after = 0 if start is None else step_of(start)
+    with tracked(config.tracker, display, folder, settings, display.warn, after) as watcher:
         result, model = train(config, name, lr, data, folder, watcher, start)
     if result.status in ("finished", "interrupted"):
         to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
@@ -155,10 +171,3 @@ def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequ
     for result in stopped:
         console.print(f"[red]{result.optimizer} stopped: {result.status}[/]", highlight=False, soft_wrap=True)
     return EXIT_STOPPED if stopped else EXIT_DONE
-
-
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

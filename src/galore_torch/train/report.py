@@ -15,6 +15,7 @@ from typing import Any
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
+from galore_torch.train.lock import LOCK
 from galore_torch.train.result import RunResult, perplexity
 from galore_torch.train.series import smooth
 
@@ -22,12 +23,14 @@ from galore_torch.train.series import smooth
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def check_save_dir(save_dir: str | None) -> None:
-    """Refuse a folder that already holds something: a run is never overwritten."""
+def check_save_dir(save_dir: str | None, resume: str | None = None) -> None:
+    """Refuse a folder that already holds something: a run is never overwritten. What a killed run locked counts as nothing."""
     if save_dir is not None:
         folder = Path(save_dir)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise UserError(f"--save_dir {folder} already exists and is not empty; give a new folder, or move that one away")
+        if folder.is_file() or (folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())):
+            checkpoints = any(folder.glob("checkpoints/step-*")) or any(folder.glob("*/checkpoints/step-*"))
+            cure = "go on with the run in it by --resume auto, " if checkpoints and resume is None else ""
+            raise UserError(f"--save_dir {folder} already exists and is not empty; {cure}give a new folder, or move that one away")
 
 
 def new_run_folder(save_dir: str | None) -> Path:

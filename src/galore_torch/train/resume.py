@@ -19,6 +19,9 @@ from galore_torch.train.checkpoint import checkpoints_in, load_tree, newest_whol
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
+from galore_torch.train.hf_model import hf_architecture
+from galore_torch.train.lock import LOCK
+from galore_torch.train.optim import own_settings, unused_flags
 from galore_torch.train.settings import PUBLISHED
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 METRICS = "metrics.jsonl"
-_TRAINER = "trainer.json"
+TRACKED = "trackers.json"  # the names of this run at the services it is sent to
+TRAINER = "trainer.json"
 _OPTIMIZER = "optimizer"
 # Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
 _FREE = frozenset({"device", "activation_checkpointing"})
@@ -57,23 +61,46 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
 
 
 def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any]) -> None:
-    """Refuse to continue a run under settings that would have made it another run."""
-    saved = read_trainer(checkpoint)["identity"]
+    """Refuse to continue a run under settings that would have made it another run.
+
+    Compared is what they amount to: a default that is given by name is no change, nor what the optimizer does not use.
+    """
+    saved, name = read_trainer(checkpoint)["identity"], ours["optimizer"]
+    derived = config.derived_steps | own_settings(name)
+    unused, defaults = unused_flags(name, ours), {item.name: item.default for item in fields(config)}
     for flag, value in ours.items():
-        was = saved.get(flag, getattr(config, flag))  # a setting younger than the checkpoint had its default
-        if was == value:
+        was = saved.get(flag, defaults.get(flag, value))  # a setting younger than the checkpoint had its default
+        if flag in unused or was == value or _settled(was, flag, derived) == _settled(value, flag, derived):
             continue
         if flag == "data":
             raise UserError(
                 f"--data gives {value}, but {checkpoint} was trained on {was}; give the same text, --eval_data and --tokenizer, "
                 "or start a new run without --resume"
             )
+        if flag == "hf_model" and value and was:
+            _check_architecture(checkpoint, value)
+            continue
         if flag == "model_config":
             part = next(key for key in value if value[key] != was.get(key))
             flag, was, value = f"model_config ({part})", was.get(part), value[part]
         raise UserError(
             f"--{flag} is {value}, but {was} in {checkpoint}, which would change the run; give {was}, or start a new run without --resume"
         )
+
+
+def _settled(value: Any, flag: str, derived: dict[str, Any]) -> Any:
+    return derived.get(flag) if value is None else value
+
+
+def _check_architecture(checkpoint: Path, name: str) -> None:
+    """Refuse an --hf_model of other layers than the checkpoint's. Where it lies is free: the weights are the checkpoint's."""
+    theirs, ours = hf_architecture(str(checkpoint)), hf_architecture(name)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"--hf_model {name} has {key} {ours.get(key)}, but {theirs.get(key)} in {checkpoint}; give the model that the run "
+                "began with, or start a new run without --resume"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,8 +154,8 @@ def _newest(config: PretrainConfig) -> Starts:
 def _nothing_saved_yet(folder: Path, config: PretrainConfig) -> bool:
     """Whether `folder` holds what a run leaves that was stopped before its first checkpoint, and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", *config.tracker}
-    return "config.json" in names and names <= own | {"config.json"} and not any(folder.rglob("step-*"))
+    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", TRACKED, *config.tracker}
+    return "config.json" in names and names <= own | {"config.json", LOCK} and not any(folder.rglob("step-*"))
 
 
 def run_folder(folder: Path, config: PretrainConfig, run_name: str) -> Path:
@@ -148,7 +175,7 @@ def fill(
     save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     shutil.copyfile(metrics, folder / METRICS)
     record = trainer | {"random": _random_state(device), "made_with": made_with(device)}
-    (folder / _TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: Path) -> list[dict[str, Any]]:
@@ -168,7 +195,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / _TRAINER).read_text(encoding="utf-8")))
+    return dict(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")))
 
 
 def made_with(device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from galore_torch.train.optim import optimizer_spec, unused_flags
 from galore_torch.train.schedule import SCHEDULERS, Schedule
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+STATE_CODECS, BASIS_CODECS = ("fp32", "bf16", "int8"), ("fp32", "bf16")  # as galore_torch.recipe has them, which imports torch
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -71,6 +72,8 @@ class Settings:
         None, "optimizer", "each matrix finds its own gap between these, from --update_proj_gap on", metavar=("LEAST", "MOST"), pair=True
     )
     proj_type: str = _setting("std", "optimizer", "which side is projected: " + ", ".join(PROJ_TYPES))
+    state_codec: str | None = _setting(None, "optimizer", f"moments are kept in: {', '.join(STATE_CODECS)} (default: the optimizer's own)")
+    basis_codec: str | None = _setting(None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)")
     # -- training
     batch_size: int = _setting(16, "training", "sequences in one forward pass")
     total_batch_size: int | None = _setting(None, "training", "sequences in one update: a multiple of --batch_size (default: equal)")
@@ -188,7 +191,8 @@ class Settings:
     @property
     def optimizer_settings(self) -> dict[str, Any]:
         """What `build_optimizer` takes beside the name and the learning rate."""
-        names = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "weight_decay", "beta1", "cycle_length")
+        low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "state_codec", "basis_codec")
+        names = (*low_rank, "weight_decay", "beta1", "cycle_length")
         return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names}
 
     @property
@@ -196,12 +200,18 @@ class Settings:
         """The name of the dtype in torch."""
         return DTYPES[self.dtype]
 
+    @property
+    def derived_steps(self) -> dict[str, int]:
+        """What the schedule takes where these flags are not given."""
+        decay = max(1, min(self.num_training_steps // 5, self.num_training_steps - self.warmup))
+        return {"decay_steps": decay, "restart_warmup_steps": max(1, (self.cycle_length or 0) // 10)}
+
     def schedule(self, optimizer: str = "") -> Schedule:
         """The schedule of one optimizer: all share --scheduler, but relora's cosine restarts where it merges."""
         kind = "cosine_restarts" if optimizer == "relora" and self.scheduler == "cosine" else self.scheduler
-        decay = self.decay_steps or max(1, min(self.num_training_steps // 5, self.num_training_steps - self.warmup))
+        derived = self.derived_steps
         cycle = self.cycle_length or 0
-        restart = self.restart_warmup_steps or max(1, cycle // 10)
+        decay, restart = self.decay_steps or derived["decay_steps"], self.restart_warmup_steps or derived["restart_warmup_steps"]
         return Schedule(kind, self.num_training_steps, self.warmup, self.min_lr_ratio, decay, cycle, restart)
 
     def lr_factor(self, step: int, optimizer: str = "") -> float:

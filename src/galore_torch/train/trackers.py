@@ -6,12 +6,15 @@ Each tracker is an extra that is imported only when `--tracker` names it. One th
 from __future__ import annotations
 
 import importlib
+import json
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from galore_torch.train.errors import UserError
+from galore_torch.train.resume import TRACKED
 from galore_torch.train.trainer import Watcher
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -24,8 +27,9 @@ class _Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, module: Any, folder: Path, name: str, settings: dict[str, Any]) -> None:
-        self.writer = module.SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, module: Any, folder: Path, settings: dict[str, Any], after: int) -> None:
+        # What a killed process wrote after its checkpoint is written again: its reader drops those points.
+        self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else 0)
         self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -37,18 +41,33 @@ class _TensorBoard:
 
 
 class _Service:
-    """wandb, and trackio, which has the same functions."""
+    """wandb, and trackio, which has the same functions, but knows a run by its name alone."""
 
-    def __init__(self, module: Any, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, module: Any, folder: Path, settings: dict[str, Any], after: int) -> None:
         self.module = module
-        where = {"dir": str(folder)} if module.__name__ == "wandb" else {}
-        module.init(project=_PROJECT, name=name, config=settings, **where)
+        mark = secrets.token_hex(4)
+        if module.__name__ == "wandb":
+            which = {"id": _kept(folder, "wandb", mark), "name": folder.name, "dir": str(folder)}
+        else:
+            which = {"name": _kept(folder, "trackio", f"{folder.name}-{mark}")}
+        module.init(project=_PROJECT, config=settings, resume="allow", **which)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)
 
     def close(self) -> None:
         self.module.finish()
+
+
+def _kept(folder: Path, service: str, new: str) -> str:
+    """What `service` has known the run in `folder` by since its first start, so that a resumed run goes on there: now `new`."""
+    path = folder / TRACKED
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if service not in known:
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(known | {service: new}) + "\n", encoding="utf-8")
+        partial.replace(path)
+    return known.get(service, new)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -66,15 +85,18 @@ def _import(name: str) -> Any:
 
 @contextmanager
 def tracked(
-    names: Sequence[str], watcher: Watcher, folder: Path, name: str, settings: dict[str, Any], warn: Callable[[str], None]
+    names: Sequence[str], watcher: Watcher, folder: Path, settings: dict[str, Any], warn: Callable[[str], None], after: int
 ) -> Iterator[Watcher]:
-    """`watcher`, with every row also sent to the trackers; UserError where one does not start."""
+    """`watcher`, with every row also sent to the trackers; UserError where one does not start.
+
+    after: the update that a resumed run goes on after. It goes on in the same run of each tracker.
+    """
     trackers: dict[str, _Tracker] = {}
     try:
         for kind in dict.fromkeys(names):
             make = _TensorBoard if kind == "tensorboard" else _Service
             try:
-                trackers[kind] = make(_import(kind), folder, name, settings)
+                trackers[kind] = make(_import(kind), folder, settings, after)
             except Exception as error:  # whatever a service raises where nobody is logged in
                 raise UserError(f"--tracker {kind} did not start: {error}; leave it out, or set it up first") from error
         yield _Tracked(watcher, trackers, warn) if trackers else watcher
