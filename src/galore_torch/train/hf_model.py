@@ -39,7 +39,7 @@ def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"--hf_model {name} cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise UserError(f"--hf_model {name} cannot be loaded as a causal language model: {first_line(error)}") from error
     model.config.use_cache = False
     return finish(model.train(), dtype=dtype, activation_checkpointing=activation_checkpointing)
 
@@ -50,10 +50,16 @@ def _config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {_first_line(error)}"
-        ) from error
+        raise UserError(f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def quiet_transformers() -> None:
+    """No warnings and progress bars of transformers between what a command says."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

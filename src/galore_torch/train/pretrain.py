@@ -15,6 +15,7 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
 from galore_torch.train.flags import SETTINGS
+from galore_torch.train.hf_model import quiet_transformers
 from galore_torch.train.optim import build_optimizer
 from galore_torch.train.place import model_for, pick_device
 from galore_torch.train.report import (
@@ -44,7 +45,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     if starts.folder is None:
         check_save_dir(config.save_dir)
     check_trackers(config.tracker)
-    _quiet_libraries()
+    quiet_transformers()
     device = pick_device(config.device)
     for note in config.notes:
         console.print(f"[yellow]note:[/] {note}", highlight=False)
@@ -155,10 +156,3 @@ def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequ
     for result in stopped:
         console.print(f"[red]{result.optimizer} stopped: {result.status}[/]", highlight=False, soft_wrap=True)
     return EXIT_STOPPED if stopped else EXIT_DONE
-
-
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 METRICS = "metrics.jsonl"
-_TRAINER = "trainer.json"
+TRAINER = "trainer.json"
 _OPTIMIZER = "optimizer"
 # Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
 _FREE = frozenset({"device", "activation_checkpointing"})
@@ -148,7 +148,7 @@ def fill(
     save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     shutil.copyfile(metrics, folder / METRICS)
     record = trainer | {"random": _random_state(device), "made_with": made_with(device)}
-    (folder / _TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: Path) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / _TRAINER).read_text(encoding="utf-8")))
+    return dict(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")))
 
 
 def made_with(device: str) -> dict[str, Any]:
