@@ -44,6 +44,7 @@ class Watcher(Protocol):
     def step(self, row: dict[str, Any], total: int) -> None: ...
     def evaluated(self, row: dict[str, Any]) -> None: ...
     def should_stop(self) -> bool: ...
+    def warn(self, message: str) -> None: ...
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -95,7 +96,10 @@ class _Loop:
     saved: int = -1  # the update of the last checkpoint
 
     def __post_init__(self) -> None:
-        self.token_loss = TokenLoss(self.model).train()  # a loaded model comes in eval mode
+        tokens = self.config.batch_size * self.config.max_length
+        self.token_loss = TokenLoss(self.model, self.config.loss_chunk, tokens).train()  # a loaded model comes in eval mode
+        if self.token_loss.whole_because:
+            self.watcher.warn(f"all logits of a forward pass exist at once, for {self.token_loss.whole_because}")
         self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
 
     def run(self) -> None:
