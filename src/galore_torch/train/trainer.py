@@ -15,9 +15,11 @@ from statistics import median
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from galore_torch.train.checkpoint import plain_failures, write_checkpoint
+from galore_torch.train.compiled import compile_layers
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
 from galore_torch.train.evaluate import held_out_loss
+from galore_torch.train.flops import flops_per_token, peak_flops
 from galore_torch.train.loss import TokenLoss, counted
 from galore_torch.train.measure import Probe
 from galore_torch.train.memory import memory_mb
@@ -100,6 +102,11 @@ class _Loop:
         self.token_loss = TokenLoss(self.model, self.config.loss_chunk, tokens).train()  # a loaded model comes in eval mode
         if self.token_loss.whole_because:
             self.watcher.warn(f"all logits of a forward pass exist at once, for {self.token_loss.whole_because}")
+        if self.config.compile:
+            compile_layers(self.model)
+        self.flops = flops_per_token(self.model, self.config.max_length)
+        known = peak_flops(self.device, self.config.torch_dtype)
+        self.peak_flops = self.config.peak_tflops * 1e12 if self.config.peak_tflops else known
         self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
 
     def run(self) -> None:
@@ -148,6 +155,7 @@ class _Loop:
         if math.isfinite(mean_loss):
             result.losses.append((step, mean_loss))
         row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row |= self.speed(tokens / seconds)
         row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
         result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
@@ -184,6 +192,12 @@ class _Loop:
         if 0 < self.config.max_loss_rise < rise:
             return f"the loss is {loss:.4g}, {rise:.3g} above the median of the last {_RECENT}"
         return ""
+
+    def speed(self, tokens_per_s: float) -> dict[str, float]:
+        """{"tflops": of the model alone, a second, "mfu": their share of the device's peak, where that is known}."""
+        achieved = tokens_per_s * self.flops
+        shares = {"mfu": round(achieved / self.peak_flops, 5)} if self.peak_flops else {}
+        return {"tflops": float(f"{achieved / 1e12:.5g}")} | shares
 
     def gradient_norm(self) -> dict[str, float]:
         """{"grad_norm": of all gradients}, which are clipped to --grad_clipping where that is given; {} where they are consumed."""
