@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from memory import peak_bytes
 from torch import Tensor, nn
 
 from galore_torch.train.config import PretrainConfig
@@ -20,6 +19,7 @@ from galore_torch.train.head_loss import IGNORED, head_loss
 from galore_torch.train.loss import TokenLoss
 from galore_torch.train.model import ModelShape, build_model
 from galore_torch.train.trainer import train
+from memory import peak_bytes
 
 Make = Callable[..., PretrainConfig]
 SHAPE = ModelShape(16, 24, 2, 2, 64, 50)

@@ -1,4 +1,4 @@
-"""--compile: torch.compile for the layers of a model. Each on its own, so that gradients arrive layer by layer, as per-layer updates need."""
+"""--compile: torch.compile for the layers of a model, each on its own: gradients arrive layer by layer, as per-layer updates need."""
 
 from __future__ import annotations
 

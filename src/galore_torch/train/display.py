@@ -96,15 +96,16 @@ class Display:
         self.console.print(f"[yellow]note:[/] {escape(message)}", highlight=False)
 
     def evaluated(self, row: dict[str, Any]) -> None:
+        legacy = f" (as published: {row['legacy_eval_perplexity']:,.2f})" if "legacy_eval_perplexity" in row else ""
         self.console.print(
             f"{self._name} update {row['step']}: held-out perplexity "
-            f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens",
+            f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens{legacy}",
             highlight=False,
         )
 
 
 def _figures(row: dict[str, Any], share: float | None) -> str:
-    """Loss, rate, speed, memory now / at its peak (the device's where there is one), and the shares of peak speed and of time in refreshes."""
+    """Loss, rate, speed, memory now / at its peak (the device's where there is one), the shares of peak speed and of refreshes."""
     now, peak = (row["cuda_mb"], row["cuda_peak_mb"]) if "cuda_mb" in row else (row["rss_mb"], row["peak_rss_mb"])
     memory = f"{now / 1e3:.1f}/{peak / 1e3:.1f} GB" if peak >= 10_000 else f"{now:,.0f}/{peak:,.0f} MB"
     refresh = "" if share is None else f"  refresh {share:.0%}"

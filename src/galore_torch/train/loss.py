@@ -45,7 +45,7 @@ class TokenLoss(nn.Module):
 
 
 def _why_not_linear(model: nn.Module, head: nn.Module | None) -> str:
-    """Why the logits are not `head(hidden)` and nothing more, else "": some families cap, scale or shift them. By one look at two tokens."""
+    """Why the logits are not `head(hidden)` and nothing more, else "": some families cap or scale them. By a look at two tokens."""
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return f"the head is {'a Linear with a bias' if isinstance(head, nn.Linear) else type(head).__name__}"
     if getattr(model, "base_model", model) is model:
@@ -55,7 +55,7 @@ def _why_not_linear(model: nn.Module, head: nn.Module | None) -> str:
     model.eval()  # no dropout: it would tell the two passes apart, and draw from the run's random numbers
     try:
         with torch.no_grad():
-            same = torch.equal(model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state))  # type: ignore[operator]
+            same = torch.equal(model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state))
     finally:
         model.train(training)
     return "" if same else f"{type(model).__name__} changes the logits after its head"

@@ -18,7 +18,7 @@ from galore_torch.train.checkpoint import plain_failures, write_checkpoint
 from galore_torch.train.compiled import compile_layers
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
-from galore_torch.train.evaluate import held_out_loss
+from galore_torch.train.evaluate import held_out_loss, published_loss
 from galore_torch.train.flops import flops_per_token, peak_flops
 from galore_torch.train.loss import TokenLoss, counted
 from galore_torch.train.measure import Probe
@@ -218,9 +218,9 @@ class _Loop:
             return
         config, result = self.config, self.result
         start = time.perf_counter()
-        windows = windows_in_order(self.data.held_out, config.max_length, config.batch_size)
-        found = held_out_loss(self.token_loss, windows, self.device, self.watcher.should_stop)
-        if found is None:
+        found = held_out_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop)
+        legacy = self.legacy_loss() if config.legacy_eval else {}
+        if found is None or legacy is None:
             return  # a resumed run makes up for it
         mean, tokens = found
         if not math.isfinite(mean):
@@ -231,11 +231,21 @@ class _Loop:
             "eval_loss": mean,
             "eval_perplexity": perplexity(mean),
             "eval_tokens": tokens,
+            **legacy,
             "tokens_seen": result.tokens_seen,
             "seconds": round(time.perf_counter() - start, 6),
         }
         self.write(row)
         self.watcher.evaluated(row)
+
+    def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return windows_in_order(self.data.held_out, self.config.max_length, self.config.batch_size)
+
+    def legacy_loss(self) -> dict[str, float] | None:
+        """The published script's figure, under names of its own; None when the watcher asks to stop."""
+        last = self.result.steps == self.config.num_training_steps
+        mean = published_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop, last=last)
+        return None if mean is None else {"legacy_eval_loss": mean, "legacy_eval_perplexity": perplexity(mean)}
 
     def not_finite(self, what: str) -> NonFiniteLoss:
         return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
