@@ -1,6 +1,6 @@
 """What the head and its loss cost, forward and backward: whole logits, chunks of tokens, and torch's own linear_cross_entropy.
 
-    python benchmarks/loss/run.py --threads 1 --cases 32000:4096 128256:2048
+    python benchmarks/loss/run.py --threads 1
 
 Contenders take turns; the last column is the loss's error against float64 of the same weights, on the first 256 tokens.
 """
@@ -24,7 +24,6 @@ from report import cell, heading, progress, ratios, table
 from galore_torch.train.head_loss import head_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, d), weight (V, d), targets (N,) -> the sum of their losses
-CHUNK_BYTES = 2**28  # --loss_chunk's default
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,10 +39,8 @@ def in_chunks(chunk: int) -> Loss:
     return lambda hidden, weight, targets: head_loss(hidden, weight, targets, chunk)
 
 
-def contenders(vocabulary: int, tokens: int) -> dict[str, Loss]:
-    default = max(1, CHUNK_BYTES // (4 * vocabulary))
-    found = {"whole logits": whole}
-    found |= {f"chunks of {c}": in_chunks(c) for c in sorted({128, min(default, tokens)})}
+def contenders(chunks: list[int]) -> dict[str, Loss]:
+    found = {"whole logits": whole} | {f"chunks of {chunk}": in_chunks(chunk) for chunk in chunks}
     return found | ({"torch's linear_cross_entropy": of_torch} if hasattr(F, "linear_cross_entropy") else {})
 
 
@@ -58,7 +55,7 @@ def measure(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list
         hidden.grad = weight.grad = None
         (loss(hidden, weight, targets) / tokens).backward()
 
-    steps = {name: lambda loss=loss: step(loss) for name, loss in contenders(vocabulary, tokens).items()}
+    steps = {name: lambda loss=loss: step(loss) for name, loss in contenders(arguments.chunks).items()}
     progress(f"{vocabulary}: memory")
     peaks = {name: peak_bytes(call, arguments.device) for name, call in steps.items()}
     progress(f"{vocabulary}: time")
@@ -66,7 +63,7 @@ def measure(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list
     few = (hidden[:256].detach(), weight.detach(), targets[:256])
     exact = F.cross_entropy(few[0].double() @ few[1].double().T, few[2], reduction="sum")
     with torch.no_grad():
-        errors = {name: abs(loss(*few).double() / exact - 1).item() for name, loss in contenders(vocabulary, tokens).items()}
+        errors = {name: abs(loss(*few).double() / exact - 1).item() for name, loss in contenders(arguments.chunks).items()}
     relative = ratios(seconds, "whole logits")
     return [
         [str(vocabulary), str(tokens), name, cell(seconds[name]), cell(relative[name]), f"{peaks[name] / 1e6:,.0f}", f"{errors[name]:.0e}"]
@@ -76,12 +73,13 @@ def measure(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["32000:4096", "128256:2048"], metavar="VOCABULARY:TOKENS")
+    parser.add_argument("--cases", nargs="+", default=["32000:1024", "128256:1024"], metavar="VOCABULARY:TOKENS")
+    parser.add_argument("--chunks", nargs="+", type=int, default=[128, 512], metavar="TOKENS")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = [row for case in arguments.cases for row in measure(*map(int, case.split(":")), arguments)]
