@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from whole_runs import command
 
-from conftest import document
+from conftest import SENTENCE, document
 from galore_torch import cli
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.errors import UserError
@@ -118,6 +118,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: label
+target_delimiter: ""
 metric_list:
   - metric: acc
 """
@@ -130,11 +131,8 @@ def test_harness_runs_a_local_task_offline(finished: Path, tmp_path: Path, monke
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    rows = [{"text": "the cat sat on a", "choices": [" mat", " bread"], "label": 0}]
-    rows += [
-        {"text": "while seven small", "choices": [" it", " birds"], "label": 1},
-        {"text": "ate its", "choices": [" bread", " mat"], "label": 1},
-    ]
+    words = SENTENCE.split()
+    rows = [{"text": " ".join(words[:n]), "choices": [f" {words[n]}", f" {words[n - 2]}"], "label": n % 2} for n in range(2, 14)]
     file = tmp_path / "task.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     task = tmp_path / "cat_or_bird.yaml"
@@ -148,5 +146,6 @@ def test_harness_runs_a_local_task_offline(finished: Path, tmp_path: Path, monke
         return sum(float(logp[len(before) + i - 1, token]) for i, token in enumerate(after))
 
     right = [max(range(2), key=lambda i: likelihood(row["text"], row["choices"][i])) == row["label"] for row in rows]
+    assert 0 < sum(right) < len(rows), "both have to occur for this test to see anything"
     found = evaluate(str(finished), harness=(str(task),), batch_size=2)
-    assert found["harness"]["cat_or_bird"]["acc"] == pytest.approx(sum(right) / 3)
+    assert found["harness"]["cat_or_bird"]["acc"] == pytest.approx(sum(right) / len(rows))
