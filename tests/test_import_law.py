@@ -31,7 +31,8 @@ ORDER = [name for floor in LIBRARY.values() for name in floor]
 NO_HOST_READ = {*LIBRARY["ground"], *LIBRARY["slots"], *LIBRARY["doing"], "optimizer", "low_rank_grad", "backward"}
 HOST_READS = {"item", "tolist", "numpy", "cpu", "synchronize"}
 COMMANDS = {"cli", "train.__main__"}  # python -m galore_torch.train is galore pretrain
-OWN_EXTRA = {"peft"}  # packages that one feature needs, and asks for when they are missing
+# Packages that one feature needs, and asks for when they are missing: (extra, name on the index).
+OWN_EXTRA = {"peft": ("peft", "peft"), "lm_eval": ("eval", "lm-eval")}
 SPEAKS = {"param_groups"}  # galore_param_groups(show=True) prints its table
 
 
@@ -124,13 +125,14 @@ def test_library_imports_only_torch(name: str) -> None:
 def test_train_extra_names_what_the_command_imports() -> None:
     extra = {line.split(">")[0].split(";")[0].strip() for line in requires("galore-torch") or [] if "'train'" in line}
     roots = {full.split(".")[0] for name in FILES if is_user(name) for full in imported(TREES[name])}
-    assert roots - set(sys.stdlib_module_names) - {"torch", "galore_torch"} - OWN_EXTRA <= extra
+    assert roots - set(sys.stdlib_module_names) - {"torch", "galore_torch"} - OWN_EXTRA.keys() <= extra
 
 
 @pytest.mark.parametrize("name", sorted(OWN_EXTRA))
-def test_package_of_one_feature_has_an_extra_of_its_name(name: str) -> None:
+def test_package_of_one_feature_has_an_extra(name: str) -> None:
+    extra, package = OWN_EXTRA[name]
     text = (SRC.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'\n{name} = ["galore-torch[train]", "{name}>=' in text
+    assert f'\n{extra} = ["galore-torch[train]", "{package}>=' in text
 
 
 @pytest.mark.parametrize("name", LIBRARY_FILES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -194,6 +195,43 @@ def _generate(arguments: dict[str, Any]) -> int:
     return _say("\n---\n".join(generate(**arguments)))
 
 
+# --- galore eval ----------------------------------------------------------------------------------------------------
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="perplexity of a run or any saved model on any text; lm-eval's tasks",
+        description="Judge the model of a run, a checkpoint or any Hugging Face folder: its perplexity on a text, which is read as "
+        "training reads it, and tasks of EleutherAI's evaluation harness (the extra eval).",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("source", metavar="RUN_OR_FOLDER", help="such as runs/a, one of its checkpoints, or an exported folder")
+    evaluate.add_argument("--data", nargs="+", metavar="FILE", help="the text: .txt, .jsonl (each also .gz) or .parquet files")
+    evaluate.add_argument("--text_field", metavar="NAME", help="the column of .jsonl and .parquet with the text (default: text)")
+    evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window, judged on its own (default: 256)")
+    evaluate.add_argument("--batch_size", type=int, metavar="N", help="windows, or examples, in one forward pass (default: 8)")
+    evaluate.add_argument("--eval_tokens", type=int, metavar="N", help="tokens of the text, at most (default: all)")
+    evaluate.add_argument("--harness", metavar="TASKS", help="lm-eval's tasks, comma-separated: names, or YAML files")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="examples of a task, at most (default: all)")
+    evaluate.add_argument("--dtype", metavar="NAME", help="of the weights: float32 or bfloat16 (default: as they were saved)")
+    evaluate.add_argument("--device", metavar="NAME", choices=("auto", "cpu", "cuda"), help="auto, cpu or cuda (default: auto)")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object in place of text")
+    evaluate.set_defaults(run=_eval)
+
+
+def _eval(arguments: dict[str, Any]) -> int:
+    _need("eval", _TRAIN_EXTRA)
+    from galore_torch.train.eval_command import evaluate, show
+
+    as_json = arguments.pop("json", False)
+    arguments["data"] = tuple(arguments.get("data", ()))
+    arguments["harness"] = tuple(filter(None, (name.strip() for name in arguments.get("harness", "").split(","))))
+    found = evaluate(**arguments)
+    return _say(json.dumps(found) if as_json else show(found))
+
+
 # --- what the commands share ----------------------------------------------------------------------------------------
 
 
@@ -223,6 +261,7 @@ _COMMANDS = (
     _add_report,
     _add_export,
     _add_generate,
+    _add_eval,
 )
 
 

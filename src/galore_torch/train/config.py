@@ -25,10 +25,10 @@ class PretrainConfig(Settings):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("max_train_tokens", "decay_steps", "cycle_length", "restart_warmup_steps"):
             self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise"):
+        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise", "loss_chunk"):
             self._number(name, lambda v: v >= 0, "at least 0")
         self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
-        for name in ("lr", "galore_scale"):
+        for name in ("lr", "galore_scale", "peak_tflops"):
             self._number(name, lambda v: v > 0, "greater than 0")
         self._number("beta1", lambda v: 0 <= v < 1, "in [0, 1)")
         self._number("min_lr_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")

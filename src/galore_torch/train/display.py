@@ -96,19 +96,21 @@ class Display:
         self.console.print(f"[yellow]note:[/] {escape(message)}", highlight=False)
 
     def evaluated(self, row: dict[str, Any]) -> None:
+        legacy = f" (as published: {row['legacy_eval_perplexity']:,.2f})" if "legacy_eval_perplexity" in row else ""
         self.console.print(
             f"{self._name} update {row['step']}: held-out perplexity "
-            f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens",
+            f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens{legacy}",
             highlight=False,
         )
 
 
 def _figures(row: dict[str, Any], share: float | None) -> str:
-    """Loss, rate, speed, memory now / at its peak (the device's where there is one), and the share of time in refreshes."""
+    """Loss, rate, speed, memory now / at its peak (the device's where there is one), the shares of peak speed and of refreshes."""
     now, peak = (row["cuda_mb"], row["cuda_peak_mb"]) if "cuda_mb" in row else (row["rss_mb"], row["peak_rss_mb"])
     memory = f"{now / 1e3:.1f}/{peak / 1e3:.1f} GB" if peak >= 10_000 else f"{now:,.0f}/{peak:,.0f} MB"
     refresh = "" if share is None else f"  refresh {share:.0%}"
-    return f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  {memory}{refresh}"
+    mfu = f"  mfu {row['mfu']:.0%}" if "mfu" in row else ""
+    return f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s{mfu}  {memory}{refresh}"
 
 
 def show_table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from galore_torch.train.baselines import to_dense
 from galore_torch.train.checkpoint import plain_failures, step_of
+from galore_torch.train.compiled import check_compiler
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, check_data, load_data
 from galore_torch.train.display import Display, make_console, show_table
@@ -58,6 +59,8 @@ def _pretrain(config: PretrainConfig, console: Console, locks: ExitStack) -> int
     check_trackers(config.tracker)
     quiet_transformers()
     device = pick_device(config.device)
+    if config.compile:
+        check_compiler(device)
     for text in config.notes:
         note(text)
     with console.status("reading text, training or loading the tokenizer"):

@@ -90,11 +90,19 @@ class Settings:
     min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr")
     grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping")
     max_loss_rise: float = _setting(0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never")
+    loss_chunk: int | None = _setting(
+        None, "training", "tokens whose logits exist at once, 0: all of a forward pass (default: as many as take 256 MiB in float32)"
+    )
+    compile: bool = _setting(False, "training", "torch.compile for the model's layers: slow first updates, faster later ones")
     seed: int = _setting(0, "training", "weights and data order")
     device: str = _setting("auto", "training", "auto, cpu or cuda")
     # -- run
     eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
     eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    legacy_eval: bool = _setting(
+        False, "run", "also write legacy_eval_loss, the published script's: mean of batch means, divided by their number + 1"
+    )
+    peak_tflops: float | None = _setting(None, "run", "the device's peak in TFLOP/s, which mfu is a share of (default: of known GPUs)")
     track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
     tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")

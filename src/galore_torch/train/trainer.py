@@ -15,9 +15,11 @@ from statistics import median
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from galore_torch.train.checkpoint import plain_failures, write_checkpoint
+from galore_torch.train.compiled import compile_layers
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, batches, windows_in_order
-from galore_torch.train.evaluate import held_out_loss
+from galore_torch.train.evaluate import held_out_loss, published_loss
+from galore_torch.train.flops import flops_per_token, peak_flops
 from galore_torch.train.loss import TokenLoss, counted
 from galore_torch.train.measure import Probe
 from galore_torch.train.memory import memory_mb
@@ -44,6 +46,7 @@ class Watcher(Protocol):
     def step(self, row: dict[str, Any], total: int) -> None: ...
     def evaluated(self, row: dict[str, Any]) -> None: ...
     def should_stop(self) -> bool: ...
+    def warn(self, message: str) -> None: ...
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -95,7 +98,15 @@ class _Loop:
     saved: int = -1  # the update of the last checkpoint
 
     def __post_init__(self) -> None:
-        self.token_loss = TokenLoss(self.model).train()  # a loaded model comes in eval mode
+        tokens = self.config.batch_size * self.config.max_length
+        self.token_loss = TokenLoss(self.model, self.config.loss_chunk, tokens).train()  # a loaded model comes in eval mode
+        if self.token_loss.whole_because:
+            self.watcher.warn(f"all logits of a forward pass exist at once, for {self.token_loss.whole_because}")
+        if self.config.compile:
+            compile_layers(self.model)
+        self.flops = flops_per_token(self.model, self.config.max_length)
+        known = peak_flops(self.device, self.config.torch_dtype)
+        self.peak_flops = self.config.peak_tflops * 1e12 if self.config.peak_tflops else known
         self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
 
     def run(self) -> None:
@@ -144,6 +155,7 @@ class _Loop:
         if math.isfinite(mean_loss):
             result.losses.append((step, mean_loss))
         row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row |= self.speed(tokens / seconds)
         row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
         result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
@@ -181,6 +193,12 @@ class _Loop:
             return f"the loss is {loss:.4g}, {rise:.3g} above the median of the last {_RECENT}"
         return ""
 
+    def speed(self, tokens_per_s: float) -> dict[str, float]:
+        """{"tflops": of the model alone, a second, "mfu": their share of the device's peak, where that is known}."""
+        achieved = tokens_per_s * self.flops
+        shares = {"mfu": round(achieved / self.peak_flops, 5)} if self.peak_flops else {}
+        return {"tflops": float(f"{achieved / 1e12:.5g}")} | shares
+
     def gradient_norm(self) -> dict[str, float]:
         """{"grad_norm": of all gradients}, which are clipped to --grad_clipping where that is given; {} where they are consumed."""
         import torch
@@ -200,9 +218,9 @@ class _Loop:
             return
         config, result = self.config, self.result
         start = time.perf_counter()
-        windows = windows_in_order(self.data.held_out, config.max_length, config.batch_size)
-        found = held_out_loss(self.token_loss, windows, self.device, self.watcher.should_stop)
-        if found is None:
+        found = held_out_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop)
+        legacy = self.legacy_loss() if config.legacy_eval else {}
+        if found is None or legacy is None:
             return  # a resumed run makes up for it
         mean, tokens = found
         if not math.isfinite(mean):
@@ -213,11 +231,21 @@ class _Loop:
             "eval_loss": mean,
             "eval_perplexity": perplexity(mean),
             "eval_tokens": tokens,
+            **legacy,
             "tokens_seen": result.tokens_seen,
             "seconds": round(time.perf_counter() - start, 6),
         }
         self.write(row)
         self.watcher.evaluated(row)
+
+    def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return windows_in_order(self.data.held_out, self.config.max_length, self.config.batch_size)
+
+    def legacy_loss(self) -> dict[str, float] | None:
+        """The published script's figure, under names of its own; None when the watcher asks to stop."""
+        last = self.result.steps == self.config.num_training_steps
+        mean = published_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop, last=last)
+        return None if mean is None else {"legacy_eval_loss": mean, "legacy_eval_perplexity": perplexity(mean)}
 
     def not_finite(self, what: str) -> NonFiniteLoss:
         return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
