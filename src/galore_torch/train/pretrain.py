@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import devnull
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +20,7 @@ from galore_torch.train.display import Display, make_console, show_table
 from galore_torch.train.flags import SETTINGS
 from galore_torch.train.optim import build_optimizer
 from galore_torch.train.place import model_for, pick_device
+from galore_torch.train.ranks import ALONE, Ranks, joined, launched
 from galore_torch.train.report import (
     check_save_dir,
     draw,
@@ -38,37 +42,63 @@ EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
-    console = console or make_console()
     check_data(config)
+    device = pick_device(config.device)
+    with joined(launched() if config.processes > 1 else ALONE, device) as ranks, _place_to_speak(ranks, console) as own_console:
+        return _pretrain(config, own_console, device, ranks)
+
+
+def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Ranks) -> int:
     starts = find_starts(config)
     if starts.folder is None:
         check_save_dir(config.save_dir)
+    ranks.wait()  # before the first one makes a folder there
     check_trackers(config.tracker)
     _quiet_libraries()
-    device = pick_device(config.device)
     for note in config.notes:
         console.print(f"[yellow]note:[/] {note}", highlight=False)
     with console.status("reading text, training or loading the tokenizer"):
         data = load_data(config)
     _check_optimizers(config, data)
     _check_starts(config, data, starts)
-    folder = starts.folder or new_run_folder(config.save_dir)
-    with plain_failures("the run", folder):
-        write_config(folder, config, data, device)
-    _introduce(console, config, data, folder)
-    _introduce_starts(console, starts, device)
+    with _place_to_write(ranks, starts, config) as folder:
+        with plain_failures("the run", folder):
+            write_config(folder, config, data, device)
+        _introduce(console, config, data, folder)
+        _introduce_starts(console, starts, device)
 
-    results: list[RunResult] = []
-    with Display(console) as display:
-        for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
-            if display.should_stop():
-                break
-            own_folder = run_folder(folder, config, run_name)
-            display.begin(run_name, config.num_training_steps)
-            with plain_failures("the run", folder):
-                results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name)))
-                _write_results(folder, config, results)
-    return _close(console, config, folder, results, display.stopped_by)
+        results: list[RunResult] = []
+        with Display(console) as display:
+            for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
+                if ranks.any(display.should_stop()):
+                    break
+                own_folder = run_folder(folder, config, run_name)
+                display.begin(run_name, config.num_training_steps)
+                with plain_failures("the run", folder):
+                    results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name), ranks))
+                    if ranks.leads:
+                        _write_results(folder, config, results)
+        return _close(console, config, folder, results, display.stopped_by)
+
+
+@contextmanager
+def _place_to_speak(ranks: Ranks, console: Console | None) -> Iterator[Console]:
+    """The console; of several processes the first one's alone."""
+    if ranks.leads:
+        yield console or make_console()
+        return
+    with open(devnull, "w") as nowhere:
+        yield Console(file=nowhere)
+
+
+@contextmanager
+def _place_to_write(ranks: Ranks, starts: Starts, config: PretrainConfig) -> Iterator[Path]:
+    """The run's folder; of several processes the others have one for the time of the run, and save nothing."""
+    if ranks.leads:
+        yield starts.folder or new_run_folder(config.save_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="galore-rank-") as folder:
+        yield Path(folder)
 
 
 def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
@@ -97,14 +127,14 @@ def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
 
 
 def _one_run(
-    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None
+    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None, ranks: Ranks
 ) -> RunResult:
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
     settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
-    with tracked(config.tracker, display, folder, folder.name, settings, display.warn) as watcher:
-        result, model = train(config, name, lr, data, folder, watcher, start)
-    if result.status in ("finished", "interrupted"):
+    with tracked(config.tracker if ranks.leads else (), display, folder, folder.name, settings, display.warn) as watcher:
+        result, model = train(config, name, lr, data, folder, watcher, start, ranks)
+    if ranks.leads and result.status in ("finished", "interrupted"):
         to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")
     return result
@@ -118,12 +148,15 @@ def _write_results(folder: Path, config: PretrainConfig, results: Sequence[RunRe
 
 
 def _introduce(console: Console, config: PretrainConfig, data: TokenData, folder: Path) -> None:
-    used = config.num_training_steps * config.sequences_per_update * config.max_length
+    sequences = config.num_training_steps * config.sequences_per_update
+    if data.source is not None:
+        amount = f"streamed, {sequences:,} sequences of {config.max_length} tokens are to be read"
+    elif config.pad_documents:
+        amount = f"{len(data.train):,} training documents read, {sequences / len(data.train):.1f} passes over them"
+    else:
+        amount = f"{len(data.train):,} training tokens read, {sequences * config.max_length / len(data.train):.1f} passes over them"
     console.print(
-        f"text       {data.source}: {len(data.train):,} training tokens read, "
-        f"{used / len(data.train):.1f} passes over them\n"
-        f"tokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}\n"
-        f"run        {folder}",
+        f"text       {data.text}: {amount}\ntokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}\nrun        {folder}",
         highlight=False,
         soft_wrap=True,
     )
