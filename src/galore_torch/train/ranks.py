@@ -35,8 +35,8 @@ class Ranks:
         from torch.nn.parallel import DistributedDataParallel
 
         devices = [self.local] if self.device == "cuda" else None
-        # Buckets that are the gradients: no second copy of them. Buffers are the same from the start.
-        return DistributedDataParallel(loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buckets that are the gradients: no second copy of them.
+        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
 
     def averaging(self, wrapped: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward pass: whether they end in the average; the last of an update's do."""
