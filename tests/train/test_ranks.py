@@ -167,6 +167,8 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
     weights = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     for key, value in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
         assert torch.equal(weights[key], value), key
+    launcher.start(2, [*words(config), "--resume", "auto"])
+    assert launcher.wait()[0] == [0, 0], "nothing is left to do, and nobody waits for another"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])

@@ -248,9 +248,9 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint, but no second one of an update, and none of weights that are not finite: those push out good ones."""
         config, result = self.config, self.result
+        positions = self.ranks.every(self.position or {})  # asked of all ranks before any of them may return
         if result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             return
-        positions = self.ranks.every(self.position or {})
         self.saved = result.steps
         if not self.ranks.leads:
             return
