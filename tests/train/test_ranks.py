@@ -119,7 +119,8 @@ def assert_close_runs(one: Path, other: Path) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "packed in memory, accumulated, clipped": {"total_batch_size": 16, "grad_clipping": 0.5},
     "padded in memory": {"pad_documents": True, "max_length": 64},
-    "padded and streamed": {"pad_documents": True, "max_length": 64, "stream": True},
+    # Within the first pass of 57 documents: a pass that does not divide leaves one process a document ahead of the other.
+    "padded and streamed": {"pad_documents": True, "max_length": 64, "stream": True, "num_training_steps": 7},
 }
 
 

@@ -41,7 +41,8 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
 
     Text in memory counts by its tokens, streamed text by its name: the names and sizes of its files.
     """
-    settings = {
+    settings: dict[str, Any] = {"processes": config.processes}  # first: batches differ with it
+    settings |= {
         item.name: getattr(config, item.name)
         for item in fields(config)
         if item.metadata.get("group") not in (None, "run", PUBLISHED) and item.name not in _FREE | _AMOUNT | _SAME
@@ -55,7 +56,6 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
         "warmup_steps": config.warmup,
         "model_config": asdict(config.shape) | {"vocab_size": data.vocab_size},
         "data": data.fingerprint,
-        "processes": config.processes,
     }
     return dict(json.loads(json.dumps(settings)))
 
