@@ -124,7 +124,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "padded in" in case else []) for case in CASES])
 def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, launcher: Launcher) -> None:
     """The same documents in every update: the same losses, norms, weights, held-out loss and number of tokens."""
     settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]

@@ -135,11 +135,11 @@ def test_read_that_fails_later_is_one_line_and_what_was_trained_is_saved(
     good = damaged.read_bytes()
     damaged.write_bytes(good[: len(good) // 2])
     with pytest.raises(UserError, match=r"--data c4: allenai/c4 en train cannot be read beyond document \d+ of shard 3 \(.*--resume auto"):
-        train(config, "adamw", 0.01, load_data(config), tmp_path / "parts", Silent())
+        train(config, "adamw", 0.01, data, tmp_path / "parts", Silent())
     damaged.write_bytes(good)
     (saved,) = checkpoints_in(tmp_path / "parts" / "checkpoints")
     assert saved.name < "step-000030"
-    result, _ = train(config, "adamw", 0.01, load_data(config), tmp_path / "parts", Silent(), saved)
+    result, _ = train(config, "adamw", 0.01, data, tmp_path / "parts", Silent(), saved)
     assert result.losses == whole.losses
 
 
