@@ -12,13 +12,11 @@ import argparse
 import io
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contenders import NotInstalledError, peers_note
@@ -30,7 +28,7 @@ from small_llama import add_data_arguments, text
 
 from galore_torch import galore_param_groups
 from galore_torch.train.config import PretrainConfig
-from galore_torch.train.data import TokenData, batches
+from galore_torch.train.data import Batches, TokenData
 from galore_torch.train.model import PRESETS
 from galore_torch.train.optim import OPTIMIZERS, build_optimizer, optimizer_spec
 from galore_torch.train.place import model_for
@@ -55,7 +53,7 @@ class Run:
     """One contender half-way through its training."""
 
     loop: _Loop
-    stream: Iterator[tuple[Tensor, Tensor]]
+    stream: Batches
     seconds: list[float] = field(default_factory=list)  # of each update
 
     @classmethod
@@ -76,7 +74,7 @@ class Run:
             lr = optimizer_spec(name).default_lr
             optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
         loop = _Loop(config, model, optimizer, data, device, RunResult(name, lr), io.StringIO(), Nobody(), folder=Path())
-        return cls(loop, batches(data.train, config.max_length, config.batch_size, config.seed))
+        return cls(loop, data.batches(config))
 
     def update(self) -> None:
         self.seconds.append(timed(lambda: self.loop.update(len(self.seconds) + 1, self.stream), self.loop.device))

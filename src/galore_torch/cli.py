@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from galore_torch.train.errors import UserError
 from galore_torch.train.flags import add_flags, config_from
 from galore_torch.train.model import PRESETS
 from galore_torch.train.optim import OPTIMIZERS
+from galore_torch.train.ranks import launched
 from galore_torch.train.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 
 _TRAIN_EXTRA = ("transformers", "tokenizers", "rich", "matplotlib")
@@ -75,22 +75,11 @@ def _add_pretrain(commands: Any) -> None:
 
 
 def _pretrain(arguments: dict[str, Any]) -> int:
-    _refuse_more_processes()
-    config = config_from(arguments)
+    config = config_from(arguments, launched().size)
     _need("pretrain", _TRAIN_EXTRA)
     from galore_torch.train.pretrain import pretrain
 
     return pretrain(config)
-
-
-def _refuse_more_processes() -> None:
-    """A launcher's processes would each train the whole model, and write into one folder."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise UserError(
-            f"the launcher started {world} processes (WORLD_SIZE), and galore pretrain trains in one; give torchrun "
-            "--nproc_per_node 1: --total_batch_size stays what it is, by accumulation"
-        )
 
 
 # --- galore recipes -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from galore_torch.train.corpus import check_files, file_documents, stdlib_documents
+from galore_torch.train.corpus import check_files, file_documents, stdlib_documents, text_files
 from galore_torch.train.errors import UserError
 
 TEXTS = ["first, with ünïcode", "second\nof two lines", "third"]
@@ -37,11 +37,11 @@ def test_python_without_its_source_says_what_to_do(tmp_path: Path) -> None:
         list(stdlib_documents(tmp_path))
 
 
-@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("ending", ["l", "l.gz", ".gz"])
 def test_jsonl_gives_its_lines(tmp_path: Path, ending: str) -> None:
     data = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in [*TEXTS, "  "]).encode()
-    path = tmp_path / f"a.jsonl{ending}"
-    path.write_bytes(gzip.compress(data) if ending else data)
+    path = tmp_path / f"a.json{ending}"
+    path.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
     assert read(path) == TEXTS
 
 
@@ -97,9 +97,25 @@ def test_unusable_file_is_refused_before_reading(tmp_path: Path, name: str | Non
     assert str(path) in str(caught.value)
 
 
-def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder"):
-        check_files((str(tmp_path),), "--data")
+def test_folders_and_patterns_are_their_files_by_name(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json.gz", "sub/c.txt", "sub/notes.md", "d.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(tmp_path / name) for name in ("a.json.gz", "b.jsonl", "d.parquet", "sub/c.txt")]
+    assert list(text_files((str(tmp_path),), "--data")) == found
+    assert list(text_files((f"{tmp_path}/*.json*", f"{tmp_path}/**/*.txt"), "--data")) == [found[0], found[1], found[3]]
+
+
+def test_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").touch()
+    assert text_files((f"{tmp_path}/a[1].txt",), "--data") == (f"{tmp_path}/a[1].txt",)
+
+
+@pytest.mark.parametrize(("name", "says"), [("", "is a folder without text files"), ("/*.txt", "matches no file")])
+def test_folder_or_pattern_without_text_is_refused(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(UserError, match=rf"--eval_data .*{says}; give .txt, .jsonl"):
+        text_files((f"{tmp_path}{name}",), "--eval_data")
 
 
 @pytest.mark.parametrize(

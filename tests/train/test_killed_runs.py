@@ -99,6 +99,7 @@ CASES = {
         [".", "."],
         ["--optimizer", "galore_adamw_per_layer", "--total_batch_size", "8", "--grad_clipping", "0.5", "--dtype", "bf16"],
     ),
+    "text streams, documents packed": (["."], ["--optimizer", "galore_adamw", "--stream"]),
 }
 
 

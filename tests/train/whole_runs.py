@@ -15,7 +15,7 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.pretrain import pretrain
 
 # What differs between two equal runs: a clock, the system's memory, and sizes that each process measures once.
-CLOCK = {"tokens_per_s", "tflops", "mfu", "seconds", "optimizer_s", "rss_mb", "peak_rss_mb", "memory_mb"}
+CLOCK = {"tokens_per_s", "tflops", "mfu", "seconds", "optimizer_s", "data_s", "rss_mb", "peak_rss_mb", "memory_mb"}
 
 
 class Silent:

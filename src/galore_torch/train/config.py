@@ -27,6 +27,7 @@ class PretrainConfig(Settings):
             self._number(name, lambda v: v >= 1, "at least 1")
         for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise", "loss_chunk"):
             self._number(name, lambda v: v >= 0, "at least 0")
+        self._number("workers", lambda v: 0 <= v <= 64, "between 0 and 64")
         self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
         for name in ("lr", "galore_scale", "peak_tflops"):
             self._number(name, lambda v: v > 0, "greater than 0")
@@ -43,6 +44,7 @@ class PretrainConfig(Settings):
         self._check_batch()
         self._check_schedule()
         self._check_looking()
+        self._check_processes()
         check_contenders(self.compare, self.contenders, self.given)
 
     def _settle(self) -> None:
@@ -50,14 +52,19 @@ class PretrainConfig(Settings):
         if self.max_length is None:
             object.__setattr__(self, "max_length", 128 if (self.model_config, self.hf_model) == ("demo", None) else 256)
         if self.gradient_accumulation is not None:
-            total = self.gradient_accumulation * self.batch_size
+            total = self.gradient_accumulation * self.sequences_at_once
             if self.total_batch_size not in (None, total):
                 raise UserError(
-                    f"--gradient_accumulation {self.gradient_accumulation} times --batch_size {self.batch_size} is {total}, "
+                    f"--gradient_accumulation {self.gradient_accumulation} times {self._at_once} is {total}, "
                     f"but --total_batch_size is {self.total_batch_size}; leave one of them out"
                 )
             object.__setattr__(self, "total_batch_size", total)
         if self.max_train_tokens is not None:
+            if self.pad_documents:
+                raise UserError(
+                    f"--max_train_tokens {self.max_train_tokens} and --pad_documents: how many tokens are not padding is known only when "
+                    "they have been read; say how long to train with --num_training_steps, or leave --pad_documents out"
+                )
             if {"max_train_tokens", "num_training_steps"} <= self.given:
                 raise UserError("--max_train_tokens and --num_training_steps both say how long to train; leave one of them out")
             steps = self.max_train_tokens // (self.sequences_per_update * self.max_length)
@@ -109,16 +116,32 @@ class PretrainConfig(Settings):
             )
 
     def _check_batch(self) -> None:
-        if self.accumulation * self.batch_size != (self.total_batch_size or self.batch_size):
+        if self.sequences_per_update != (self.total_batch_size or self.sequences_at_once):
             raise UserError(
-                f"--total_batch_size {self.total_batch_size} is not a multiple of --batch_size "
-                f"{self.batch_size}; try --total_batch_size "
-                f"{max(1, self.accumulation) * self.batch_size}"
+                f"--total_batch_size {self.total_batch_size} is not a multiple of {self._at_once}; try --total_batch_size "
+                f"{max(1, self.accumulation) * self.sequences_at_once}"
             )
-        if self.eval_tokens < self.max_length:
-            raise UserError(f"--eval_tokens {self.eval_tokens} is less than one sequence; give at least --max_length, {self.max_length}")
+        if self.eval_tokens < self.max_length * self.processes:
+            each = (
+                "one sequence; give at least --max_length"
+                if self.processes == 1
+                else f"one sequence for each of {self.processes} processes"
+            )
+            raise UserError(f"--eval_tokens {self.eval_tokens} is less than {each}, {self.max_length * self.processes}")
         if self.compare and self.resume not in (None, "auto"):
             raise UserError(f"--resume {self.resume} names one checkpoint, but --compare has {len(self.compare)} runs; use --resume auto")
+
+    @property
+    def _at_once(self) -> str:
+        return f"--batch_size {self.batch_size}" + (f" x {self.processes} processes" if self.processes > 1 else "")
+
+    def _check_processes(self) -> None:
+        for name, _ in self.contenders if self.processes > 1 else ():
+            if optimizer_spec(name).per_layer:
+                raise UserError(
+                    f"{name} uses up each gradient in the backward pass, before {self.processes} processes could average theirs; "
+                    f"choose {name.removesuffix('_per_layer')}, or torchrun --nproc_per_node 1"
+                )
 
     def _check_looking(self) -> None:
         unknown = [name for name in self.tracker if name not in TRACKERS]

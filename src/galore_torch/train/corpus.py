@@ -5,6 +5,7 @@ Nothing here knows tokens. Every reader is lazy and gives the same documents in 
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import io
@@ -24,6 +25,8 @@ _SKIPPED_FOLDERS = frozenset(
     }
 )
 _STDLIB_CHARS = 4_000_000  # about 1.2 M tokens, twice what the demo reads
+_JSONL = (".jsonl", ".json")  # C4's own files are .json.gz, one object a line
+_KINDS = (".txt", *_JSONL, ".parquet")
 _TXT_BLOCK_CHARS = 4096  # a .txt file is cut at the first blank line after this many
 _TXT_BLOCK_LIMIT = 65536  # ... or, where no blank line comes, at a line end after this many
 
@@ -55,22 +58,40 @@ def stdlib_documents(root: Path | None = None) -> Iterator[str]:
             return
 
 
+def text_files(names: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    """The files that paths, folders (all text files below them) and patterns with * stand for, each sorted by name."""
+    files: list[str] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(str(file) for file in path.rglob("*") if file.is_file() and _kind(file) in _KINDS)
+            lacks = "is a folder without text files"
+        elif not path.exists() and any(letter in name for letter in "*?["):
+            found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
+            lacks = "matches no file"
+        else:
+            found, lacks = [name], ""
+        if not found:
+            raise UserError(f"{flag} {name} {lacks}; give .txt, .jsonl, .json (each also .gz) or .parquet files")
+        files += found
+    return tuple(files)
+
+
 def check_files(files: tuple[str, ...], flag: str) -> None:
     """Refuse, before anything is read, files that are missing, empty or of an unknown kind."""
     for name in files:
         path = Path(name)
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise UserError(f"{flag} {name} {what}; give the path of a text file")
+            raise UserError(f"{flag} {name} does not exist; give the path of a text file")
         if path.stat().st_size == 0:
             raise UserError(f"{flag} {name} is empty (0 bytes); give a file with text")
-        if _kind(path) not in (".txt", ".jsonl", ".parquet"):
-            raise UserError(f"{flag} {name} is of unknown kind {path.suffix!r}; give .txt, .txt.gz, .jsonl, .jsonl.gz or .parquet")
+        if _kind(path) not in _KINDS:
+            raise UserError(f"{flag} {name} is of unknown kind {path.suffix!r}; give .txt, .jsonl, .json (each also .gz) or .parquet")
 
 
 def has_fields(files: tuple[str, ...]) -> bool:
     """Whether any of `files` is of a kind whose rows have named fields."""
-    return any(_kind(Path(name)) in (".jsonl", ".parquet") for name in files)
+    return any(_kind(Path(name)) in (*_JSONL, ".parquet") for name in files)
 
 
 def file_documents(files: tuple[str, ...], text_field: str) -> Iterator[str]:
@@ -80,7 +101,7 @@ def file_documents(files: tuple[str, ...], text_field: str) -> Iterator[str]:
         kind = _kind(path)
         if kind == ".parquet":
             documents = _parquet_documents(path, text_field)
-        elif kind == ".jsonl":
+        elif kind in _JSONL:
             documents = _jsonl_documents(path, text_field)
         else:
             documents = _txt_documents(path)

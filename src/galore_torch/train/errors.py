@@ -5,3 +5,8 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake in what the user gave: the text names the value, the bound and the cure."""
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign exception says, short enough to be part of a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

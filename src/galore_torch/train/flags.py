@@ -39,12 +39,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         _add_flag(groups[name], item)
 
 
-def config_from(arguments: Mapping[str, Any]) -> PretrainConfig:
-    """The settings of the file that --config names, where it is given, under those of the flags."""
+def config_from(arguments: Mapping[str, Any], processes: int = 1) -> PretrainConfig:
+    """The settings of the file that --config names, where it is given, under those of the flags; for so many processes."""
     flags = dict(arguments)
     path = flags.pop("config", None)
     if path is None:
-        return PretrainConfig(**flags, given=frozenset(flags))
+        return PretrainConfig(**flags, given=frozenset(flags), processes=processes)
     raw = _read(path)
     values = {key: _value(path, key, value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
     for rivals in _RIVALS:
@@ -58,7 +58,7 @@ def config_from(arguments: Mapping[str, Any]) -> PretrainConfig:
         remarks = [f"{', '.join(names)}: {path} says {key}, which has no effect there" for key in sorted(unused)]
     # The record of a run holds every setting, most of which nobody typed.
     given = flags.keys() if "resolved" in raw else values.keys() | flags.keys()
-    return PretrainConfig(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks))
+    return PretrainConfig(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes)
 
 
 def _read(path: str) -> dict[str, Any]:

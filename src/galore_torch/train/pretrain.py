@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from os import devnull
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from galore_torch.train.hf_model import quiet_transformers
 from galore_torch.train.lock import run_lock
 from galore_torch.train.optim import build_optimizer
 from galore_torch.train.place import model_for, pick_device
+from galore_torch.train.ranks import ALONE, Ranks, joined, launched
 from galore_torch.train.report import (
     check_save_dir,
     draw,
@@ -42,23 +45,25 @@ EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
-    with ExitStack() as locks:
-        return _pretrain(config, console or make_console(), locks)
+    check_data(config)
+    device = pick_device(config.device)
+    with ExitStack() as held:
+        ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device))
+        return _pretrain(config, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
 
 
-def _pretrain(config: PretrainConfig, console: Console, locks: ExitStack) -> int:
+def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Ranks, held: ExitStack) -> int:
     def note(text: str) -> None:
         console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
 
-    check_data(config)
     starts = find_starts(config)
     if starts.folder is None:
         check_save_dir(config.save_dir, config.resume)
-    else:
-        locks.enter_context(run_lock(starts.folder, note))
+    elif ranks.leads:
+        held.enter_context(run_lock(starts.folder, note))
+    ranks.wait()  # before the first one makes a folder there
     check_trackers(config.tracker)
     quiet_transformers()
-    device = pick_device(config.device)
     if config.compile:
         check_compiler(device)
     for text in config.notes:
@@ -67,10 +72,7 @@ def _pretrain(config: PretrainConfig, console: Console, locks: ExitStack) -> int
         data = load_data(config)
     _check_optimizers(config, data)
     _check_starts(config, data, starts)
-    folder = starts.folder
-    if folder is None:
-        folder = new_run_folder(config.save_dir)
-        locks.enter_context(run_lock(folder, note))
+    folder = held.enter_context(_place_to_write(ranks, starts, config, note))
     with plain_failures("the run", folder):
         write_config(folder, config, data, device)
     _introduce(console, config, data, folder)
@@ -79,14 +81,39 @@ def _pretrain(config: PretrainConfig, console: Console, locks: ExitStack) -> int
     results: list[RunResult] = []
     with Display(console) as display:
         for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
-            if display.should_stop():
+            if ranks.any(display.should_stop()):
                 break
             own_folder = run_folder(folder, config, run_name)
             display.begin(run_name, config.num_training_steps)
             with plain_failures("the run", folder):
-                results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name)))
-                _write_results(folder, config, results)
+                results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name), ranks))
+                if ranks.leads:
+                    _write_results(folder, config, results)
     return _close(console, config, folder, results, display.stopped_by)
+
+
+@contextmanager
+def _place_to_speak(ranks: Ranks, console: Console | None) -> Iterator[Console]:
+    """The console; of several processes the first one's alone."""
+    if ranks.leads:
+        yield console or make_console()
+        return
+    with open(devnull, "w") as nowhere:
+        yield Console(file=nowhere)
+
+
+@contextmanager
+def _place_to_write(ranks: Ranks, starts: Starts, config: PretrainConfig, note: Callable[[str], None]) -> Iterator[Path]:
+    """The run's folder, locked; of several processes the others have one for the time of the run, and save nothing."""
+    if not ranks.leads:
+        with tempfile.TemporaryDirectory(prefix="galore-rank-") as folder:
+            yield Path(folder)
+    elif starts.folder is not None:  # locked before it was read
+        yield starts.folder
+    else:
+        made = new_run_folder(config.save_dir)
+        with run_lock(made, note):
+            yield made
 
 
 def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
@@ -115,15 +142,15 @@ def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
 
 
 def _one_run(
-    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None
+    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None, ranks: Ranks
 ) -> RunResult:
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
     settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
     after = 0 if start is None else step_of(start)
-    with tracked(config.tracker, display, folder, settings, display.warn, after) as watcher:
-        result, model = train(config, name, lr, data, folder, watcher, start)
-    if result.status in ("finished", "interrupted"):
+    with tracked(config.tracker if ranks.leads else (), display, folder, settings, display.warn, after) as watcher:
+        result, model = train(config, name, lr, data, folder, watcher, start, ranks)
+    if ranks.leads and result.status in ("finished", "interrupted"):
         to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
         data.tokenizer.fast.save_pretrained(folder / "model")
     return result
@@ -137,12 +164,15 @@ def _write_results(folder: Path, config: PretrainConfig, results: Sequence[RunRe
 
 
 def _introduce(console: Console, config: PretrainConfig, data: TokenData, folder: Path) -> None:
-    used = config.num_training_steps * config.sequences_per_update * config.max_length
+    sequences = config.num_training_steps * config.sequences_per_update
+    if data.source is not None:
+        amount = f"streamed, {sequences:,} sequences of {config.max_length} tokens are to be read"
+    elif config.pad_documents:
+        amount = f"{len(data.train):,} training documents read, {sequences / len(data.train):.1f} passes over them"
+    else:
+        amount = f"{len(data.train):,} training tokens read, {sequences * config.max_length / len(data.train):.1f} passes over them"
     console.print(
-        f"text       {data.source}: {len(data.train):,} training tokens read, "
-        f"{used / len(data.train):.1f} passes over them\n"
-        f"tokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}\n"
-        f"run        {folder}",
+        f"text       {data.text}: {amount}\ntokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}\nrun        {folder}",
         highlight=False,
         soft_wrap=True,
     )

@@ -16,6 +16,7 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.lock import LOCK
+from galore_torch.train.loss import counted
 from galore_torch.train.result import RunResult, perplexity
 from galore_torch.train.series import smooth
 
@@ -54,7 +55,7 @@ def new_run_folder(save_dir: str | None) -> Path:
 def write_config(folder: Path, config: PretrainConfig, data: TokenData, device: str) -> None:
     """config.json: every setting with its settled value, and what the run was made with."""
     settings = asdict(config)
-    del settings["given"], settings["remarks"]
+    del settings["given"], settings["remarks"], settings["processes"]
     settings |= {
         "vocab_size": data.vocab_size,
         "rank": config.resolved_rank,
@@ -64,12 +65,13 @@ def write_config(folder: Path, config: PretrainConfig, data: TokenData, device: 
     }
     made_with = {
         "optimizers": [{"optimizer": name, "lr": lr} for name, lr in config.contenders],
-        "text": data.source,
+        "text": data.text,
         "tokenizer_source": data.tokenizer.source,
-        "train_tokens_read": len(data.train),
-        "held_out_tokens_read": len(data.held_out),
+        "train_tokens_read": counted(data.train),
+        "held_out_tokens_read": counted(data.held_out),
+        "processes": config.processes,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("galore-torch", "torch", "transformers")},
+        "versions": {name: _version(name) for name in ("galore-torch", "torch", "transformers", "datasets")},
     }
     write_json(folder / "config.json", settings | {"resolved": made_with})
 

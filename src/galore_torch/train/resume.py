@@ -33,7 +33,7 @@ TRACKED = "trackers.json"  # the names of this run at the services it is sent to
 TRAINER = "trainer.json"
 _OPTIMIZER = "optimizer"
 # Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
-_FREE = frozenset({"device", "activation_checkpointing"})
+_FREE = frozenset({"device", "activation_checkpointing", "workers"})
 # Settings that say what another one of these settings holds.
 _SAME = frozenset({"gradient_accumulation", "max_train_tokens"})
 # Settings that are compared by what they amount to.
@@ -41,8 +41,12 @@ _AMOUNT = frozenset({"model_config", "vocab_size", "data", "eval_data", "tokeniz
 
 
 def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> dict[str, Any]:
-    """Everything that decides the weights of a run, by flag, as JSON has it. Files count by their tokens, not by their names."""
-    settings = {
+    """Everything that decides the weights of a run, by flag, as JSON has it.
+
+    Text in memory counts by its tokens, streamed text by its name: the names and sizes of its files.
+    """
+    settings: dict[str, Any] = {"processes": config.processes}  # first: batches differ with it
+    settings |= {
         item.name: getattr(config, item.name)
         for item in fields(config)
         if item.metadata.get("group") not in (None, "run", PUBLISHED) and item.name not in _FREE | _AMOUNT | _SAME
@@ -55,7 +59,7 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
         "total_batch_size": config.sequences_per_update,
         "warmup_steps": config.warmup,
         "model_config": asdict(config.shape) | {"vocab_size": data.vocab_size},
-        "data": f"{len(data.train)} tokens, sha256 {data.fingerprint[:16]}",
+        "data": data.fingerprint,
     }
     return dict(json.loads(json.dumps(settings)))
 
@@ -80,6 +84,11 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
         if flag == "hf_model" and value and was:
             _check_architecture(checkpoint, value)
             continue
+        if flag == "processes":
+            raise UserError(
+                f"{checkpoint} was written by {was} processes, each with its own place in the text, and {value} run now; "
+                f"give torchrun --nproc_per_node {was}, or start a new run without --resume"
+            )
         if flag == "model_config":
             part = next(key for key in value if value[key] != was.get(key))
             flag, was, value = f"model_config ({part})", was.get(part), value[part]
@@ -196,6 +205,14 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")))
+
+
+def read_position(checkpoint: Path, rank: int) -> dict[str, int]:
+    """Where process `rank` goes on in the text, as the `state` of its batches."""
+    trainer = read_trainer(checkpoint)
+    if "positions" not in trainer:  # of an older version, which read all text into memory
+        return {"sequences_drawn": trainer["sequences_drawn"]}
+    return dict(trainer["positions"][rank])
 
 
 def made_with(device: str) -> dict[str, Any]:

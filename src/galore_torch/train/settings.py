@@ -13,6 +13,7 @@ from galore_torch.train.hf_model import HFShape, hf_shape
 from galore_torch.train.model import ModelShape, model_shape, preset_name
 from galore_torch.train.optim import optimizer_spec, unused_flags
 from galore_torch.train.schedule import SCHEDULERS, Schedule
+from galore_torch.train.source import is_hub_name
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 STATE_CODECS, BASIS_CODECS = ("fp32", "bf16", "int8"), ("fp32", "bf16")  # as galore_torch.recipe has them, which imports torch
@@ -47,12 +48,22 @@ class Settings:
     data: tuple[str, ...] = _setting(
         (),
         "data",
-        "training text: .txt, .jsonl (each also .gz) or .parquet files (default: the source of Python's standard library)",
+        "training text: .txt, .jsonl (each also .gz) or .parquet files, folders or patterns of them; or, streamed from the hub, c4 or "
+        "hf:NAME[:CONFIG] (default: the source of Python's standard library)",
         metavar="FILE",
     )
-    eval_data: tuple[str, ...] = _setting((), "data", "held-out text (default: every 20th document of --data)", metavar="FILE")
+    eval_data: tuple[str, ...] = _setting(
+        (), "data", "held-out text (default: every 20th document of --data; from the hub: the validation split)", metavar="FILE"
+    )
     tokenizer: str | None = _setting(None, "data", "tokenizer folder or tokenizer.json (default: a BPE trained once and cached)")
     text_field: str = _setting("text", "data", "the column of .jsonl and .parquet with the text")
+    stream: bool = _setting(False, "data", "read and tokenise the files of --data during training, in their order: for more text than fits")
+    pad_documents: bool = _setting(
+        False,
+        "data",
+        "one document in one sequence, cut or padded to --max_length, as published (default: documents are packed end to end)",
+    )
+    workers: int = _setting(2, "data", "threads that tokenise streamed text ahead of training; they change no batch")
     # -- optimizer
     optimizer: str = _setting("galore_adamw", "optimizer", "one of the names listed below")
     compare: tuple[str, ...] = _setting(
@@ -75,8 +86,10 @@ class Settings:
     state_codec: str | None = _setting(None, "optimizer", f"moments are kept in: {', '.join(STATE_CODECS)} (default: the optimizer's own)")
     basis_codec: str | None = _setting(None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)")
     # -- training
-    batch_size: int = _setting(16, "training", "sequences in one forward pass")
-    total_batch_size: int | None = _setting(None, "training", "sequences in one update: a multiple of --batch_size (default: equal)")
+    batch_size: int = _setting(16, "training", "sequences in one forward pass of each process")
+    total_batch_size: int | None = _setting(
+        None, "training", "sequences in one update: a multiple of --batch_size x processes (default: equal)"
+    )
     gradient_accumulation: int | None = _setting(None, "training", "forward passes in one update: another way to say --total_batch_size")
     num_training_steps: int = _setting(400, "training", "updates")
     max_train_tokens: int | None = _setting(
@@ -113,12 +126,13 @@ class Settings:
     # -- flags of the published script that have nothing to set here: accepted, and a note says why
     use_hf_model: bool | None = _published("the model is transformers' LlamaForCausalLM in any case")
     single_gpu: bool | None = _published("one process is how this command runs in any case")
-    workers: int | None = _published("text is tokenised before training starts, so no loading worker is needed")
     tags: str | None = _published("nothing reads it, in the published script neither")
     name: str | None = _published("nothing reads it, in the published script neither; --save_dir names the folder")
     continue_from: str | None = _setting(None, PUBLISHED, "refused: --resume brings back everything, --hf_model weights alone")
     # What reading a config file had to leave out.
     remarks: tuple[str, ...] = field(default=(), repr=False)
+    # Processes that train together, one a rank: the launcher's to say.
+    processes: int = field(default=1, repr=False)
     # Names the user typed; they must not be ignored by the optimizer.
     given: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -149,6 +163,8 @@ class Settings:
         notes += [f"--{item.name} has no effect: {item.metadata['note']}" for item in fields(self) if self._is_noted(item)]
         if self.model_config.endswith(".json") and (preset := preset_name(self.model_config)):
             notes.append(f"there is no file {self.model_config}; the preset {preset} has the published sizes")
+        if "workers" in self.given and not self.streams:
+            notes.append("--workers has no effect: text that is not streamed is tokenised before training starts")
         if not self.data and self.model_name != "demo":
             notes.append("no --data: this trains on the source of Python's standard library, not on C4")
         return [*self.remarks, *notes]
@@ -177,13 +193,24 @@ class Settings:
         return self.tokenizer or self.hf_model
 
     @property
+    def streams(self) -> bool:
+        """Whether the training text is read and tokenised during training."""
+        return self.stream or any(map(is_hub_name, self.data))
+
+    @property
+    def sequences_at_once(self) -> int:
+        """Sequences in one forward pass, of all processes together."""
+        return self.batch_size * self.processes
+
+    @property
     def accumulation(self) -> int:
         """Forward passes in one update."""
-        return (self.total_batch_size or self.batch_size) // self.batch_size
+        return (self.total_batch_size or self.sequences_at_once) // self.sequences_at_once
 
     @property
     def sequences_per_update(self) -> int:
-        return self.accumulation * self.batch_size
+        """Of all processes together."""
+        return self.accumulation * self.sequences_at_once
 
     @property
     def warmup(self) -> int:

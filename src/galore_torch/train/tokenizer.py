@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,7 +62,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         else:
             fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # tokenizers raises bare Exception on a file it cannot parse
-        raise UserError(f"--tokenizer {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"--tokenizer {name} cannot be loaded: {first_line(error)}") from error
     return _wrap(fast, name)
 
 
@@ -77,7 +77,7 @@ def _hub_tokenizer(name: str) -> TextTokenizer:
     except UserError:
         raise
     except Exception as error:  # what a network, a hub or a foreign file raises has no common class
-        raise UserError(f"{missing} (it says: {_first_line(error)})") from error
+        raise UserError(f"{missing} (it says: {first_line(error)})") from error
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -158,7 +158,3 @@ def _write_cached(path: Path, tokenizer: Tokenizer) -> bool:
             Path(temporary).unlink(missing_ok=True)
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

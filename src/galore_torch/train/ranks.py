@@ -1,0 +1,119 @@
+"""Processes that train one model together, each on its share of every batch. All they say to each other is said here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from galore_torch.train.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`; `local`: its number on this machine, which is its device's. One process says nothing."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    device: str = "cpu"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def wrap(self, loss: nn.Module) -> nn.Module:
+        """`loss` with gradients averaged over all processes at the end of each backward pass."""
+        if self.size == 1:
+            return loss
+        from torch.nn.parallel import DistributedDataParallel
+
+        devices = [self.local] if self.device == "cuda" else None
+        # Buckets that are the gradients: no second copy of them.
+        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+
+    def averaging(self, wrapped: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward pass: whether they end in the average; the last of an update's do."""
+        return contextlib.nullcontext() if now or self.size == 1 else wrapped.no_sync()  # type: ignore[operator]
+
+    def total(self, *values: float) -> list[float]:
+        """The sums over all processes of float64 values, the same bits in each."""
+        if self.size == 1:
+            return list(values)
+        import torch
+        from torch import distributed
+
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def any(self, mine: bool) -> bool:
+        """Whether any process says yes."""
+        return self.total(float(mine))[0] > 0
+
+    def mean(self, found: tuple[float, int] | None) -> tuple[float, int] | None:
+        """(mean, number) over all processes of each one's (mean, number); None where one has none."""
+        if self.size == 1:
+            return found
+        mean, number = found or (0.0, 0)
+        total, numbers, missing = self.total(mean * number, number, found is None)
+        return None if missing else (total / numbers, int(numbers))
+
+    def every(self, mine: Mapping[str, int]) -> list[dict[str, int]]:
+        """The whole numbers of each process, by rank. All have the same keys."""
+        if self.size == 1:
+            return [dict(mine)]
+        import torch
+        from torch import distributed
+
+        tensor = torch.tensor(list(mine.values()), dtype=torch.int64, device=self.device)
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(gathered, tensor)
+        return [dict(zip(mine, other.tolist(), strict=True)) for other in gathered]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.total(0.0)
+
+
+ALONE = Ranks()
+
+
+def launched() -> Ranks:
+    """What a launcher such as torchrun says in the environment; one process where there was none."""
+    try:
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    except ValueError as error:
+        raise UserError(f"the launcher's RANK, WORLD_SIZE or LOCAL_RANK is no whole number ({error}); start with torchrun") from None
+    if not 0 <= rank < size:
+        raise UserError(f"the launcher's RANK {rank} is not below its WORLD_SIZE {size}; start with torchrun")
+    return Ranks(rank, size, local)
+
+
+@contextlib.contextmanager
+def joined(ranks: Ranks, device: str) -> Iterator[Ranks]:
+    """Meet the other processes on `device`, cpu or cuda; part at the end."""
+    import torch
+    from torch import distributed
+
+    if ranks.size == 1:
+        yield ranks
+        return
+    if device == "cuda":
+        if ranks.local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {ranks.local} of this machine has no CUDA device of its own, there are {torch.cuda.device_count()}; "
+                f"give torchrun --nproc_per_node {torch.cuda.device_count()}, or --device cpu"
+            )
+        torch.cuda.set_device(ranks.local)
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(ranks.rank, ranks.size, ranks.local, device)
+    finally:
+        distributed.destroy_process_group()
