@@ -163,6 +163,15 @@ def test_name_that_no_data_set_has_is_refused(name: str) -> None:
         check_data(PretrainConfig(data=(name,)))
 
 
+def test_folder_of_the_same_name_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = "c4 is the data set of the hub; the files here are ./c4"
+    assert note not in PretrainConfig(data=("c4",)).notes
+    (tmp_path / "c4").mkdir()
+    assert note in PretrainConfig(data=("c4",)).notes
+    assert note not in PretrainConfig(data=("./c4",)).notes
+
+
 def test_data_set_of_the_hub_stands_alone() -> None:
     with pytest.raises(UserError, match=r"--data c4 a\.txt: a data set of the hub stands alone; leave the others out"):
         check_data(PretrainConfig(data=("c4", "a.txt")))

@@ -22,6 +22,9 @@ from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData, load_data
 from galore_torch.train.errors import UserError
 from galore_torch.train.loss import IGNORED
+from galore_torch.train.order import Documents
+from galore_torch.train.source import FileSource
+from galore_torch.train.stream import StreamedBatches
 from galore_torch.train.trainer import train
 
 Make = Callable[..., PretrainConfig]
@@ -253,6 +256,20 @@ def test_time_waited_for_text_is_in_the_metrics(streamed: Make, tmp_path: Path) 
 def test_bad_settings_are_one_line(make_config: Make, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         make_config(**settings)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_text_without_a_target_is_no_endless_search(streamed: Make, tmp_path: Path, workers: int) -> None:
+    """Documents of one token, and a tokenizer that knows no end of text."""
+    path = tmp_path / "letters.jsonl"
+    path.write_text("\n".join(json.dumps({"text": letter}) for letter in "abc"))
+    tokenizer = replace(load_data(streamed()).tokenizer, end_id=None)
+    documents = Documents(FileSource((str(path),), "text"))
+    stream = StreamedBatches(documents, tokenizer, streamed(pad_documents=True, workers=workers))
+    with pytest.raises(UserError, match=r"letters.jsonl has no document of 2 tokens or more; give other text, or another --tokenizer"):
+        next(stream)
+    stream.close()
+    assert next(StreamedBatches(documents, tokenizer, streamed(workers=0)))[0].shape == (4, 16), "packed, they are text"
 
 
 def test_stream_without_files_is_refused() -> None:

@@ -6,6 +6,7 @@ The only owner of defaults; config.py checks them. Names are the published pre-t
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from galore_torch.train.contenders import contenders, run_names
@@ -165,6 +166,8 @@ class Settings:
             notes.append(f"there is no file {self.model_config}; the preset {preset} has the published sizes")
         if "workers" in self.given and not self.streams:
             notes.append("--workers has no effect: text that is not streamed is tokenised before training starts")
+        if "c4" in self.data + self.eval_data and Path("c4").exists():
+            notes.append("c4 is the data set of the hub; the files here are ./c4")
         if not self.data and self.model_name != "demo":
             notes.append("no --data: this trains on the source of Python's standard library, not on C4")
         return [*self.remarks, *notes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 
 from galore_torch.train.ahead import Ahead, ordered_map
 from galore_torch.train.config import PretrainConfig
+from galore_torch.train.errors import UserError
 from galore_torch.train.order import Documents, Place
 from galore_torch.train.rows import encoded, inputs_and_targets, packed_rows, padded_rows
 from galore_torch.train.tokenizer import TextTokenizer
@@ -65,7 +66,7 @@ def _batches(documents: Documents, tokenizer: TextTokenizer, config: PretrainCon
         return list(zip(places, encoded(tokenizer, list(texts)), strict=True))
 
     encoding = ordered_map(encode, _chunks(documents.after(place)), config.workers)
-    tokens = itertools.chain.from_iterable(encoding)
+    tokens = _with_targets(itertools.chain.from_iterable(encoding), documents.source.name, least=2 if config.pad_documents else 1)
     if config.pad_documents:
         rows = padded_rows(tokens, config.max_length, tokenizer.end_id)
     else:
@@ -78,6 +79,17 @@ def _batches(documents: Documents, tokenizer: TextTokenizer, config: PretrainCon
             yield inputs_and_targets(stacked), asdict(place) | {"used": used}
     finally:
         encoding.close()  # which ends its threads
+
+
+def _with_targets(documents: Iterable[tuple[Place, Ids]], name: str, least: int) -> Iterator[tuple[Place, Ids]]:
+    """Those of at least `least` tokens. UserError where a whole pass has none: the search would have no end."""
+    last = None
+    for place, ids in documents:
+        if len(ids) >= least:
+            last = place.epoch
+            yield place, ids
+        elif place.epoch > (last := place.epoch if last is None else last) + 1:
+            raise UserError(f"{name} has no document of {least} tokens or more; give other text, or another --tokenizer")
 
 
 def _chunks(documents: Iterator[tuple[Place, str]]) -> Iterator[list[tuple[Place, str]]]:
