@@ -74,7 +74,7 @@ def measure(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["32000:512", "128256:512"], metavar="VOCABULARY:TOKENS")
-    parser.add_argument("--chunks", nargs="+", type=int, default=[64, 128], metavar="TOKENS")
+    parser.add_argument("--chunks", nargs="+", type=int, default=[64], metavar="TOKENS")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
