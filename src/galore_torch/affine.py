@@ -26,9 +26,12 @@ def grid(low: Tensor, high: Tensor, levels: int, headroom: float = 0.0) -> tuple
     return torch.where(short, (scale.view(torch.int32) + 0x10000).view(torch.float32), scale), offset
 
 
-def encode(values: Tensor, scale: Tensor, offset: Tensor, levels: int, noise: Tensor | float = 0.5) -> Tensor:
-    """Codes (uint8): floor((value - offset) / scale + noise). 0.5 rounds to nearest, uniform noise makes the mean exact."""
-    codes = (values - offset) / torch.where(scale > 0, scale, 1.0)
+def encode(above: Tensor, scale: Tensor, levels: int, noise: Tensor | float = 0.5) -> Tensor:
+    """Codes (uint8) of values given by how far they lie above their offset: floor(above / scale + noise).
+
+    0.5 rounds to nearest, uniform noise makes the mean exact.
+    """
+    codes = above / torch.where(scale > 0, scale, 1.0)
     return codes.add_(noise).floor_().clamp_(0, levels).to(torch.uint8)
 
 

@@ -146,7 +146,7 @@ class Stored:
         blocks = _blocked(value, axis, self.block)  # zeros in the padding of a block lie within it or widen it a little
         low, high = blocks.amin(axis + 1), blocks.amax(axis + 1)
         scale, offset = affine.grid(low, high, 15)
-        codes = affine.encode(blocks, scale.unsqueeze(axis + 1), offset.unsqueeze(axis + 1), 15)
+        codes = affine.encode(blocks - offset.unsqueeze(axis + 1), scale.unsqueeze(axis + 1), 15)
         codes = _blocked(codes.flatten(axis, axis + 1).narrow(axis, 0, length), axis, -(-length // 2))  # (..., 2, half, ...)
         return codes.select(axis, 0) | (codes.select(axis, codes.shape[axis] - 1) << 4), scale, offset
 

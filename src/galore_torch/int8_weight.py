@@ -52,13 +52,13 @@ class Int8Weight(torch.Tensor):
     @torch.no_grad()
     def quantize(weight: Tensor) -> Int8Weight:
         """The nearest INT8 weight to a matrix in bf16 or fp32, a few rows at a time: no full-size temporary."""
-        blocks = -(-weight.numel() // BLOCK)
-        scale, offset = (torch.empty(blocks, dtype=torch.bfloat16, device=weight.device) for _ in range(2))
-        out = Int8Weight(torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), scale, offset, weight.dtype)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        a_block = torch.empty(-(-weight.numel() // BLOCK), dtype=torch.bfloat16, device=weight.device)
+        out = Int8Weight(codes, a_block, torch.empty_like(a_block), weight.dtype)
         for rows in row_parts(out):
             values = _blocks(weight[rows].float())
-            low, high = values.amin(1), values.amax(1)
-            store(out.rows(rows).stored, values, *affine.grid(low, high, LEVELS), 0.5)
+            scale, offset = affine.grid(values.amin(1), values.amax(1), LEVELS)
+            _store(out.rows(rows).stored, values - offset.unsqueeze(1), scale, offset, 0.5)
         return out
 
     @property
@@ -117,6 +117,11 @@ class Int8Weight(torch.Tensor):
                 for tensor, new in zip(weight.stored, source.stored, strict=True):
                     tensor.copy_(new)
                 return weight
+        if func is aten.split.Tensor:
+            raise ValueError(
+                "INT8 weights are not sharded yet: train with one process or DistributedDataParallel, or call fully_shard on a model "
+                "without quantize_linears"
+            )
         for place, argument in enumerate(func._schema.arguments):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and _holds_int8(args[place] if place < len(args) else kwargs.get(argument.name)):
@@ -173,32 +178,39 @@ def decode(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
-def store(stored: tuple[Tensor, Tensor, Tensor], blocks: Tensor, scale: Tensor, offset: Tensor, noise: Tensor | float) -> None:
-    """Write values (blocks x 256, fp32, used up) on the grid given: `affine.encode`."""
-    codes = affine.encode(blocks, scale.unsqueeze(1), offset.unsqueeze(1), LEVELS, noise)
-    stored[0].copy_(codes.view(-1)[: stored[0].numel()].view(stored[0].shape))
-    stored[1].copy_(scale)
-    stored[2].copy_(offset)
-
-
 def move(codes: Tensor, scale: Tensor, offset: Tensor, update: Tensor, factor: Any, shrink: Any, seed: Seed | None) -> None:
     """W <- shrink W - factor update on some rows, in place, rounded at random from ``seed``, or to nearest where that is None.
 
-    update: the rows' shape, any float dtype, used up. The mean over seeds is exact: every value lies on the grid's range.
+    update: the rows' shape, any float dtype, used up. The mean over seeds is exact, and a zero update changes no code: values are
+    reckoned from their block's offset, where code * scale has no rounding error. ``factor`` and ``shrink``: floats or 0-d tensors.
     """
     if not codes.numel():
         return
-    values = decode(codes, scale, offset).mul_(shrink).sub_(update.float().mul_(factor))
-    blocks = _blocks(values)
-    low, high = blocks.amin(1), blocks.amax(1)
     old_scale, old_offset = scale.float(), offset.float()
-    new_scale, new_offset = affine.grid(low, high, LEVELS, HEADROOM)
-    kept = (low >= old_offset) & (high <= old_offset + old_scale * LEVELS) & (FINER * old_scale <= new_scale)
-    rounding: Tensor | float = 0.5
-    if seed is not None:
-        a, b = noise(*codes.shape, seed, codes.device) if isinstance(seed, int) else seed
-        rounding = _blocks(((a + b).bitwise_and_(0xFFFF) + 0.5).mul_(2.0**-16))
-    store((codes, scale, offset), blocks, torch.where(kept, old_scale, new_scale), torch.where(kept, old_offset, new_offset), rounding)
+    above = _blocks(codes).float().mul_(old_scale.unsqueeze(1))
+    if isinstance(shrink, Tensor) or shrink != 1.0:
+        above.mul_(shrink).add_((old_offset * (shrink - 1)).unsqueeze(1))
+    above.sub_(_blocks(update.float().mul_(factor)))
+    low, high = above.amin(1), above.amax(1)
+    new_scale, new_offset = affine.grid(low + old_offset, high + old_offset, LEVELS, HEADROOM)
+    kept = (low >= 0) & (high <= old_scale * LEVELS) & (FINER * old_scale <= new_scale)
+    new_scale, new_offset = torch.where(kept, old_scale, new_scale), torch.where(kept, old_offset, new_offset)
+    above.add_((old_offset - new_offset).unsqueeze(1))
+    _store((codes, scale, offset), above, new_scale, new_offset, 0.5 if seed is None else _blocks(_uniform(codes, seed)))
+
+
+def _uniform(like: Tensor, seed: Seed) -> Tensor:
+    """Random numbers in (0, 1), fp32: the middles of 2^14 cells. At 255 fp32 resolves no more, and of a block's range a cell is 2^-22."""
+    a, b = noise(*like.shape, seed, like.device) if isinstance(seed, int) else seed
+    return ((a + b).bitwise_and_(0xFFFC) + 2).float().mul_(2.0**-16)
+
+
+def _store(stored: tuple[Tensor, Tensor, Tensor], above: Tensor, scale: Tensor, offset: Tensor, noise: Tensor | float) -> None:
+    """Write values, given from their offsets (blocks x 256, fp32), on this grid: `affine.encode`."""
+    codes = affine.encode(above, scale.unsqueeze(1), LEVELS, noise)
+    stored[0].copy_(codes.view(-1)[: stored[0].numel()].view(stored[0].shape))
+    stored[1].copy_(scale)
+    stored[2].copy_(offset)
 
 
 # --- the layer ------------------------------------------------------------------------------------------------------------
