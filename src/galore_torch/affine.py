@@ -27,11 +27,11 @@ def grid(low: Tensor, high: Tensor, levels: int, headroom: float = 0.0) -> tuple
 
 
 def encode(above: Tensor, scale: Tensor, levels: int, noise: Tensor | float = 0.5) -> Tensor:
-    """Codes (uint8) of values given by how far they lie above their offset: floor(above / scale + noise).
+    """Codes (uint8) of values given by how far they lie above their offset: floor(above / scale + noise). ``above`` is used up.
 
     0.5 rounds to nearest, uniform noise makes the mean exact.
     """
-    codes = above / torch.where(scale > 0, scale, 1.0)
+    codes = above.div_(torch.where(scale > 0, scale, 1.0))
     return codes.add_(noise).floor_().clamp_(0, levels).to(torch.uint8)
 
 
