@@ -21,9 +21,10 @@ def grid(low: Tensor, high: Tensor, levels: int, headroom: float = 0.0) -> tuple
     free = (high - low) * headroom
     offset = _floor_bf16(low - free)
     top = high + free
-    scale = ((top - offset) / levels).to(torch.bfloat16).float()
-    short = offset + scale * levels < top  # rounded down: the next number up that bf16 has
-    return torch.where(short, (scale.view(torch.int32) + 0x10000).view(torch.float32), scale), offset
+    # To bf16 by its bits: a compiler leaves out a conversion there and back. Not below zero, so that one unit of bits is the next number.
+    bits = (((top - offset) / levels).contiguous().view(torch.int32) + 0x8000).bitwise_and_(-65536)
+    scale = bits.view(torch.float32)
+    return torch.where(offset + scale * levels < top, (bits + 0x10000).view(torch.float32), scale), offset
 
 
 def encode(above: Tensor, scale: Tensor, levels: int, noise: Tensor | float = 0.5) -> Tensor:
