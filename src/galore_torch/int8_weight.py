@@ -70,6 +70,10 @@ class Int8Weight(torch.Tensor):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.stored)
 
+    def storage(self) -> Any:
+        """None of its own. safetensors asks for it, to see which tensors share memory."""
+        raise NotImplementedError("an INT8 weight has no storage of its own: look at those of its stored tensors")
+
     def rows(self, rows: slice) -> Int8Weight:
         """A view of some rows, which start and, but for the last, end with a block: whole multiples of `row_unit`."""
         n = self.shape[1]
