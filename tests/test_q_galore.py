@@ -428,6 +428,8 @@ def test_each_layer_can_be_quantised_as_soon_as_it_is_made_and_on_the_meta_devic
         assert len(coded) == 7
         assert {p.device.type for p in coded} == {device}
         assert sum(p.nbytes for p in coded) == pytest.approx((4 * 32 * 32 + 3 * 32 * 88) * (1 + 4 / 256))
+    layer.to_empty(device="cpu")
+    assert [type(p) for p in layer.parameters()].count(Int8Weight) == 7
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.codecs import Stored
-from galore_torch.int8_weight import Int8Weight, move
+from galore_torch.int8_weight import Int8Weight, int8_spec, move
 from memory import storage_bytes
 
 SHAPES = [(64, 128), (3, 5), (7, 37), (1, 1), (33, 255), (5, 257), (300, 1), (1, 1000), (500, 344)]
@@ -169,6 +169,9 @@ def test_same_seed_same_bits_other_seed_other_bits() -> None:
 def test_a_weight_takes_1_0156_bytes_of_storage() -> None:
     W = Int8Weight.quantize(torch.randn(512, 1376, dtype=torch.bfloat16))
     assert storage_bytes(W.stored) == W.nbytes == 512 * 1376 * (1 + 4 / 256)
+    for shape in SHAPES:
+        stored = Int8Weight.quantize(torch.randn(shape)).stored
+        assert storage_bytes(stored) == sum(spec.nbytes for spec in int8_spec(shape).values())
 
 
 def test_copies_moves_and_files_keep_every_code() -> None:

@@ -10,7 +10,7 @@ writing goes through `subtract`, or `copy_`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from galore_torch import affine
-from galore_torch.codecs import BLOCK, Seed, noise
+from galore_torch.codecs import BLOCK, Seed, TensorSpec, noise
 from galore_torch.linalg import chunk_elements, parts, product_dtype
 
 LEVELS = 255
@@ -28,6 +28,16 @@ LEVELS = 255
 HEADROOM, FINER = 1 / 32, 0.75
 DTYPES = (torch.bfloat16, torch.float32)
 aten = torch.ops.aten
+
+
+def int8_spec(shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+    """What an INT8 weight of ``shape`` holds: the one place where its sizes are written."""
+    blocks = (-(-prod(shape) // BLOCK),)
+    return {
+        "codes": TensorSpec(shape, torch.uint8),
+        "scale": TensorSpec(blocks, torch.bfloat16),
+        "offset": TensorSpec(blocks, torch.bfloat16),
+    }
 
 
 class Int8Weight(torch.Tensor):
@@ -52,9 +62,8 @@ class Int8Weight(torch.Tensor):
     @torch.no_grad()
     def quantize(weight: Tensor) -> Int8Weight:
         """The nearest INT8 weight to a matrix in bf16 or fp32, a few rows at a time: no full-size temporary."""
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        a_block = torch.empty(-(-weight.numel() // BLOCK), dtype=torch.bfloat16, device=weight.device)
-        out = Int8Weight(codes, a_block, torch.empty_like(a_block), weight.dtype)
+        codes, scale, offset = (tensor.allocate(weight.device) for tensor in int8_spec(tuple(weight.shape)).values())
+        out = Int8Weight(codes, scale, offset, weight.dtype)
         for rows in row_parts(out):
             values = _blocks(weight[rows].float())
             scale, offset = affine.grid(values.amin(1), values.amax(1), LEVELS)
@@ -115,7 +124,7 @@ class Int8Weight(torch.Tensor):
             if func in (aten.detach.default, aten.alias.default, aten.clone.default):
                 codes, scale, offset = (func(tensor) for tensor in weight.stored)
                 return Int8Weight(codes, scale, offset, weight.dtype)
-            if func is aten._to_copy.default:
+            if func is aten._to_copy.default or (func is aten.empty_like.default and "device" in kwargs):  # the latter is Module.to_empty
                 where = {key: kwargs[key] for key in ("device", "non_blocking") if key in kwargs}
                 codes, scale, offset = (func(tensor, **where) for tensor in weight.stored)
                 return Int8Weight(codes, scale, offset, kwargs.get("dtype") or weight.dtype)
