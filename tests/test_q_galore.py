@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import itertools
 from typing import Any
@@ -251,6 +252,9 @@ def test_each_matrix_finds_its_own_gap_unless_the_group_says_otherwise() -> None
     assert g.QGaLoreAdamW8bit([{"params": [W], "rank": 4, "update_proj_gap": 10}]).param_groups[0]["gap_range"] == (10, 80)
     assert g.QGaLoreAdamW8bit([W], rank=4, gap_range=None).param_groups[0]["gap_range"] is None
     assert g.QGaLoreAdamW8bit([W], rank=4, gap_range=(100, 300)).param_groups[0]["gap_range"] == (100, 300)
+    parameters = inspect.signature(g.QGaLoreAdamW8bit).parameters
+    assert {"lr", "betas", "eps", "weight_decay", "rank", "min_8bit_size"} <= parameters.keys()
+    assert parameters["gap_range"].default == "lazy"
     lazy = g.QGaLoreAdamW8bit([W], rank=4, update_proj_gap=4, lr=0.0)
     G = torch.randn(48, 4) @ torch.randn(4, 32)
     for _ in range(40):  # a gradient that never turns
@@ -468,6 +472,12 @@ def test_an_int8_model_is_no_fp16_model_and_no_torch_optimizers() -> None:
         loss(m).backward()
         with pytest.raises(ValueError, match=r"write to an INT8 weight.*galore_torch"):
             optimizer.step()
+
+
+def test_sharding_int8_weights_is_refused() -> None:
+    """`fully_shard` begins by splitting each weight, and would go on with floating shards."""
+    with pytest.raises(ValueError, match=r"not sharded yet.*fully_shard.*without quantize_linears"):
+        model()[0].weight.chunk(2)
 
 
 def test_a_weight_changed_between_the_passes_is_noticed() -> None:

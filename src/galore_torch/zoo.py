@@ -95,17 +95,27 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 class QGaLoreAdamW8bit(GaLoreAdamW8bit):
     """GaLoreAdamW8bit with an INT4 basis and lazy refreshes, for weights in INT8 (Q-GaLore, arXiv 2407.08296).
 
-    ``quantize_linears(model)`` makes the weights INT8, before ``galore_param_groups``; others train in their own dtype. The weights are
-    rounded at random, right on average, and no floating copy of them is kept. Arguments are those of GaLoreAdamW8bit, but
+    ``quantize_linears(model)`` makes the weights INT8, before ``galore_param_groups``; others train in their own dtype. INT8 weights are
+    rounded at random, right on average, and no floating copy of them is kept.
 
-        gap_range: left out, from update_proj_gap to 8 times that; None for a gap that stays.
+    Args:
+        lr, betas, eps, weight_decay: as GaLoreAdamW.
+        gap_range: "lazy" is (update_proj_gap, 8 * update_proj_gap), for each group its own; None for a gap that stays.
     """
 
     row = RECIPES["q_galore_adamw8bit"]
 
-    def __init__(self, params: Any, lr: float | torch.Tensor = 1e-3, **kwargs: Any):
-        kwargs.setdefault("gap_range", LAZY)
-        super().__init__(params, lr, **kwargs)
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        gap_range: tuple[int, int] | str | None = LAZY,
+        **projection: Any,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, gap_range=gap_range, **projection)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A group's own gap has a range of its own."""
