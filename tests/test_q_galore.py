@@ -6,12 +6,12 @@ import copy
 import gc
 import inspect
 import io
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import galore_torch as g
@@ -432,6 +432,8 @@ def test_each_layer_can_be_quantised_as_soon_as_it_is_made_and_on_the_meta_devic
         assert len(coded) == 7
         assert {p.device.type for p in coded} == {device}
         assert sum(p.nbytes for p in coded) == pytest.approx((4 * 32 * 32 + 3 * 32 * 88) * (1 + 4 / 256))
+    layer.mlp(torch.empty(1, 4, 32, device="meta")).sum().backward()
+    assert {p.grad.device.type for p in layer.mlp.parameters()} == {"meta"}
     layer.to_empty(device="cpu")
     assert [type(p) for p in layer.parameters()].count(Int8Weight) == 7
 
@@ -474,6 +476,13 @@ def test_an_int8_model_is_no_fp16_model_and_no_torch_optimizers() -> None:
             optimizer.step()
 
 
+def test_int8_weights_can_be_traced_without_values() -> None:
+    with FakeTensorMode():
+        m = layers(2, 32)
+        m(torch.zeros(4, 32)).sum().backward()
+        assert m[0].weight.grad.shape == (32, 32)
+
+
 def test_sharding_int8_weights_is_refused() -> None:
     """`fully_shard` begins by splitting each weight, and would go on with floating shards."""
     with pytest.raises(ValueError, match=r"not sharded yet.*fully_shard.*without quantize_linears"):
@@ -490,10 +499,14 @@ def test_a_weight_changed_between_the_passes_is_noticed() -> None:
         early.backward()
 
 
-def test_changing_the_dtype_changes_no_code_and_a_step_goes_on() -> None:
+def test_changing_the_dtype_changes_no_code_and_the_same_optimizer_goes_on() -> None:
     m = model()
-    codes = [p.codes.clone() for p in m.parameters() if isinstance(p, Int8Weight)]
-    m.to(torch.bfloat16)
+    optimizer = optimizer_of(m)
+    train(m, optimizer, range(2))
     coded = [p for p in m.parameters() if isinstance(p, Int8Weight)]
-    assert all(p.dtype == torch.bfloat16 and torch.equal(p.codes, c) for p, c in itertools.zip_longest(coded, codes))
-    train(m, optimizer_of(m), range(2))
+    codes = [p.codes.clone() for p in coded]
+    m.to(torch.bfloat16)
+    assert all(p is q for p, q in zip(coded, (p for p in m.parameters() if p.dim() == 2), strict=True))
+    assert all(p.dtype == torch.bfloat16 and torch.equal(p.codes, c) for p, c in zip(coded, codes, strict=True))
+    train(m, optimizer, range(2, 4))
+    assert not any(torch.equal(p.codes, c) for p, c in zip(coded, codes, strict=True))

@@ -234,7 +234,7 @@ def _store(stored: tuple[Tensor, Tensor, Tensor], above: Tensor, scale: Tensor, 
 
 def _linear(weight: Int8Weight, input: Tensor, bias: Tensor | None = None) -> Tensor:
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
         bias = None if bias is None else bias.to(input.dtype)
     out = _Linear.apply(input, weight)

@@ -71,7 +71,8 @@ def _check(name: str, weight: Tensor, places: list[tuple[nn.Module, str]], chose
         raise ValueError(
             f"{name} is shared with a layer that stays as it is ({type(others[0]).__name__}): leave it out of targets, or untie them"
         )
-    if not weight.is_meta and not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+    real = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta  # a traced one has no values
+    if real and not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
         raise ValueError(f"{name} holds values that are not finite: INT8 cannot, so load or initialise the weights first")
 
 
