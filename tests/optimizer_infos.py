@@ -35,6 +35,7 @@ PROJECTED: dict[str, Any] = {"rank": 1, "update_proj_gap": 3}
 CLASSES: dict[type[Optimizer], tuple[dict[str, Any], dict[str, Any]]] = {
     galore_torch.GaLoreAdamW: ({}, {"correct_bias": False, "betas": (0.8, 0.99)}),
     galore_torch.GaLoreAdamW8bit: ({"min_8bit_size": 1}, {"betas": (0.8, 0.99)}),
+    galore_torch.QGaLoreAdamW8bit: ({"min_8bit_size": 1}, {"betas": (0.8, 0.99)}),
     galore_torch.GaLoreAdafactor: ({"lr": 0.01, "relative_step": False, "scale_parameter": False}, {"beta1": 0.9}),
     galore_torch.GaLoreAdagrad: ({}, {"eps": 1e-3}),
     galore_torch.GaLoreSGD: ({"lr": 1e-2}, {"momentum": 0.9, "nesterov": True}),

@@ -107,3 +107,77 @@ class GaLoreReference:
         update = R / torch.sqrt(torch.outer(s["row"], s["col"]) / s["row"].mean())
         update = update / max(1.0, float(update.square().mean().sqrt()) / h["clip_threshold"])
         return h["lr"] * update
+
+
+# --- Q-GaLore -------------------------------------------------------------------------------------------------------------
+
+
+def bf16(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32).to(torch.bfloat16))
+
+
+def bf16_neighbour(value: float, towards: float) -> float:
+    return float(torch.nextafter(torch.tensor(value, dtype=torch.bfloat16), torch.tensor(towards, dtype=torch.bfloat16)))
+
+
+def affine_grid(low: float, high: float, levels: int, headroom: float = 0.0) -> tuple[float, float]:
+    """(step, start): numbers of bf16 with start <= low and start + levels step >= high, and ``headroom`` of the range free at each end."""
+    free = headroom * (high - low)
+    start = bf16(low - free)
+    if start > low - free:
+        start = bf16_neighbour(start, -math.inf)
+    step = bf16((high + free - start) / levels)
+    if start + levels * step < high + free:
+        step = bf16_neighbour(step, math.inf)
+    return step, start
+
+
+class QGaLoreReference:
+    """One step of Q-GaLore (arXiv 2407.08296) on one matrix, block by block, from the state as it is stored to the numbers to be rounded.
+
+    Codes are decoded here by their definition: offset + code * step for weights (256 in a row of memory) and the basis (blocks down
+    each column, two codes to a byte), level[code] * scale for the moments.
+    """
+
+    def __init__(self, lr: float, betas: tuple[float, float], eps: float, scale: float, weight_decay: float):
+        self.lr, self.betas, self.eps, self.scale, self.weight_decay = lr, betas, eps, scale, weight_decay
+
+    @staticmethod
+    def weight(codes: Tensor, step: Tensor, start: Tensor) -> Tensor:
+        flat = codes.flatten().double()
+        for i in range(len(flat)):
+            flat[i] = float(start[i // 256]) + float(flat[i]) * float(step[i // 256])
+        return flat.view(codes.shape)
+
+    @staticmethod
+    def basis(packed: Tensor, step: Tensor, start: Tensor, rows: int) -> Tensor:
+        block, half = -(-rows // step.shape[0]), packed.shape[0]
+        out = torch.zeros(rows, packed.shape[1], dtype=torch.float64)
+        for i in range(rows):
+            for j in range(packed.shape[1]):
+                byte = int(packed[i % half, j])
+                code = byte % 16 if i < half else byte // 16
+                out[i, j] = float(start[i // block, j]) + code * float(step[i // block, j])
+        return out
+
+    @staticmethod
+    def moment(codes: Tensor, scale: Tensor, levels: Tensor, axis: int) -> Tensor:
+        block = codes.shape[axis] // scale.shape[axis]
+        return levels.double()[codes.long()] * scale.double().repeat_interleave(block, axis)
+
+    def moved(self, W: Tensor, P: Tensor, m: Tensor, v: Tensor, G: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, first and second moment) before they are rounded. P on the left of a wide G, on the right of a tall one."""
+        left = G.shape[0] < G.shape[1]
+        R = P.T @ G.double() if left else G.double() @ P
+        b1, b2 = self.betas
+        m, v = b1 * m + (1 - b1) * R, b2 * v + (1 - b2) * R * R
+        N = self.lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m / (v.sqrt() + self.eps)
+        return W * (1 - self.lr * self.weight_decay) - self.scale * (P @ N if left else N @ P.T), m, v
+
+    @staticmethod
+    def grid(values: Tensor, step: float, start: float) -> tuple[float, float]:
+        """The grid of one block's new values: the old one while they fit it and a new one would not be a quarter finer."""
+        low, high = float(values.min()), float(values.max())
+        new = affine_grid(low, high, 255, 1 / 32)
+        fits = low >= start and high <= start + 255 * step
+        return (step, start) if fits and 0.75 * step <= new[0] else new

@@ -19,11 +19,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.testing import assert_close
 
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdagrad, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdagrad, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
 
 CLASSES: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (GaLoreAdamW, {}),
     (GaLoreAdamW8bit, {"min_8bit_size": 1}),
+    (QGaLoreAdamW8bit, {"min_8bit_size": 1}),
     (GaLoreAdafactor, {"lr": 0.01}),
     (GaLoreAdagrad, {}),
     (GaLoreSGD, {"momentum": 0.9}),

@@ -17,12 +17,12 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "galore_torch"
 
 LIBRARY = {
-    "ground": ["linalg", "codecs", "rules", "base_rule", "param_groups"],
+    "ground": ["linalg", "affine", "codecs", "int8_weight", "rules", "base_rule", "param_groups"],
     "slots": ["projectors", "transport", "recovery"],
     "naming": ["recipe", "layout"],
     "doing": ["bucket", "sharding", "elementwise", "engine", "planner"],
     "faces": [
-        *["low_rank_grad", "legacy", "optimizer", "zoo", "backward"],
+        *["low_rank_grad", "legacy", "optimizer", "zoo", "backward", "quantized"],
         *["adamw", "adamw8bit", "adafactor", "galore_projector", "galore_projector_tensor", "public", "__init__"],
     ],
 }

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
         GaLoreAdamW,
         GaLoreAdamW8bit,
         GaLoreSGD,
+        QGaLoreAdamW8bit,
+        dequantize_linears,
         fused_backward,
         galore_param_groups,
+        quantize_linears,
     )
 
 __version__ = "2.0.0"
@@ -28,8 +31,11 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GaLoreSGD",
+    "QGaLoreAdamW8bit",
+    "dequantize_linears",
     "fused_backward",
     "galore_param_groups",
+    "quantize_linears",
 ]
 
 

@@ -4,6 +4,7 @@ A codec turns one real tensor ("value", fp32 or fp64) into named storage tensors
     fp32   the value itself (fp64 for fp64 parameters)
     bf16   2 bytes an element, stochastically rounded so that small changes survive on average
     int8   1 byte an element and one fp32 scale a block: the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861)
+    int4   half a byte an element, and a bf16 scale and offset a block: 16 even steps (Q-GaLore, arXiv 2407.08296), for bases
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-CODECS = ("fp32", "bf16", "int8")
+from galore_torch import affine
+
+CODECS = ("fp32", "bf16", "int8")  # of moments
+BASIS_CODECS = ("fp32", "bf16", "int4")
 Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
 
@@ -65,22 +69,32 @@ class Stored:
     @property
     def keys(self) -> tuple[str, ...]:
         """The state keys of the storage tensors."""
-        return (f"{self.name}_codes", f"{self.name}_scale") if self.codec == "int8" else (self.name,)
+        parts = {"int8": ("_codes", "_scale"), "int4": ("_codes", "_scale", "_offset")}.get(self.codec, ("",))
+        return tuple(self.name + part for part in parts)
 
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
-        if self.codec != "int8":
+        if self.codec not in ("int8", "int4"):
             return {self.name: TensorSpec(self.shape, self.real if self.codec == "fp32" else torch.bfloat16, self.fill)}
         blocks = -(-self.shape[self.axis] // self.block)
-        code = 255 if self.fill else zero_code(self.signed)
         scale_shape = (*self.shape[: self.axis], blocks, *self.shape[self.axis + 1 :])
+        if self.codec == "int4":
+            assert not self.fill, "a basis starts at zero"
+            packed = (*self.shape[: self.axis], -(-self.shape[self.axis] // 2), *self.shape[self.axis + 1 :])
+            return {
+                f"{self.name}_codes": TensorSpec(packed, torch.uint8),
+                f"{self.name}_scale": TensorSpec(scale_shape, torch.bfloat16),
+                f"{self.name}_offset": TensorSpec(scale_shape, torch.bfloat16),
+            }
+        code = 255 if self.fill else zero_code(self.signed)
         return {
             f"{self.name}_codes": TensorSpec(self.shape, torch.uint8, float(code)),
             f"{self.name}_scale": TensorSpec(scale_shape, torch.float32, self.fill),
         }
 
     def rows(self, state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        """Views of the storage tensors at some indices of the first axis; int8 blocks along it must not be cut."""
+        """Views of the storage tensors at some indices of the first axis; int8 blocks along it must not be cut. Not for int4."""
+        assert self.codec != "int4"
         if self.codec != "int8":
             return {self.name: state[self.name][rows]}
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
@@ -99,6 +113,8 @@ class Stored:
 
         ``tables``: those of `tables`, for a caller that a compiler follows and that must therefore hand them in.
         """
+        if self.codec == "int4":
+            return self._decode4(*(state[key] for key in self.keys))
         if self.codec != "int8":
             return state[self.name].to(self.real)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
@@ -116,10 +132,29 @@ class Stored:
             codes = nearest_codes(normed, self.signed, None if tables is None else tables[1]).flatten(self.axis, self.axis + 1)
             state[f"{self.name}_codes"].copy_(codes.narrow(self.axis, 0, value.shape[self.axis]))
             state[f"{self.name}_scale"].copy_(scale)
+        elif self.codec == "int4":
+            for key, tensor in zip(self.keys, self._encode4(value.float()), strict=True):
+                state[key].copy_(tensor)
         elif self.codec == "bf16" and seed is not None:
             state[self.name].copy_(stochastic_round(value.float(), seed))
         elif value is not state[self.name]:
             state[self.name].copy_(value)
+
+    def _encode4(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, two to a byte, scale and offset. The first half of the axis lies in the low four bits, the second in the high ones."""
+        length, axis = self.shape[self.axis], self.axis
+        blocks = _blocked(value, axis, self.block)  # zeros in the padding of a block lie within it or widen it a little
+        low, high = blocks.amin(axis + 1), blocks.amax(axis + 1)
+        scale, offset = affine.grid(low, high, 15)
+        codes = affine.encode(blocks - offset.unsqueeze(axis + 1), scale.unsqueeze(axis + 1), 15)
+        codes = _blocked(codes.flatten(axis, axis + 1).narrow(axis, 0, length), axis, -(-length // 2))  # (..., 2, half, ...)
+        return codes.select(axis, 0) | (codes.select(axis, codes.shape[axis] - 1) << 4), scale, offset
+
+    def _decode4(self, packed: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        length, axis = self.shape[self.axis], self.axis
+        codes = torch.cat([packed & 15, packed >> 4], dim=axis).narrow(axis, 0, length)
+        blocks = affine.decode(_blocked(codes, axis, self.block), scale.float().unsqueeze(axis + 1), offset.float().unsqueeze(axis + 1))
+        return blocks.flatten(axis, axis + 1).narrow(axis, 0, length).to(self.real)
 
 
 # --- int8: the dynamic map ------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from galore_torch import recovery
 from galore_torch.codecs import Seed, Stored, matrix_shape, noise
+from galore_torch.int8_weight import Int8Weight, row_unit, rows_of
+from galore_torch.int8_weight import move as move_int8
 from galore_torch.linalg import chunk_elements, parts
 from galore_torch.rules import Numbers, Rule
 
@@ -42,7 +44,7 @@ class Region:
 
 @dataclass
 class Change:
-    """The move of a weight: W <- shrink W - scale update, ``rounded`` to bf16 stochastically or to nearest."""
+    """The move of a weight: W <- shrink W - scale update, ``rounded`` to bf16 or INT8 stochastically, or to nearest."""
 
     weight: Tensor
     scale: Any
@@ -51,10 +53,10 @@ class Change:
 
 
 def fuses(weight: Tensor, elements: int, wish: bool | None) -> bool:
-    """Whether a region of so many elements is compiled: ``wish``, or by its size; never without a compiler, or for tensor subclasses."""
+    """Whether a region of so many elements is compiled: ``wish``, or by its size; never without a compiler, or for others' subclasses."""
     if wish is False or (wish is None and elements < WORTHWHILE):
         return False
-    return type(weight) in (Tensor, torch.nn.Parameter) and has_compiler(weight.device.type)
+    return type(weight) in (Tensor, torch.nn.Parameter, Int8Weight) and has_compiler(weight.device.type)
 
 
 @lru_cache(maxsize=8)
@@ -98,14 +100,14 @@ def step(
         numbers, scale_shrink = lifted[: len(numbers)], lifted[len(numbers) :]
     elif change:
         scale_shrink = change.scale, change.shrink
-    for rows in _row_chunks(region, low, fuse):
+    for rows in _row_chunks(region, low, fuse, change.weight if change else low):
         views, part = _views(region, state, rows), low if rows is None else low[rows]
         drawn: list[Any] = [next(seeds) for _ in region.moments]
         if fuse:
             drawn = [_noise(seed, part) if stored.codec == "bf16" else None for stored, seed in zip(region.moments, drawn, strict=True)]
         arguments = (part, good, views, numbers, drawn, tables)
         if change:
-            weight = change.weight.detach() if rows is None else change.weight[rows]  # the compiler looks at a plain tensor
+            weight = change.weight.detach() if rows is None else rows_of(change.weight, rows)  # the compiler looks at a plain tensor
             rounding: Seed | None = next(seeds) if change.rounded else None
             if fuse:
                 rounding = _noise(rounding, part)
@@ -168,11 +170,18 @@ def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: Seed
     """`recovery.subtract`, compiled."""
     real = torch.promote_types(weight.dtype, torch.float32)
     scale, shrink = _lift((scale, shrink), real)
-    _call(_subtract, None, weight.detach(), update, scale, shrink, _noise(seed, update))
+    if isinstance(weight, Int8Weight):
+        _call(_move_int8, None, *weight.stored, update, scale, shrink, _noise(seed, update))
+    else:
+        _call(_subtract, None, weight.detach(), update, scale, shrink, _noise(seed, update))
 
 
 def _subtract(_: Any, *arguments: Any) -> None:
     recovery.subtract(*arguments)
+
+
+def _move_int8(_: Any, *arguments: Any) -> None:
+    move_int8(*arguments)
 
 
 def _views(region: Region, state: Values, rows: slice | None) -> Values:
@@ -182,8 +191,8 @@ def _views(region: Region, state: Values, rows: slice | None) -> Values:
     return views
 
 
-def _row_chunks(region: Region, low: Tensor, fuse: bool) -> Iterator[slice | None]:
-    """Slices of the first axis, that fit the cache and cut no int8 block; None for everything at once.
+def _row_chunks(region: Region, low: Tensor, fuse: bool, weight: Tensor) -> Iterator[slice | None]:
+    """Slices of the first axis, that fit the cache and cut no int8 block of a moment or the weight; None for everything at once.
 
     A compiled pass has no temporaries to keep in the cache, but for int8: the maximum of a block is known after a first pass.
     """
@@ -192,7 +201,7 @@ def _row_chunks(region: Region, low: Tensor, fuse: bool) -> Iterator[slice | Non
     if whole or not region.rule.elementwise or low.numel() <= limit:
         yield None
         return
-    unit = math.lcm(*(stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0))
+    unit = math.lcm(row_unit(weight), *(stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0))
     for units in parts(-(-low.shape[0] // unit), limit // (unit * low[0].numel())):
         yield slice(units.start * unit, min(units.stop * unit, low.shape[0]))
 

@@ -19,10 +19,11 @@ from galore_torch import elementwise, linalg
 from galore_torch.base_rule import BaseRule
 from galore_torch.codecs import Stored
 from galore_torch.elementwise import only_if
+from galore_torch.int8_weight import Int8Weight
 from galore_torch.layout import AnyRule, Layout, layout, state_spec, stored_bases, stored_moments
 from galore_torch.linalg import finite, readable, usable
 from galore_torch.projectors import PROJECTORS
-from galore_torch.recovery import project_back, subtract
+from galore_torch.recovery import fits_gemm, project_back, subtract
 from galore_torch.rules import Moment, Rule
 from galore_torch.transport import TRANSPORTS
 
@@ -104,6 +105,8 @@ def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule
         _apply_base(weight, low, state, group, rule, plan)
     else:
         _apply_rule(weight, low, good, state, group, rule, plan, step, spare)
+    if isinstance(weight, Int8Weight):
+        torch.autograd.graph.increment_version(weight)  # its codes were written, and autograd looks at the weight
     state["step"] = step
 
 
@@ -175,11 +178,11 @@ def _apply_rule(
     late = shrink if group["decay"] == "after" else 1.0  # decay after the update shrinks the update too
     if plan.rank is None or not isinstance(late, Tensor):
         scale, late = scale * late, 1.0
-    seeds = itertools.count(step * STREAMS)
-    rounded = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
+    seeds, rounded = itertools.count(_first_seed(weight, state, step)), _is_rounded(weight, group)
     region = elementwise.Region(rule, tuple(stored for stored, _ in stored_moments(plan, group, rule)), group["maximize"], plan.real)
     numbers, fuse = rule.numbers(group, step, lr), rule.elementwise and elementwise.fuses(weight, low.numel(), group["compile"])
     if plan.rank is None:
+        fuse = fuse and not isinstance(weight, Int8Weight)
         change = elementwise.Change(weight, scale, shrink, rounded)
         elementwise.step(region, low, good, state, numbers, seeds, fuse, change)
         return
@@ -190,12 +193,23 @@ def _apply_rule(
     _recover(weight, update, state, plan, group, scale, _foldable(shrink, weight), next(seeds) if rounded else None)
 
 
+def _is_rounded(weight: Tensor, group: Group) -> bool:
+    return group["stochastic_rounding"] and (weight.dtype == torch.bfloat16 or isinstance(weight, Int8Weight))
+
+
+def _first_seed(weight: Tensor, state: State, step: int) -> int:
+    """Where the random streams of this step begin. INT8 is coarse: there each parameter has streams of its own."""
+    if not isinstance(weight, Int8Weight):
+        return step * STREAMS
+    return ((step * 0x9E3779B97F4A7C15 + state["turn"] * 0xC2B2AE3D27D4EB4F) >> 13) & 0x7FFFFFFF
+
+
 def _foldable(shrink: Any, weight: Tensor) -> Any:
     """Weight decay as a factor to fold into the update.
 
-    A 0-d tensor cannot go into a GEMM without reading it on the host: it is applied here. 16-bit weights have no such GEMM.
+    A 0-d tensor cannot go into a GEMM without reading it on the host: it is applied here. Rounded weights have no such GEMM.
     """
-    if isinstance(shrink, Tensor) and weight.dtype.itemsize > 2:
+    if isinstance(shrink, Tensor) and fits_gemm(weight):
         weight.mul_(shrink)
         return 1.0
     return shrink
@@ -204,10 +218,11 @@ def _foldable(shrink: Any, weight: Tensor) -> Any:
 def _recover(weight: Tensor, update: Tensor, state: State, plan: Layout, group: Group, scale: float, shrink: Any, seed: int | None) -> None:
     """W <- shrink W - scale project_back(update); a weight that is no matrix in memory (channels last) goes through a copy."""
     bases = _bases(state, plan, group)
-    fuse = weight.dtype.itemsize == 2 and elementwise.fuses(weight, weight.numel(), group["compile"])
+    fuse = not fits_gemm(weight) and elementwise.fuses(weight, weight.numel(), group["compile"])
     write = elementwise.subtract if fuse else subtract
     if _is_matrix(weight):
-        project_back(weight.view(plan.matrix), update, bases, scale, shrink, seed, write)
+        matrix = weight if weight.dim() == 2 else weight.view(plan.matrix)
+        project_back(matrix, update, bases, scale, shrink, seed, write)
         return
     matrix = weight.reshape(plan.matrix)
     project_back(matrix, update, bases, scale, shrink, seed, write)
@@ -243,6 +258,5 @@ def _apply_base(weight: Tensor, low: Tensor, state: State, group: Group, rule: B
         return
     before = x.clone()
     state.update(rule.step_(x, low, moments, group))
-    rounded = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
-    seed = (state["step"] + 1) * STREAMS if rounded else None
+    seed = _first_seed(weight, state, state["step"] + 1) if _is_rounded(weight, group) else None
     _recover(weight, before.sub_(x), state, plan, group, group["scale"], shrink, seed)

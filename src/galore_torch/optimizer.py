@@ -58,8 +58,8 @@ SHARED = """
             gap; "rsvd" starts anew each time; "gram" and "svd" are exact, and "svd" refreshes all at once, as galore-torch 1.0;
             "random" looks at no gradient.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
-        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32" or "bf16".
-        stochastic_rounding: round bf16 weights up or down at random, so that small updates are not lost. Default True.
+        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4".
+        stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
         decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
         min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
         compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a

@@ -38,6 +38,21 @@ def galore_param_groups(
 
     Raises ValueError when a pattern matches no linear layer.
     """
+    chosen = chosen_linears(model, targets)
+    weights = {id(module.weight) for module in chosen.values()}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    projected = [(name, p) for name, p in named if id(p) in weights]
+    if not projected:
+        raise ValueError(f"all {len(chosen)} layers that match are frozen: nothing is left to project")
+    rest = [(name, p) for name, p in named if id(p) not in weights]
+    group = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **keys}
+    if show:
+        print(_table(projected, rest, rank))
+    return ([{"params": rest}] if rest else []) + [{"params": projected, **group}]
+
+
+def chosen_linears(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, Any]:
+    """name -> linear layer that ``targets`` means, see `galore_param_groups`, in the model's order."""
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if targets is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -63,16 +78,7 @@ def galore_param_groups(
             if not found:
                 raise ValueError(f"target pattern {pattern!r} matches no linear layer among {_sample(linears)}")
             chosen |= found
-    weights = {id(linears[name].weight) for name in chosen}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    projected = [(name, p) for name, p in named if id(p) in weights]
-    if not projected:
-        raise ValueError(f"all {len(chosen)} layers that match are frozen: nothing is left to project")
-    rest = [(name, p) for name, p in named if id(p) not in weights]
-    group = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **keys}
-    if show:
-        print(_table(projected, rest, rank))
-    return ([{"params": rest}] if rest else []) + [{"params": projected, **group}]
+    return {name: linears[name] for name in linears if name in chosen}
 
 
 def _is_linear(module: nn.Module) -> bool:

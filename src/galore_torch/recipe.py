@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from galore_torch.codecs import CODECS
+from galore_torch.codecs import BASIS_CODECS, CODECS
 from galore_torch.projectors import PROJECTORS
 from galore_torch.recovery import RECOVERIES
 from galore_torch.rules import RULES
@@ -44,7 +44,7 @@ class Recipe:
         one_of("transport", self.transport, TRANSPORTS)
         one_of("recovery", self.recovery, RECOVERIES)
         one_of("state_codec", self.state_codec, CODECS)
-        one_of("basis_codec", self.basis_codec, ("fp32", "bf16"))
+        one_of("basis_codec", self.basis_codec, BASIS_CODECS)
         if self.rule == "torch" and self.state_codec != "fp32":
             raise ValueError(
                 f"state_codec={self.state_codec!r} needs a rule of this package: a torch.optim class keeps its own state. "
@@ -59,6 +59,7 @@ class Recipe:
 RECIPES = {
     "galore_adamw": Recipe("adam"),
     "galore_adamw8bit": Recipe("adam", state_codec="int8", basis_codec="bf16"),
+    "q_galore_adamw8bit": Recipe("adam", state_codec="int8", basis_codec="int4"),
     "galore_adafactor": Recipe("adafactor"),
     "galore_adagrad": Recipe("adagrad"),
     "galore_sgd": Recipe("momentum"),

@@ -11,6 +11,8 @@ from galore_torch.base_rule import BaseRule
 from galore_torch.optimizer import LowRankOptimizer, Projection
 from galore_torch.recipe import RECIPES
 
+LAZY = "lazy"  # QGaLoreAdamW8bit's gap_range until a group says what its gap is
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -88,6 +90,41 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         projection.setdefault("state_codec", "int8" if optim_bits == 8 else "fp32")
         projection.setdefault("min_8bit_size", min_8bit_size)
         super().__init__(params, lr, betas, eps, weight_decay, **projection)
+
+
+class QGaLoreAdamW8bit(GaLoreAdamW8bit):
+    """GaLoreAdamW8bit with an INT4 basis and lazy refreshes, for weights in INT8 (Q-GaLore, arXiv 2407.08296).
+
+    ``quantize_linears(model)`` makes the weights INT8, before ``galore_param_groups``; others train in their own dtype. INT8 weights are
+    rounded at random, right on average, and no floating copy of them is kept.
+
+    Args:
+        lr, betas, eps, weight_decay: as GaLoreAdamW.
+        gap_range: "lazy" is (update_proj_gap, 8 * update_proj_gap), for each group its own; None for a gap that stays.
+    """
+
+    row = RECIPES["q_galore_adamw8bit"]
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        gap_range: tuple[int, int] | str | None = LAZY,
+        **projection: Any,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, gap_range=gap_range, **projection)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A group's own gap has a range of its own."""
+        group = {**self.defaults, **param_group}
+        if group["gap_range"] == LAZY:
+            gap = group["update_proj_gap"]
+            fixed = group["projector"] == "random" or not isinstance(gap, int)  # the check of the group says what is wrong with a gap
+            param_group = {**param_group, "gap_range": None if fixed else (gap, 8 * gap)}
+        super().add_param_group(param_group)
 
 
 class GaLoreAdafactor(LowRankOptimizer):

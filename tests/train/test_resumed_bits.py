@@ -61,6 +61,7 @@ GAPS = {"own gaps": {"gap_range": (1, 12)}}
 
 # Each way to keep state: whole and inside the backward pass, quantised, factored, dense, of two optimizers, of changed layers.
 QUICK = {("adamw", "plain"), ("galore_adamw8bit", "plain"), ("galore_adafactor", "plain"), ("muon", "plain"), ("low_rank", "plain")}
+QUICK |= {("qgalore_adamw8bit", "plain"), ("qgalore_adamw8bit_per_layer", "bf16")}
 QUICK |= {("galore_adamw", mode) for mode in MODES} | {("galore_adamw_per_layer", mode) for mode in MODES}
 
 

@@ -116,7 +116,8 @@ class Probe:
         self._finite = good if self._finite is None else self._finite & good
 
     def _weights(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return [part for tensor in tensors for part in getattr(tensor, "stored", (tensor,))]  # a weight in INT8 has no storage of its own
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._names if p.grad is not None]

@@ -37,6 +37,11 @@ class OptimizerSpec:
         """Whether gradients of the layers' matrices are projected."""
         return self.home == "galore_torch" and "rank" in self.flags
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the layers' matrices are held as INT8."""
+        return self.class_name == "QGaLoreAdamW8bit"
+
 
 def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS) -> OptimizerSpec:
     return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS)
@@ -56,6 +61,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "muon": OptimizerSpec("muon_with_adamw", "galore_torch.train.muon", 3e-3, frozenset({"weight_decay"})),
     "galore_adamw": _galore("GaLoreAdamW", 1e-2),
     "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2),
+    "qgalore_adamw8bit": _galore("QGaLoreAdamW8bit", 1e-2),  # its layers' weights are INT8
     "galore_adafactor": _galore("GaLoreAdafactor", 1e-2),
     "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, frozenset({"weight_decay"})),
     "galore_sgd": _galore("GaLoreSGD", 0.3),
@@ -91,7 +97,7 @@ def unused_flags(name: str, given: Iterable[str]) -> list[str]:
 
 
 def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline changes first.
+    """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline or Q-GaLore changes first.
 
     `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, weight_decay, beta1, state_codec, basis_codec
     (these three None: the optimizer's own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
@@ -117,15 +123,18 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping
 def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, Any]) -> Any:
     if not spec.low_rank:
         return [p for p in model.parameters() if p.requires_grad]
-    from galore_torch import galore_param_groups
+    from galore_torch import galore_param_groups, quantize_linears
 
+    if spec.quantized:
+        quantize_linears(model)
+    own = {} if spec.quantized and settings["gap_range"] is None else {"gap_range": settings["gap_range"]}  # Q-GaLore adapts its gap
     return galore_param_groups(
         model,
         settings["rank"],
         update_proj_gap=settings["update_proj_gap"],
-        gap_range=settings["gap_range"],
         scale=settings["galore_scale"],
         proj_type=settings["proj_type"],
+        **own,
     )
 
 

@@ -1,7 +1,8 @@
 """What a run needs to go on as if it had never stopped: what is saved, what has to match, where to start.
 
 A checkpoint holds, beside the weights and tokenizer that `AutoModelForCausalLM` and `AutoTokenizer` load:
-optimizer.safetensors and .json, trainer.json (position, counters, random generators, settings), and the metrics so far.
+optimizer.safetensors and .json, trainer.json (position, counters, random generators, settings), and the metrics so far. Weights held as
+INT8 are in the first file as ordinary numbers, and as they are in int8.safetensors and .json.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 TRACKED = "trackers.json"  # the names of this run at the services it is sent to
 TRAINER = "trainer.json"
-_OPTIMIZER = "optimizer"
+_OPTIMIZER, _INT8 = "optimizer", "int8"
 # Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
 _FREE = frozenset({"device", "activation_checkpointing", "workers"})
 # Settings that say what another one of these settings holds.
@@ -179,7 +180,12 @@ def fill(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any, trainer: dict[str, Any], metrics: Path, device: str
 ) -> None:
     """Write the files of a checkpoint; `trainer` is what the loop wants back, plain values only."""
-    model.save_pretrained(folder, max_shard_size="100TB")  # type: ignore[operator]  # one file, which `restore` reads
+    coded = _int8_weights(model)
+    weights = model.state_dict() | {name: weight.dequantize() for name, weight in coded.items()} if coded else None
+    model.save_pretrained(folder, state_dict=weights, max_shard_size="100TB")  # type: ignore[operator]  # one file, which `restore` reads
+    del weights
+    if coded:
+        save_tree(folder / _INT8, {name: weight.stored for name, weight in coded.items()})
     tokenizer.save_pretrained(folder)
     save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     shutil.copyfile(metrics, folder / METRICS)
@@ -195,12 +201,23 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     from safetensors.torch import load_model
 
     load_model(model, checkpoint / "model.safetensors")
+    if coded := _int8_weights(model):
+        for name, stored in load_tree(checkpoint / _INT8).items():
+            for held, saved in zip(coded[name].stored, stored, strict=True):
+                held.copy_(saved)
     _load_optimizer(optimizer, load_tree(checkpoint / _OPTIMIZER))
     _set_random_state(read_trainer(checkpoint)["random"])
     partial = metrics.with_suffix(".tmp")
     shutil.copyfile(checkpoint / METRICS, partial)
     partial.replace(metrics)
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _int8_weights(model: nn.Module) -> dict[str, Any]:
+    """name -> each weight that is held as INT8."""
+    from galore_torch.int8_weight import Int8Weight
+
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Int8Weight)}
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from galore_torch.train.schedule import SCHEDULERS, Schedule
 from galore_torch.train.source import is_hub_name
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-STATE_CODECS, BASIS_CODECS = ("fp32", "bf16", "int8"), ("fp32", "bf16")  # as galore_torch.recipe has them, which imports torch
+# As galore_torch.codecs has them, which imports torch.
+STATE_CODECS, BASIS_CODECS = ("fp32", "bf16", "int8"), ("fp32", "bf16", "int4")
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("tensorboard", "wandb", "trackio")
