@@ -28,14 +28,14 @@ def hf_shape(name: str) -> HFShape:
     return HFShape(config.hidden_size, positions, config.vocab_size)
 
 
-def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:
-    """The model with its weights on the CPU, ready to train; without weights inside `torch.device("meta")`."""
+def load_model(name: str, *, dtype: str, activation_checkpointing: bool, layers: int | None = None) -> Any:
+    """The model with its weights on the CPU, ready to train; inside `torch.device("meta")` without weights, and with so many layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         if torch.get_default_device().type == "meta":
-            model = AutoModelForCausalLM.from_config(_config(name))
+            model = AutoModelForCausalLM.from_config(_shortened(_config(name), layers))
         else:
             model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -53,6 +53,15 @@ def _config(name: str) -> Any:
         raise UserError(
             f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {_first_line(error)}"
         ) from error
+
+
+def _shortened(config: Any, layers: int | None) -> Any:
+    text = config.get_text_config()
+    if layers is not None:
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = [kinds[-1]] * layers
+        text.num_hidden_layers = layers
+    return config
 
 
 def _first_line(error: Exception) -> str:
