@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Q_GALORE = "q_galore_adamw8bit"
 # Q-GaLore's storage: an int8 code, and a bf16 scale and offset a block of 256; two int4 codes a byte and their scales.
 _INT8_WEIGHT, _INT4_BASIS = 1 + 4 / 256, 0.53
-_COUNTER = 4  # torch's fp32 count of steps
+_COUNTER = 4  # a 0-d fp32 tensor: the count of steps, or a root mean square
 FACTORED = {"low_rank": False, "lora": True, "relora": True}  # baselines whose matrices get two factors: do the matrices stay, frozen?
 
 
@@ -121,4 +121,4 @@ def _foreign(part: Part, name: str, itemsize: int, beta1: float | None) -> tuple
         return (size * itemsize if beta1 else 0), 0
     assert name == "adafactor", name
     second = sum(part.shape) if matrix else size  # in fp32, with copies of a 16-bit gradient and weight
-    return 4 * (second + (size if beta1 else 0)), size * (12 + (8 if itemsize == 2 else 0))
+    return 4 * (second + (size if beta1 else 0)) + _COUNTER, size * (12 + (8 if itemsize == 2 else 0))

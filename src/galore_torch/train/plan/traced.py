@@ -40,7 +40,7 @@ def traced_moments(question: Question, build: Build) -> list[Moment]:
     few, more = _trace(question, build(FEW)), _trace(question, build(MORE))
     further = question.sizes.layers - FEW
     found = []
-    for phase, group in _by_phase(moments(question)).items():
+    for phase, group in by_phase(moments(question)).items():
         largest = max(group, key=lambda moment: moment.total)
         if phase in few:
             total = few[phase] + further * (more[phase] - few[phase]) + largest.unpacked
@@ -51,7 +51,7 @@ def traced_moments(question: Question, build: Build) -> list[Moment]:
     return found
 
 
-def _by_phase(all_moments: Iterable[Moment]) -> dict[str, list[Moment]]:
+def by_phase(all_moments: Iterable[Moment]) -> dict[str, list[Moment]]:
     groups: dict[str, list[Moment]] = {}
     for moment in all_moments:
         phase = next((word for word in _PHASES if word in moment.name), moment.name)
@@ -118,13 +118,21 @@ class _ThroughFp32(TorchDispatchMode):
 
 
 def _materialise(model: nn.Module) -> None:
-    """Tensors of the active fake mode in place of those on the meta device; tied ones stay tied."""
-    made: dict[Tensor, nn.Parameter] = {}
+    """Tensors of the active fake mode in place of those on the meta device; tied ones stay tied.
+
+    Frozen weights become buffers: the tracker asks every parameter for its gradient.
+    """
+    made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                made.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
-                module._parameters[name] = made[p]
+        for name, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if not p.requires_grad:
+                del module._parameters[name]
+                module._buffers[name] = p
+            else:
+                made.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype)))
+                module._parameters[name] = made[p]  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
