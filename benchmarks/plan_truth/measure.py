@@ -45,7 +45,9 @@ class Run:
 
     def held(self) -> int:
         """Bytes of weights, buffers and state."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*self.model.parameters(), *self.model.buffers()]}
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        parts = [part for tensor in tensors for part in getattr(tensor, "stored", (tensor,))]  # a weight in INT8 has no storage of its own
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
         return sum(storages.values()) + state_bytes(self.optimizer)
 
     def updates(self, number: int = UPDATES) -> None:

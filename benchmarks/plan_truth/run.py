@@ -46,13 +46,13 @@ ON_CPU: list[Row] = [
     {"model_config": "350m", "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
     {"model_config": "350m", "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "gradient_accumulation": 2, **SMALL},
     {"model_config": "350m", "optimizer": "galore_adamw", **SMALL},
-    {"model_config": "60m", "optimizer": "q_galore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
-    {"model_config": "350m", "optimizer": "q_galore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
+    {"model_config": "60m", "optimizer": "qgalore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
+    {"model_config": "350m", "optimizer": "qgalore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
 ]
 ON_CUDA: list[Row] = [
     {"model_config": model, "optimizer": optimizer, "dtype": "bfloat16", "batch_size": 1, **more}
     for model in ("1b", "7b")
-    for optimizer in ("galore_adamw8bit", "galore_adamw8bit_per_layer", "q_galore_adamw8bit_per_layer")
+    for optimizer in ("galore_adamw8bit", "galore_adamw8bit_per_layer", "qgalore_adamw8bit_per_layer")
     for more in ({}, {"gradient_accumulation": 2})
 ]
 HEADER = ["model", "optimizer", "run", "predicted, traced", "predicted, by formulas", "measured", "error, traced", "error, formulas"]

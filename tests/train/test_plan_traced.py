@@ -61,7 +61,7 @@ def test_planning_7b_makes_no_model() -> None:
     [
         ("galore_adamw8bit_per_layer", {"max_length": 256}, 22.8, True),  # arXiv 2403.03507, section 5.5: 22.0 up to 500 tokens
         ("galore_adamw8bit_per_layer", {"batch_size": 16, "activation_checkpointing": True}, 22.8, True),  # its README: 4096 tokens
-        ("q_galore_adamw8bit_per_layer", {"max_length": 256}, 16.0, True),  # arXiv 2407.08296
+        ("qgalore_adamw8bit_per_layer", {"max_length": 256}, 16.0, True),  # arXiv 2407.08296
         ("adamw", {"max_length": 2048}, 50.0, False),  # arXiv 2403.03507, introduction: at least 58
     ],
 )

@@ -101,7 +101,7 @@ class Moment:
     activations: int
     logits: int
     transient: int
-    unpacked: int = 0  # the part of `transient` that is a quantised weight, unpacked
+    unpacked: int = 0  # the part of `transient` that no trace of an ordinary model sees: a quantised weight, unpacked
 
     @property
     def total(self) -> int:
@@ -131,10 +131,10 @@ def moments(question: Question) -> Iterator[Moment]:
         done = before or q.kept(head) + (layers - 1 - index) * inner
         pending = max(each.gradient for _, each in q.layer)
         held = index * saved + own + (rows if q.checkpointing and b == 2 else 0)
-        unpacked = max(each.unpacked for _, each in q.layer)
+        unpacked = max(each.unpacked for _, each in q.layer)  # and not while a gradient is widened
         pair = tokens * I * b  # the gradient of one of the MLP's products
         widest = max(prod(part.shape) for part, _ in q.layer) * q.widened
-        yield Moment(name, done + pending, held, 0, unpacked + rows + max(2 * pair, pair + widest), unpacked)
+        yield Moment(name, done + pending, held, 0, rows + max(2 * pair, pair + max(widest, unpacked)), max(0, unpacked - widest))
         if q.per_layer:
             worst = max((each for _, each in q.layer), key=lambda each: each.gradient + _passing(q, each))
             yield Moment(name.replace("backward pass", "updates"), done + worst.gradient, held, 0, rows + _passing(q, worst))

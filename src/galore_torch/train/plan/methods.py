@@ -15,9 +15,9 @@ from galore_torch.train.plan.sizes import Part
 if TYPE_CHECKING:
     import torch
 
-Q_GALORE = "q_galore_adamw8bit"
-# Q-GaLore's storage: an int8 code, and a bf16 scale and offset a block of 256; two int4 codes a byte and their scales.
-_INT8_WEIGHT, _INT4_BASIS = 1 + 4 / 256, 0.53
+Q_GALORE = "qgalore_adamw8bit"
+# Q-GaLore's storage (arXiv 2407.08296): int8 weights with a bf16 scale and offset a block; two int4 codes a byte and their scales.
+_BLOCK, _BLOCK_BYTES, _INT4_BASIS = 256, 4, 0.53
 _COUNTER = 4  # a 0-d fp32 tensor: the count of steps, or a root mean square
 FACTORED = {"low_rank": False, "lora": True, "relora": True}  # baselines whose matrices get two factors: do the matrices stay, frozen?
 
@@ -36,7 +36,7 @@ class Cost:
 
 
 def known_optimizer(name: str) -> OptimizerSpec:
-    """The row for `name`; Q-GaLore can be planned before it can be trained."""
+    """The row for `name`; Q-GaLore can be planned where this version cannot train it."""
     lower = name.lower()
     if lower.removesuffix("_per_layer") == Q_GALORE and lower not in OPTIMIZERS:
         return replace(OPTIMIZERS["galore_adamw8bit"], per_layer=lower.endswith("_per_layer"))
@@ -69,6 +69,7 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     if known_optimizer(name).home != "galore_torch":
         moments, transient = _foreign(part, "adamw" if name in FACTORED else name, kind.itemsize, settings["beta1"])
         return Cost(weight, weight, 0, 0, moments, transient)
+    from galore_torch.linalg import product_dtype
     from galore_torch.planner import held
 
     quantised = name.removesuffix("_per_layer") == Q_GALORE
@@ -78,7 +79,8 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     if not quantised or part.role != "matrix":
         return Cost(weight, weight, found.low, found.basis, found.moments, found.transient)
     basis = found.basis if group["basis_codec"] == "int4" else round(found.basis / 2 * _INT4_BASIS)
-    return Cost(round(size * _INT8_WEIGHT), weight, found.low, basis, found.moments, found.transient, unpacked=weight)
+    coded, unpacked = size + _BLOCK_BYTES * -(-size // _BLOCK), size * product_dtype(kind, device).itemsize
+    return Cost(coded, weight, found.low, basis, found.moments, found.transient, unpacked)
 
 
 def frozen(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -100,6 +102,8 @@ def _groups(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[Any, Any,
     if given["beta1"] is not None:
         group |= {"momentum": given["beta1"], "beta1": given["beta1"] or None}
     projection = {key: given[key] for key in ("rank", "update_proj_gap", "gap_range", "proj_type")} if spec.low_rank else {}
+    if group["basis_codec"] == "int4" and not projection["gap_range"]:
+        projection["gap_range"] = (1, 1)  # Q-GaLore's gap adapts unless it is told otherwise, and so is state
     return RULES[made.row.rule], group, group | projection
 
 
