@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -180,6 +181,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--compare", action="store_true", help="optimizers side by side: a table and a picture")
     plan.add_argument("--sweep", choices=("rank",), help="the same run at several ranks: a table and a picture")
     plan.add_argument("--picture", metavar="FILE.png", help="where that picture goes (default: plan-compare.png or plan-sweep.png, here)")
+    plan._negative_number_matcher = re.compile(r"-\d")  # --memory -24GB is a value, to be refused as one, and no flag
     plan.set_defaults(run=_plan)
 
 

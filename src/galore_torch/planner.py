@@ -17,7 +17,7 @@ from galore_torch.linalg import OVERSAMPLING, chunk_elements, product_dtype
 
 # Chunks of fp32 that one elementwise pass has out at once, where no compiler fuses it; int8 looks levels up by int64 indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
-_PASSES = {"cpu": {"int8": 5, "bf16": 3, "fp32": 1}, "cuda": {"int8": 8, "bf16": 5, "fp32": 4}}
+_PASSES = {"cpu": {"int8": 7, "bf16": 3, "fp32": 1}, "cuda": {"int8": 8, "bf16": 5, "fp32": 4}}
 
 
 @dataclass(frozen=True)

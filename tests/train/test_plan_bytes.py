@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import galore_torch as g
+from galore_torch.codecs import nearest_codes
 from galore_torch.planner import held
 from galore_torch.train import trainer
 from galore_torch.train.config import PretrainConfig
@@ -102,6 +103,13 @@ def test_sizes_by_arithmetic_equal_those_of_the_model_itself(name: str) -> None:
     )
 
 
+@pytest.fixture
+def _tables() -> None:
+    """The look-up tables of 8-bit codes: a process makes them once, which takes 3 MB for a moment."""
+    for signed in (True, False):
+        nearest_codes(torch.zeros(1), signed)
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"optimizer": "galore_adamw"},
     "adamw": {"optimizer": "adamw"},
@@ -117,6 +125,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("_tables")
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("run", RUNS)
 def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, traced: bool, tiny: str) -> None:
@@ -130,6 +139,7 @@ def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, trac
     assert planned(question_of(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.usefixtures("_tables")
 @pytest.mark.parametrize("rank", [None, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cls", [g.GaLoreAdamW, g.GaLoreAdamW8bit])

@@ -34,6 +34,7 @@ COMPARED = {
     "Q-GaLore, per layer": f"{Q_GALORE}_per_layer",
 }
 _SETTINGS = ("max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype", "activation_checkpointing", "vocab_size")
+_CYCLE = 200  # updates between relora's merges: they cost no memory, but it has no default
 _DEFAULTS = {"dtype": "bfloat16", "batch_size": 1, "optimizer": "galore_adamw8bit_per_layer"}
 
 
@@ -48,6 +49,7 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     given = _model(arguments["model"]) | {name: arguments[name] for name in _SETTINGS if name in arguments}
     given["dtype"] = given.get("dtype", _DEFAULTS["dtype"])
     name = given.get("optimizer", "").lower()
+    given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
     if name.removesuffix("_per_layer") == Q_GALORE and name not in OPTIMIZERS:
         raise UserError(f"--optimizer {name} cannot be trained yet; --compare plans it beside the others")
     config = PretrainConfig(**{**_DEFAULTS, **given}, given=frozenset(given))
@@ -112,7 +114,7 @@ def _for_a_card(
 
 def _recipe(config: PretrainConfig, found: Plan, budget: int) -> dict[str, Any]:
     names = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
-    settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size")}
+    settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size", "cycle_length")}
     if config.hf_model:
         del settings["model_config"]
     about = f"planned: {describe(found)}; needs {gb(found.needed)} of {gb(budget)} GB"

@@ -41,8 +41,8 @@ def _candidates(given: Mapping[str, Any]) -> Iterator[PretrainConfig]:
     for tier in tiers:
         names = [name for name in tier if name in OPTIMIZERS]
         uses_rank = any("rank" in optimizer_spec(name).flags for name in names)
-        ranks = [given["rank"]] if "rank" in given or not uses_rank else [width // share for share in SHARES if width >= share]
-        ranks = ranks if uses_rank else [None]
+        tried = [width // share for share in SHARES if width >= share] if uses_rank else [None]
+        ranks = [given["rank"]] if "rank" in given else tried
         for rank in ranks:
             for batch in [given["batch_size"]] if "batch_size" in given else batches:
                 for recompute in [given["activation_checkpointing"]] if "activation_checkpointing" in given else [False, True]:
