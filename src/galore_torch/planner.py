@@ -15,9 +15,9 @@ import torch
 from galore_torch.layout import AnyRule, Layout, layout, state_spec
 from galore_torch.linalg import OVERSAMPLING, chunk_elements, product_dtype
 
-# Chunks of fp32 that one elementwise pass has out at once, where no compiler fuses it; int8 looks levels up by int64 indices.
+# Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks levels up by int64 indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
-_PASSES = {"cpu": {"int8": 7, "bf16": 3, "fp32": 1}, "cuda": {"int8": 8, "bf16": 5, "fp32": 4}}
+_PASSES = {"cpu": {"int8": 29, "bf16": 12, "fp32": 4}, "cuda": {"int8": 31, "bf16": 20, "fp32": 16}}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def _step(plan: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
     On a CPU the test for a finite gradient sums a 16-bit one through a copy in fp32.
     """
     elements = min(prod(plan.low_shape), chunk_elements(torch.device(device)))
-    passes = _PASSES[device][group["state_codec"]] * elements * plan.real.itemsize
+    passes = _PASSES[device][group["state_codec"]] * elements * plan.real.itemsize // 4
     if plan.rank is None:
+        passes += elements * plan.real.itemsize if plan.dtype != plan.real else 0
         copied = 4 * prod(plan.shape) if plan.dtype.itemsize == 2 and device == "cpu" else 0
         return max(copied, passes)
     bases = sum(plan.matrix[mode] for mode in plan.modes) * plan.rank

@@ -175,4 +175,4 @@ def test_planned_peak_of_a_whole_run_of_the_trainer(
 
 def test_an_optimizer_without_a_row_is_refused(tiny: str) -> None:
     with pytest.raises(UserError, match="not known"):
-        planned(question_of(PretrainConfig(model_config=tiny), device="cpu", optimizer="adamm"), traced=False)
+        planned(question_of(PretrainConfig(model_config=tiny, max_length=64), device="cpu", optimizer="adamm"), traced=False)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch import galore_param_groups
 from galore_torch.train.plan.analytic import Moment, Question, moments
+from galore_torch.train.plan.methods import Cost
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -110,8 +111,7 @@ class _ThroughFp32(TorchDispatchMode):
     """Products of 16-bit matrices as a CPU without bf16 arithmetic makes them: in fp32 first."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        left, right = args[-2:] if func in _PRODUCTS else (None, None)
-        wide = None if left is None else torch.empty(left.shape[0], right.shape[1])
+        wide = torch.empty(args[-2].shape[0], args[-1].shape[1]) if func in _PRODUCTS else None
         out = func(*args, **(kwargs or {}))
         del wide
         return out
@@ -147,7 +147,7 @@ def _attach(question: Question, model: nn.Module) -> dict[Tensor, Tensor]:
         return kept
     costs = {(part.shape, part.role == "matrix"): each for part, each in [*question.outer, *question.layer]}
     matrices = {p for _, p in galore_param_groups(model, 1)[-1]["params"]}
-    mine = {p: costs[tuple(p.shape), p in matrices] for p in model.parameters()}
+    mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in matrices] for p in model.parameters()}
 
     def hook(p: Tensor) -> None:
         if question.deferred and not mine[p].low:
