@@ -38,10 +38,11 @@ def can_trace() -> bool:
 
 def traced_moments(question: Question, build: Build) -> list[Moment]:
     """`analytic.moments`, each phase's largest with the traced total; what the formulas do not see is `transient`."""
+    by_formulas = list(moments(question))  # before anything is fake: the tables of 8-bit codes are made once and kept
     few, more = _trace(question, build(FEW)), _trace(question, build(MORE))
     further = question.sizes.layers - FEW
     found = []
-    for phase, group in by_phase(moments(question)).items():
+    for phase, group in by_phase(by_formulas).items():
         largest = max(group, key=lambda moment: moment.total)
         if phase in few:
             total = few[phase] + further * (more[phase] - few[phase]) + largest.unpacked
