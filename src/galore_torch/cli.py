@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -221,6 +222,58 @@ def _eval(arguments: dict[str, Any]) -> int:
     return _say(json.dumps(found) if as_json else show(found))
 
 
+# --- galore plan ----------------------------------------------------------------------------------------------------
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        usage="galore plan --model NAME [--memory 24GB | --card NAME] [--FLAG VALUE ...]",
+        help="the memory of a run before it runs: does it fit, and what is the best recipe that does",
+        description="The memory of a training run, with no GPU and without making the model. With --memory or --card: the best recipe that "
+        "fits, choosing what is not given of --rank, --batch, --checkpointing and --optimizer. The exit code is 1 where nothing fits.",
+        epilog=f"models: {', '.join(PRESETS)}. optimizers: {', '.join(OPTIMIZERS)}.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    plan.add_argument("--model", required=True, metavar="NAME", help="preset, a LLaMA config.json, or a local transformers folder")
+    plan.add_argument(
+        "--memory", metavar="24GB", help="what there is: GB is 10**9 bytes, GiB 2**30 (a card sold as 24 GB has 24 GiB: --card)"
+    )
+    plan.add_argument("--card", "--device_name", metavar="NAME", help='a graphics card by name, such as "RTX 4090", A100 or "H100 80GB"')
+    plan.add_argument("--device", choices=("cuda", "cpu"), help="what it runs on (default: cuda)")
+    plan.add_argument("--seq", "--max_length", dest="max_length", type=int, metavar="N", help="tokens in a sequence (default: 256)")
+    plan.add_argument(
+        "--batch", "--batch_size", dest="batch_size", type=int, metavar="N", help="sequences in one forward pass (default: 1)"
+    )
+    plan.add_argument("--gradient_accumulation", type=int, metavar="N", help="forward passes in one update (default: 1)")
+    plan.add_argument("--optimizer", metavar="NAME", help="one of the names below (default: galore_adamw8bit_per_layer)")
+    plan.add_argument("--rank", type=int, metavar="N", help="rank of the subspace (default: width / 4)")
+    plan.add_argument("--dtype", metavar="NAME", help="weights: bfloat16 or float32 (default: bfloat16)")
+    plan.add_argument("--vocab_size", type=int, metavar="N", help="rows of the embedding (default: the model's)")
+    plan.add_argument(
+        "--checkpointing",
+        "--activation_checkpointing",
+        dest="activation_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass",
+    )
+    plan.add_argument("--world_size", type=int, metavar="N", help="processes of data-parallel training; each holds everything (default: 1)")
+    plan.add_argument("-o", "--output", metavar="FILE", help="write the best recipe here, for galore pretrain --config")
+    plan.add_argument("--compare", action="store_true", help="optimizers side by side: a table and a picture")
+    plan.add_argument("--sweep", choices=("rank",), help="the same run at several ranks: a table and a picture")
+    plan.add_argument("--picture", metavar="FILE.png", help="where that picture goes (default: plan-compare.png or plan-sweep.png, here)")
+    plan._negative_number_matcher = re.compile(r"-\d")  # --memory -24GB is a value, to be refused as one, and no flag
+    plan.set_defaults(run=_plan)
+
+
+def _plan(arguments: dict[str, Any]) -> int:
+    _need("plan", _TRAIN_EXTRA)
+    from galore_torch.train.plan.command import plan
+
+    return plan(arguments)
+
+
 # --- what the commands share ----------------------------------------------------------------------------------------
 
 
@@ -251,6 +304,7 @@ _COMMANDS = (
     _add_export,
     _add_generate,
     _add_eval,
+    _add_plan,
 )
 
 

@@ -36,14 +36,14 @@ def hf_architecture(name: str) -> dict[str, Any]:
     return {key: value for key, value in _config(name).to_dict().items() if key not in _HOW_IT_IS_RUN}
 
 
-def load_model(name: str, *, dtype: str, activation_checkpointing: bool) -> Any:
-    """The model with its weights on the CPU, ready to train; without weights inside `torch.device("meta")`."""
+def load_model(name: str, *, dtype: str, activation_checkpointing: bool, layers: int | None = None) -> Any:
+    """The model with its weights on the CPU, ready to train; inside `torch.device("meta")` without weights, and with so many layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         if torch.get_default_device().type == "meta":
-            model = AutoModelForCausalLM.from_config(_config(name))
+            model = AutoModelForCausalLM.from_config(_shortened(_config(name), layers))
         else:
             model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -59,6 +59,15 @@ def _config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {first_line(error)}") from error
+
+
+def _shortened(config: Any, layers: int | None) -> Any:
+    text = config.get_text_config()
+    if layers is not None:
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = [kinds[-1]] * layers
+        text.num_hidden_layers = layers
+    return config
 
 
 def quiet_transformers() -> None:

@@ -1,0 +1,1 @@
+"""`galore plan`: the memory of a run before it runs."""

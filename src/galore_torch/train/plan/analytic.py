@@ -1,0 +1,194 @@
+"""The memory of an update, moment by moment, by arithmetic: when is most held, and of what?
+
+For transformers' LLaMA on torch's flash attention. N tokens in a forward pass, D the width, I the MLP's, V the vocabulary;
+b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from galore_torch.train.plan.methods import FACTORED, Cost, cost, known_optimizer, trained_parts
+from galore_torch.train.plan.sizes import Part, Sizes
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One run, as far as its memory goes. ``settings``: what `build_optimizer` takes; ``deferred``: accumulation or clipping is on."""
+
+    sizes: Sizes
+    optimizer: str
+    dtype: str
+    length: int
+    batch: int
+    accumulation: int = 1
+    deferred: bool = False
+    checkpointing: bool = False
+    device: str = "cuda"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""  # name or path, for a trace
+    pretrained: bool = False  # whether `model` is transformers' own, not a LLaMA's sizes
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def rank(self) -> int:
+        return int(self.settings["rank"])
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @cached_property
+    def widened(self) -> int:
+        """Bytes an element that a product of 16-bit matrices needs for its result in fp32: on CPUs without bf16 arithmetic."""
+        import torch
+
+        from galore_torch.linalg import product_dtype
+
+        slow = self.device == "cpu" and self.itemsize == 2 and product_dtype(torch.bfloat16, "cpu") == torch.float32
+        return 4 if slow else 0
+
+    @cached_property
+    def layer(self) -> list[tuple[Part, Cost]]:
+        return self._costs(self.sizes.layer)
+
+    @cached_property
+    def outer(self) -> list[tuple[Part, Cost]]:
+        return self._costs(self.sizes.outer)
+
+    def _costs(self, parts: tuple[Part, ...]) -> list[tuple[Part, Cost]]:
+        return [
+            (part, cost(part, trained, self.optimizer, self.dtype, self.device, self.settings))
+            for part, trained in trained_parts(self.optimizer, parts, self.rank)
+        ]
+
+    @property
+    def per_layer(self) -> bool:
+        return known_optimizer(self.optimizer).per_layer
+
+    def total(self, field: str) -> int:
+        """Of the whole model: a field of Cost, added up."""
+        inner = sum(part.count * getattr(each, field) for part, each in self.layer)
+        return self.sizes.layers * inner + sum(part.count * getattr(each, field) for part, each in self.outer)
+
+    def kept(self, each: Cost) -> int:
+        """Bytes of a parameter's gradient from its backward pass to the step."""
+        if not self.per_layer:
+            return each.gradient
+        if not self.deferred:
+            return 0
+        return each.low or each.gradient
+
+    def kept_of(self, costs: list[tuple[Part, Cost]]) -> int:
+        return sum(part.count * self.kept(each) for part, each in costs)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held at one point of an update, in bytes, beside weights and state."""
+
+    name: str
+    gradients: int
+    activations: int
+    logits: int
+    transient: int
+    unpacked: int = 0  # the part of `transient` that no trace of an ordinary model sees: a quantised weight, unpacked
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.logits + self.transient
+
+
+def moments(question: Question) -> Iterator[Moment]:
+    """The points of an update at which most can be held, in order."""
+    q, layers = question, question.sizes.layers
+    tokens, b, D, I, V = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate, q.sizes.vocabulary
+    own, rows = layer_activations(q), tokens * D * b
+    saved = rows if q.checkpointing else own  # of a layer, from the forward pass
+    end = final_activations(q)
+    outer = q.kept_of(q.outer)
+    inner = q.kept_of(q.layer)
+    embedding = next(each for part, each in q.outer if part.role == "embedding")
+    head = next((each for part, each in q.outer if part.role == "head"), embedding)
+    again = q.accumulation > 1  # the gradients of earlier forward passes are there from the start
+    before = outer + layers * inner if again else 0
+
+    yield Moment("the loss", before, layers * saved + end, 12 * tokens * V, 0)
+    result = V * D * q.widened
+    yield Moment("the head's backward pass", before + head.gradient, layers * saved + end, tokens * V * b, rows + result)
+    if q.per_layer:
+        yield Moment("the head's update", before + head.gradient, layers * saved + end, 0, rows + _passing(q, head))
+    for index, name in ((layers - 1, "the last layer's backward pass"), (0, "the first layer's backward pass")):
+        done = before or q.kept(head) + (layers - 1 - index) * inner
+        pending = max(each.gradient for _, each in q.layer)
+        held = index * saved + own + (rows if q.checkpointing and b == 2 else 0)
+        unpacked = max(each.unpacked for _, each in q.layer)  # and not while a gradient is widened
+        pair = tokens * I * b  # the gradient of one of the MLP's products
+        widest = max(prod(part.shape) for part, _ in q.layer) * q.widened
+        yield Moment(name, done + pending, held, 0, rows + max(2 * pair, pair + max(widest, unpacked)), max(0, unpacked - widest))
+        if q.per_layer:
+            worst = max((each for _, each in q.layer), key=lambda each: each.gradient + _passing(q, each))
+            yield Moment(name.replace("backward pass", "updates"), done + worst.gradient, held, 0, rows + _passing(q, worst))
+    everything = outer + layers * inner
+    done = everything if again else everything - q.kept(embedding)
+    yield Moment("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (_passing(q, embedding) if q.per_layer else 0))
+    yield Moment("the optimizer's step", everything, 0, 0, step_transient(q))
+
+
+def _passing(q: Question, each: Cost) -> int:
+    """What a hook on this gradient needs: the whole update, or in the deferred mode a projection and perhaps a refresh."""
+    return each.transient if not q.deferred or each.low else 0
+
+
+def step_transient(q: Question) -> int:
+    """Of `optimizer.step()`: one parameter after the other; torch's own handle all at once on a GPU (foreach)."""
+    if q.per_layer and not q.deferred:
+        return 0
+    costs = [*q.outer, *q.layer]
+    if q.device == "cuda" and known_optimizer(q.optimizer).home in ("torch.optim", "galore_torch.train.baselines"):
+        roots = q.optimizer in ("adam", "adamw", "adagrad") or q.optimizer in FACTORED
+        return q.total("gradient") if roots else 0
+    return max(each.transient for _, each in costs)
+
+
+def layer_activations(q: Question) -> int:
+    """Bytes that a layer's forward pass keeps for its backward pass.
+
+    A norm keeps its input, the normalised rows and its output, and in bf16 an fp32 copy of the input; attention keeps q, k, v, its
+    output and a logarithm a head; the MLP its two products, the activation and their product.
+    """
+    s, b = q.sizes, q.itemsize
+    norms = 2 * (s.hidden * (4 if b == 2 else b) + 2 * s.hidden * b)
+    attention = 2 * (s.attention + s.key_value) * b + 4 * s.heads
+    mlp = 4 * s.intermediate * b
+    return q.tokens * (norms + attention + mlp + 8 + _adapters(q))
+
+
+def _adapters(q: Question) -> int:
+    """Bytes a token that two thin factors beside, or in place of, each matrix add."""
+    if q.optimizer not in FACTORED:
+        return 0
+    s, b = q.sizes, q.itemsize
+    targets = sum(part.count for part in s.layer if part.role == "matrix")
+    thin = targets * q.rank * b
+    if not FACTORED[q.optimizer]:
+        return thin
+    inputs = sum(part.count * part.shape[1] for part in s.layer if part.role == "matrix")
+    mask = 1 if q.device == "cuda" else b
+    unneeded = (2 * s.hidden + s.intermediate) * b  # a frozen matrix keeps no input; attention keeps its output itself
+    return thin + inputs * (b + mask) - unneeded
+
+
+def final_activations(q: Question) -> int:
+    """Of the last norm, and cosines and sines of the positions."""
+    s, b = q.sizes, q.itemsize
+    return q.tokens * (s.hidden * (4 if b == 2 else b) + 2 * s.hidden * b + 4) + 2 * q.length * s.attention // s.heads * b

@@ -1,0 +1,136 @@
+"""From a checked config to a plan: the question, its moments, and their peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from galore_torch.train.config import PretrainConfig
+from galore_torch.train.model import DEMO_VOCAB, ModelShape, build_model, model_shape
+from galore_torch.train.plan.analytic import Moment, Question, moments
+from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
+
+# What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
+# An assumption from common practice, not measured by this project. On a CPU the process has its libraries.
+RESERVE = {"cuda": (700 * 10**6, 0.03), "cpu": (500 * 10**6, 0.02)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes: what lasts, the moment of the peak, and the reserve."""
+
+    question: Question
+    weights: int
+    basis: int
+    moments: int
+    all_moments: tuple[Moment, ...]
+    traced: bool
+
+    @property
+    def at_peak(self) -> Moment:
+        return max(self.all_moments, key=lambda moment: moment.total)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of tensors at once."""
+        return self.weights + self.basis + self.moments + self.at_peak.total
+
+    @property
+    def reserve(self) -> int:
+        constant, share = RESERVE[self.question.device]
+        return constant + round(share * self.peak)
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.reserve
+
+    def largest(self, field: str) -> int:
+        """The most that a field of Moment reaches at any moment."""
+        return max(getattr(moment, field) for moment in self.all_moments)
+
+
+def question_of(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> Question:
+    """The memory side of a config, for its first optimizer or for another."""
+    return Question(
+        sizes=_sizes(config, vocab_size),
+        optimizer=(optimizer or config.contenders[0][0]).lower(),
+        dtype=config.torch_dtype,
+        length=config.max_length,
+        batch=config.batch_size,
+        accumulation=config.accumulation,
+        deferred=config.accumulation > 1 or config.grad_clipping > 0,
+        checkpointing=config.activation_checkpointing,
+        device=device,
+        settings=config.optimizer_settings,
+        model=config.hf_model or config.model_config,
+        pretrained=config.hf_model is not None,
+    )
+
+
+def _sizes(config: PretrainConfig, vocab_size: int | None) -> Sizes:
+    if config.hf_model:
+        return hf_sizes(config.hf_model)
+    return _llama(config.model_config, vocab_size or config.embedding_rows or DEMO_VOCAB)
+
+
+@lru_cache(maxsize=64)
+def _llama(name: str, vocabulary: int) -> Sizes:
+    return llama_sizes(model_shape(name), vocabulary)
+
+
+def planned(question: Question, *, traced: bool) -> Plan:
+    """The plan by formulas, or with the model's passes traced where this torch can."""
+    if traced:
+        from galore_torch.train.plan.traced import can_trace, traced_moments
+
+        traced = can_trace()
+    found = traced_moments(question, _builder(question)) if traced else moments(question)
+    return Plan(question, question.total("weight"), question.total("basis"), question.total("moments"), tuple(found), traced)
+
+
+def planned_peak_bytes(config: PretrainConfig, vocab_size: int, name: str) -> int | None:
+    """The most bytes of tensors that a run of `config` with the optimizer `name` holds at once, by formulas, within milliseconds.
+
+    None for a model whose layers the formulas do not know. A process holds its libraries beside them.
+    """
+    from galore_torch.train.place import pick_device
+
+    question = question_of(config, device=pick_device(config.device), optimizer=name, vocab_size=vocab_size)
+    return planned(question, traced=False).peak if question.sizes.like_llama else None
+
+
+def _builder(question: Question) -> Callable[[int], Any]:
+    """layers -> the model without memory, changed where a baseline changes it."""
+    import torch
+
+    from galore_torch.train.optim import build_optimizer
+    from galore_torch.train.plan.methods import FACTORED
+
+    def build(layers: int) -> Any:
+        with torch.device("meta"):
+            model = _hf_model(question, layers) if question.pretrained else _llama_model(question, layers)
+        if question.optimizer in FACTORED:
+            build_optimizer(question.optimizer, model, lr=1e-3, settings=question.settings)
+        return model.train()
+
+    return build
+
+
+def _llama_model(question: Question, layers: int) -> Any:
+    shape: ModelShape = replace(model_shape(question.model), num_hidden_layers=layers, vocab_size=question.sizes.vocabulary)
+    return build_model(
+        shape,
+        seed=0,
+        dtype=question.dtype,
+        bos_token_id=None,
+        eos_token_id=None,
+        activation_checkpointing=question.checkpointing,
+    )
+
+
+def _hf_model(question: Question, layers: int) -> Any:
+    from galore_torch.train.hf_model import load_model
+
+    return load_model(question.model, dtype=question.dtype, activation_checkpointing=question.checkpointing, layers=layers)

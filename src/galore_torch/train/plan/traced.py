@@ -1,0 +1,194 @@
+"""The same moments traced: forward and backward of the model with two and with three layers, on tensors without memory.
+
+torch's own MemTracker counts; what a third layer adds goes on for all others. Per-layer updates are traced as the memory that their
+hooks take and leave. MemTracker is private to torch: where it is missing there is no trace, and the formulas stand alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from galore_torch import galore_param_groups
+from galore_torch.train.plan.analytic import Moment, Question, moments
+from galore_torch.train.plan.methods import Cost
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+except ImportError:  # another torch
+    MemTracker = None  # type: ignore[assignment,misc]
+
+FEW, MORE = 2, 3  # layers
+_PHASES = ("the loss", "head", "last", "first", "embedding")  # in which phase a moment falls, by a word of its name
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+Build = Callable[[int], nn.Module]  # layers -> the model on the meta device, as the optimizer finds it
+
+
+def can_trace() -> bool:
+    return MemTracker is not None
+
+
+def traced_moments(question: Question, build: Build) -> list[Moment]:
+    """`analytic.moments`, each phase's largest with the traced total; what the formulas do not see is `transient`."""
+    by_formulas = list(moments(question))  # before anything is fake: the tables of 8-bit codes are made once and kept
+    few, more = _trace(question, build(FEW)), _trace(question, build(MORE))
+    further = question.sizes.layers - FEW
+    found = []
+    for phase, group in by_phase(by_formulas).items():
+        largest = max(group, key=lambda moment: moment.total)
+        if phase in few:
+            total = few[phase] + further * (more[phase] - few[phase]) + largest.unpacked
+            known = largest.gradients + largest.logits
+            activations = max(0, min(largest.activations, total - known))
+            largest = replace(largest, activations=activations, transient=total - known - activations)
+        found.append(largest)
+    return found
+
+
+def by_phase(all_moments: Iterable[Moment]) -> dict[str, list[Moment]]:
+    groups: dict[str, list[Moment]] = {}
+    for moment in all_moments:
+        phase = next((word for word in _PHASES if word in moment.name), moment.name)
+        groups.setdefault("head" if phase == "the loss" else phase, []).append(moment)
+    return groups
+
+
+def _trace(question: Question, model: nn.Module) -> dict[str, int]:
+    """The most bytes in each phase of one forward and backward pass, beyond the weights."""
+    with FakeTensorMode():
+        _materialise(model)
+        tokens = torch.zeros(question.batch, question.length, dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        peaks = _Peaks(tracker)
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore")  # the tracker's, of gradients that a hook has consumed
+            stack.enter_context(tracker)
+            if question.widened:
+                stack.enter_context(_ThroughFp32())
+            peaks.begin()
+            kept = _attach(question, model)
+            _watch(model, peaks)
+            loss = _loss(model, tokens)
+            loss.backward()
+            peaks.end("embedding")
+            del kept
+    return peaks.found
+
+
+class _Peaks:
+    """The tracker's peak, read and begun anew at the end of each phase."""
+
+    def __init__(self, tracker: Any):
+        self.tracker, self.found, self.start = tracker, {}, 0  # type: tuple[Any, dict[str, int], int]
+
+    def begin(self) -> None:
+        self.start = self._now()
+        self._reset()
+
+    def end(self, phase: str) -> None:
+        self.found[phase] = max(peak for peak in self.tracker._peak_mem.values()) - self.start
+        self._reset()
+
+    def _now(self) -> int:
+        return sum(int(kinds["Total"]) for kinds in self.tracker.get_tracker_snapshot("current").values())
+
+    def _reset(self) -> None:
+        """As the tracker does it when it is entered."""
+        snapshot = self.tracker.get_tracker_snapshot("current")
+        self.tracker._peak_mem_snap = snapshot
+        self.tracker._peak_mem = {device: kinds["Total"] for device, kinds in snapshot.items()}
+
+
+class _ThroughFp32(TorchDispatchMode):
+    """Products of 16-bit matrices as a CPU without bf16 arithmetic makes them: in fp32 first."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = torch.empty(args[-2].shape[0], args[-1].shape[1]) if func in _PRODUCTS else None
+        out = func(*args, **(kwargs or {}))
+        del wide
+        return out
+
+
+def _materialise(model: nn.Module) -> None:
+    """Tensors of the active fake mode in place of those on the meta device; tied ones stay tied.
+
+    Frozen weights become buffers: the tracker asks every parameter for its gradient.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if not p.requires_grad:
+                del module._parameters[name]
+                module._buffers[name] = p
+            else:
+                made.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype)))
+                module._parameters[name] = made[p]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _attach(question: Question, model: nn.Module) -> dict[Tensor, Tensor]:
+    """Gradients that are there before, and hooks that take and leave what the optimizer's would; returns what the hooks leave."""
+    again, kept = question.accumulation > 1, dict[Tensor, Tensor]()
+    if not question.per_layer:
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if again and p.requires_grad else None
+        return kept
+    costs = {(part.shape, part.role == "matrix"): each for part, each in [*question.outer, *question.layer]}
+    matrices = {p for _, p in galore_param_groups(model, 1)[-1]["params"]}
+    mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in matrices] for p in model.parameters()}
+
+    def hook(p: Tensor) -> None:
+        if question.deferred and not mine[p].low:
+            return
+        passing = torch.empty(mine[p].transient, dtype=torch.uint8)
+        p.grad = None
+        del passing
+        if question.deferred and p not in kept:
+            kept[p] = torch.empty(mine[p].low, dtype=torch.uint8)
+
+    for weight, each in mine.items():
+        weight.register_post_accumulate_grad_hook(hook)
+        if again and each.low:
+            kept[weight] = torch.empty(each.low, dtype=torch.uint8)
+        elif again:
+            weight.grad = torch.empty_like(weight)
+    return kept
+
+
+def _watch(model: Any, peaks: _Peaks) -> None:
+    """End a phase where a gradient leaves the head, the last layer, all but the first, and the first."""
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+    def at(phase: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if torch._C._current_graph_task_id() == -1:  # not where a checkpoint computes it again
+                tensor.register_hook(lambda _: peaks.end(phase))
+
+        return hook
+
+    layers[-1].register_forward_hook(at("head"))
+    layers[-2].register_forward_hook(at("last"))
+    layers[0].register_forward_hook(at("middle"))  # after "last": with two layers both end here
+    model.get_input_embeddings().register_forward_hook(at("first"))
+    for layer in layers:  # transformers makes a mask for tensors that it cannot look into, and none for real ones
+        layer.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True)
+
+
+def _loss(model: Any, tokens: Tensor) -> Tensor:
+    """As `trainer`: logits are let go when their loss is known."""
+    logits = model(input_ids=tokens).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
