@@ -57,7 +57,10 @@ def measure(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list
 
     steps = {name: lambda loss=loss: step(loss) for name, loss in contenders(arguments.chunks).items()}
     progress(f"{vocabulary}: memory")
-    peaks = {name: peak_bytes(call, arguments.device) for name, call in steps.items()}
+    peaks = {}
+    for name, call in steps.items():
+        hidden.grad = weight.grad = None  # freed inside the call they would hide as much of what it takes
+        peaks[name] = peak_bytes(call, arguments.device)
     progress(f"{vocabulary}: time")
     seconds = medians(steps, arguments.rounds, warm_up=1, device=arguments.device)
     few = (hidden[:256].detach(), weight.detach(), targets[:256])
