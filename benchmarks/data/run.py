@@ -1,6 +1,7 @@
 """Is text ready when the model wants it? Tokens a second of the streaming loader, beside those of training, and the time waited for text.
 
 Everything takes turns in one process; medians are compared. A loader is started anew for each turn, so its start is in its time.
+The processor's time of all threads is counted beside the clock's: busy neighbours stretch the one and not the other.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interleave import timed
@@ -54,6 +54,7 @@ class Loader:
     data: TokenData
     batches: int
     speeds: list[float] = field(default_factory=list)  # targets that count, a second
+    costs: list[float] = field(default_factory=list)  # seconds of the processor for one of them
 
     def turn(self) -> None:
         drawn: list[int] = []
@@ -63,8 +64,10 @@ class Loader:
             drawn.extend(counted(next(stream)[1]) for _ in range(self.batches))
             stream.close()
 
+        before = time.process_time()
         seconds = timed(draw)
         self.speeds.append(sum(drawn) / seconds)
+        self.costs.append((time.process_time() - before) / sum(drawn))
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Training:
     loop: _Loop
     stream: Batches
     speeds: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)  # share of an update's seconds
 
     @classmethod
@@ -84,7 +88,9 @@ class Training:
         return cls(loop, data.batches(config))
 
     def turn(self) -> None:
+        seen, before = self.loop.result.tokens_seen, time.process_time()
         self.loop.update(len(self.speeds) + 1, self.stream)
+        self.costs.append((time.process_time() - before) / (self.loop.result.tokens_seen - seen))
         row = json.loads(self.loop.metrics.getvalue().splitlines()[-1])  # type: ignore[attr-defined]
         self.speeds.append(row["tokens_per_s"])
         self.waited.append(row["data_s"] / row["seconds"])
@@ -120,14 +126,16 @@ def measure(arguments: argparse.Namespace, files: tuple[str, ...]) -> None:
         training.stream.close()
 
     speed = {name: statistics.median(training.speeds[1:]) for name, training in trainings.items()}
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} for torch"
-    print(heading(f"{threads}; sequences of {LENGTH}, {data.tokenizer.size} ids, medians of {arguments.rounds} turns"))
+    cost = {name: statistics.median(training.costs[1:]) for name, training in trainings.items()}
+    print(heading(f"sequences of {LENGTH}, {data.tokenizer.size} ids, medians of {arguments.rounds} turns"))
     rows = []
     for (pad, workers), loader in loaders.items():
         tokens = statistics.median(loader.speeds[1:])
         ratios = [f"{tokens / speed[name, 2]:.0f}" for name in MODELS]
-        rows.append(["padded" if pad else "packed", str(workers), f"{tokens:,.0f}", *ratios])
-    print(table(["rows", "workers", "loader tokens/s", *(f"/ training {name}" for name in MODELS)], rows) + "\n")
+        shares = [f"{statistics.median(loader.costs[1:]) / cost[name, 2]:.2%}" for name in MODELS]
+        rows.append(["padded" if pad else "packed", str(workers), f"{tokens:,.0f}", *ratios, *shares])
+    header = [*(f"/ training {name}" for name in MODELS), *(f"processor time, of {name}'s" for name in MODELS)]
+    print(table(["rows", "workers", "loader tokens/s", *header], rows) + "\n")
     rows = [
         [name, str(workers), f"{speed[name, workers]:,.0f}", f"{statistics.median(training.waited[1:]):.2%}"]
         for (name, workers), training in trainings.items()
