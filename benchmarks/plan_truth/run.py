@@ -90,7 +90,7 @@ def line(row: Row, device: str, found: dict[str, int]) -> list[str]:
         *(cell(value / 1e6, 1) for value in (traced, formulas, measured)),
         *errors,
     ]
-    return cells + ([cell(found["system"] / 1e6, 1)] if "system" in found else [])
+    return cells + ([cell(found["system"] / 1e6 if "system" in found else None, 1)] if device == "cpu" else [])
 
 
 def main() -> None:
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", help="only these, from 0")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="keep measurements here, and take those that are there already")
+    parser.add_argument("--quick", action="store_true", help="on the CPU: leave out the second run of each, which the system counts")
     arguments = parser.parse_args()
+    ways = ("cuda",) if arguments.device == "cuda" else ("allocator",) if arguments.quick else ("allocator", "system")
     rows = ON_CUDA if arguments.device == "cuda" else ON_CPU
     rows = [rows[index] for index in arguments.rows] if arguments.rows else rows
     kept: dict[str, dict[str, int]] = {}
@@ -109,7 +111,7 @@ def main() -> None:
         if row["optimizer"] not in OPTIMIZERS:
             continue  # Q-GaLore before it can be trained
         found = kept.setdefault(json.dumps(row, sort_keys=True), {})
-        for how in ("cuda",) if arguments.device == "cuda" else ("allocator", "system"):
+        for how in ways:
             if how not in found:
                 progress(f"{how}: {row}")
                 found[how] = measure(row, how)
