@@ -182,7 +182,8 @@ class TestTorchContractSteps(TestCase):
         """maximize=True on g is maximize=False on -g, to rounding: the basis of -g may differ by signs."""
         for kwargs in inputs_of(optim_info, device):
             kwargs.pop("maximize", None)
-            kwargs["state_codec"] = "fp32"  # rounding to 8 bits is not odd: it maps -x to another code than minus that of x
+            # Rounding to 8 or 4 bits is not odd: it maps -x to another code than minus that of x.
+            kwargs["state_codec"] = kwargs["basis_codec"] = "fp32"
             a, b = model(device), model(device)
             up = train(optim_info.optim_cls(a, **kwargs, maximize=True), a, range(5))
             down = train(optim_info.optim_cls(b, **kwargs), b, range(5), sign=-1.0)
