@@ -35,7 +35,7 @@ def best_that_fits(given: Mapping[str, Any], budget: int, device: str, *, traced
 
 def _candidates(given: Mapping[str, Any]) -> Iterator[PretrainConfig]:
     """Configs from the best to the least."""
-    width = PretrainConfig(**{key: given[key] for key in ("model_config", "hf_model") if key in given}).shape.hidden_size
+    width = PretrainConfig(**{key: given[key] for key in ("model_config", "hf_model", "max_length") if key in given}).shape.hidden_size
     batches = [2**power for power in range(MOST_SEQUENCES.bit_length())][::-1]
     tiers = ((given["optimizer"],),) if "optimizer" in given else PREFERRED
     for tier in tiers:
