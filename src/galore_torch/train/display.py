@@ -75,9 +75,9 @@ class Display:
         elif number == signal.SIGINT:  # SIGTERM may come again while the checkpoint is written
             raise KeyboardInterrupt
 
-    def begin(self, name: str, total: int) -> None:
-        """A new run called `name` of `total` updates."""
-        self._name = name
+    def begin(self, name: str, total: int, planned_mb: float | None = None) -> None:
+        """A new run called `name` of `total` updates, whose memory is to peak at `planned_mb` (None: nobody knows)."""
+        self._name, self._planned_mb = name, planned_mb
         self._share = RefreshShare()
         self._task = self._progress.add_task(name, total=total, figures="")
 
@@ -86,7 +86,7 @@ class Display:
 
     def step(self, row: dict[str, Any], total: int) -> None:
         self._share.add(row)
-        figures = _figures(row, self._share.value)
+        figures = _figures(row, self._share.value, self._planned_mb)
         self._progress.update(self._task, completed=row["step"], figures=figures)
         every = max(1, total // _PLAIN_LINES)
         if not self.console.is_terminal and (row["step"] % every == 0 or row["step"] == total):
@@ -104,10 +104,11 @@ class Display:
         )
 
 
-def _figures(row: dict[str, Any], share: float | None) -> str:
-    """Loss, rate, speed, memory now / at its peak (the device's where there is one), the shares of peak speed and of refreshes."""
+def _figures(row: dict[str, Any], share: float | None, planned_mb: float | None) -> str:
+    """Loss, rate, speed, memory now / at its peak / planned (of the device where there is one), shares of peak speed and refreshes."""
     now, peak = (row["cuda_mb"], row["cuda_peak_mb"]) if "cuda_mb" in row else (row["rss_mb"], row["peak_rss_mb"])
-    memory = f"{now / 1e3:.1f}/{peak / 1e3:.1f} GB" if peak >= 10_000 else f"{now:,.0f}/{peak:,.0f} MB"
+    sizes = (now, peak) if planned_mb is None else (now, peak, planned_mb)
+    memory = "/".join(f"{mb / 1e3:.1f}" if peak >= 10_000 else f"{mb:,.0f}" for mb in sizes) + (" GB" if peak >= 10_000 else " MB")
     refresh = "" if share is None else f"  refresh {share:.0%}"
     mfu = f"  mfu {row['mfu']:.0%}" if "mfu" in row else ""
     return f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s{mfu}  {memory}{refresh}"

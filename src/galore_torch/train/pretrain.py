@@ -21,6 +21,7 @@ from galore_torch.train.display import Display, make_console, show_table
 from galore_torch.train.flags import SETTINGS
 from galore_torch.train.hf_model import quiet_transformers
 from galore_torch.train.lock import run_lock
+from galore_torch.train.memory import memory_mb
 from galore_torch.train.optim import build_optimizer
 from galore_torch.train.place import model_for, pick_device
 from galore_torch.train.ranks import ALONE, Ranks, joined, launched
@@ -84,7 +85,7 @@ def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Rank
             if ranks.any(display.should_stop()):
                 break
             own_folder = run_folder(folder, config, run_name)
-            display.begin(run_name, config.num_training_steps)
+            display.begin(run_name, config.num_training_steps, _planned_mb(config, data, name, device))
             with plain_failures("the run", folder):
                 results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name), ranks))
                 if ranks.leads:
@@ -131,6 +132,15 @@ def _check_starts(config: PretrainConfig, data: TokenData, starts: Starts) -> No
     for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
         if run_name in starts.checkpoints:
             check_identity(starts.checkpoints[run_name], config, identity(config, name, lr, data))
+
+
+def _planned_mb(config: PretrainConfig, data: TokenData, name: str, device: str) -> float | None:
+    """The peak that the run's memory is planned to have, as the display counts memory: on a CPU the process is in it."""
+    from galore_torch.train.plan.answer import planned_peak_bytes
+
+    tensors = planned_peak_bytes(config, data.vocab_size, name)
+    process = memory_mb(device)["rss_mb"] if device == "cpu" else 0.0
+    return None if tensors is None else process + tensors / 1e6
 
 
 def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
