@@ -1,6 +1,7 @@
 """Is text ready when the model wants it? Tokens a second of the streaming loader, beside those of training, and the time waited for text.
 
-Everything takes turns in one process; medians are compared. A loader is started anew for each turn, so its start is in its time.
+Everything takes turns in one process; medians are compared. A loader is started anew for each turn, so its start is in its
+time, and so is what its threads have made beyond the last batch.
 The processor's time of all threads is counted beside the clock's: busy neighbours stretch the one and not the other.
 """
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", help="text files; default: the source of Python's standard library")
     parser.add_argument("--tokenizer", help="default: a BPE of 32,000 ids trained on the text")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=32, help="of 16 sequences, drawn in one turn of a loader")
+    parser.add_argument("--batches", type=int, default=48, help="of 16 sequences, drawn in one turn of a loader")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(arguments, tuple(arguments.data or [written(Path(folder))]))
