@@ -159,12 +159,12 @@ def _attach(question: Question, model: nn.Module) -> dict[Tensor, Tensor]:
         if question.deferred and p not in kept:
             kept[p] = torch.empty(mine[p].low, dtype=torch.uint8)
 
-    for p, each in mine.items():
-        p.register_post_accumulate_grad_hook(hook)
+    for weight, each in mine.items():
+        weight.register_post_accumulate_grad_hook(hook)
         if again and each.low:
-            kept[p] = torch.empty(each.low, dtype=torch.uint8)
+            kept[weight] = torch.empty(each.low, dtype=torch.uint8)
         elif again:
-            p.grad = torch.empty_like(p)
+            weight.grad = torch.empty_like(weight)
     return kept
 
 
