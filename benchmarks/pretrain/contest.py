@@ -28,14 +28,25 @@ from galore_torch.train.model import ModelShape, build_model
 from galore_torch.train.optim import build_optimizer, state_bytes
 from galore_torch.train.schedule import Schedule
 
+
+@dataclass(frozen=True)
+class Method:
+    """`optimizer` is a name of `galore pretrain`, None where the matrices are not trained."""
+
+    label: str
+    optimizer: str | None
+    times_rank: int = 1
+
+
 METHODS = {
-    "adamw": "full-rank AdamW",
-    "galore_adamw": "GaLore",
-    "galore_adamw8bit": "8-bit GaLore",
-    "low_rank": "low-rank, W = BA",
-    "lora": "LoRA",
-    "relora": "ReLoRA",
-    "frozen": "frozen matrices (control)",
+    "adamw": Method("full-rank AdamW", "adamw"),
+    "galore_adamw": Method("GaLore", "galore_adamw"),
+    "galore_adamw8bit": Method("8-bit GaLore", "galore_adamw8bit"),
+    "galore_twice": Method("GaLore, twice the rank", "galore_adamw", times_rank=2),
+    "low_rank": Method("low-rank, W = BA", "low_rank"),
+    "lora": Method("LoRA", "lora"),
+    "relora": Method("ReLoRA", "relora"),
+    "frozen": Method("frozen matrices (control)", None),
 }
 
 
@@ -95,12 +106,13 @@ def optimizers(model: nn.Module, task: Task, run: Run) -> dict[str, torch.optim.
     for p in rest:  # what is frozen no method takes
         p.requires_grad_(False)
     built = {}
-    if run.method == "frozen":
+    method = METHODS[run.method]
+    if method.optimizer is None:
         for p in matrices:
             p.requires_grad_(False)
     else:
         settings = {
-            "rank": task.rank,
+            "rank": task.rank * method.times_rank,
             "update_proj_gap": task.gap,
             "gap_range": None,
             "galore_scale": task.scale,
@@ -109,7 +121,7 @@ def optimizers(model: nn.Module, task: Task, run: Run) -> dict[str, torch.optim.
             "beta1": None,
             "cycle_length": task.cycle,
         }
-        built["matrices"] = build_optimizer(run.method, model, lr=run.lr, settings=settings)
+        built["matrices"] = build_optimizer(method.optimizer, model, lr=run.lr, settings=settings)
     for p in rest:
         p.requires_grad_(True)
     return {"rest": torch.optim.AdamW(rest, lr=run.rest_lr, weight_decay=0.0), **built}
@@ -153,9 +165,10 @@ def measure(task: Task, run: Run, tokens: Tensor, held_out: Tensor) -> dict[str,
     """What one line of the results holds. Memory is in bytes of storages, but resident memory in MB as the system counts it."""
     start_mb, start = memory_mb(task.device)["rss_mb"], time.perf_counter()
     losses = []
-    for update in train(task, run, tokens):
-        losses.append(update[0])
-    _, model, built = update
+    for value, model, built in train(task, run, tokens):
+        losses.append(value)
+        # The last look is before the last update, after which ReLoRA may have forgotten its moments.
+        state, weights = {name: state_bytes(optimizer) for name, optimizer in built.items()}, sum(p.nbytes for p in model.parameters())
     seconds = time.perf_counter() - start
     peak = memory_mb(task.device)  # of training: evaluation comes after
     tail = losses[-max(1, task.steps // 10) :]
@@ -163,8 +176,8 @@ def measure(task: Task, run: Run, tokens: Tensor, held_out: Tensor) -> dict[str,
         "loss": held_out_loss(model, task, held_out),
         "first_loss": losses[0],
         "last_train_loss": sum(tail) / len(tail),
-        "weights": sum(p.nbytes for p in model.parameters()),
-        "state": {name: state_bytes(optimizer) for name, optimizer in built.items()},
+        "weights": weights,
+        "state": state,
         "start_mb": start_mb,
         **{key: value for key, value in peak.items() if "peak" in key},
         "seconds": round(seconds, 1),

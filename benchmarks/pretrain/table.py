@@ -58,23 +58,34 @@ def report(task: Task, scores: Sequence[Score]) -> str:
 def _heading(task: Task, scores: Sequence[Score]) -> str:
     results = [result for score in scores for result in score.results.values()]
     when, machines = max(result["date"] for result in results), sorted({result["machine"] for result in results})
-    model = f"LLaMA of width {task.hidden}, {count(task.layers, 'layer')}, vocabulary {task.vocab}, {task.dtype}"
+    matrices, total = parameters(task)
+    model = f"LLaMA of width {task.hidden}, {count(task.layers, 'layer')}, vocabulary {task.vocab}, {task.dtype}, "
+    model += f"{total / 1e6:.2f} million parameters, {matrices / total:.0%} of them in the matrices of attention and MLP"
     tokens = f"{task.steps} updates of {task.batch} x {task.length} tokens ({task.steps * task.batch * task.length / 1e6:.2f} million)"
     low_rank = f"rank {task.rank}, gap {task.gap}, scale {task.scale:g}; ReLoRA merges every {task.cycle} updates"
     seeds = f"seeds {', '.join(map(str, scores[0].results))}"
     return f"# Pre-training at equal tokens\n\n{when}, {'; '.join(machines)}; {model}; {tokens}; {low_rank}; {seeds}\n"
 
 
+def parameters(task: Task) -> tuple[int, int]:
+    """(in the matrices, in all)"""
+    layer = 4 * task.hidden**2 + 3 * task.hidden * task.inner
+    norms_and_ends = (2 * task.layers + 1) * task.hidden + 2 * task.vocab * task.hidden
+    return layer * task.layers, layer * task.layers + norms_and_ends
+
+
 def _measured(scores: Sequence[Score]) -> str:
     header = ["method", "held-out perplexity, mean", "± s.d.", "each seed", "of full rank", "least, most", "nats"]
-    header += ["lr of the matrices", "optimizer state MB", "weights MB", "peak resident MB", "s"]
+    header += ["lr of the matrices", "optimizer state MB", "weights MB", "peak resident MB", "of it before training"]
+    on_cuda = any("cuda_peak_mb" in result for score in scores for result in score.results.values())
+    header += ["peak CUDA MB"] * on_cuda
     base = next((score for score in scores if score.method == FULL), None)
     rows = []
     for score in scores:
         values, over = score.perplexities, ratios(score, base)
         rows.append(
             [
-                METHODS[score.method],
+                METHODS[score.method].label,
                 cell(statistics.mean(values)),
                 cell(statistics.stdev(values) if len(values) > 1 else None),
                 ", ".join(map(cell, values)),
@@ -85,7 +96,8 @@ def _measured(scores: Sequence[Score]) -> str:
                 cell(score.state_mb),
                 cell(score.weights_mb),
                 cell(score.mean("peak_rss_mb"), 0),
-                cell(score.mean("seconds"), 0),
+                cell(score.mean("start_mb"), 0),
+                *([cell(score.mean("cuda_peak_mb"), 0)] if on_cuda else []),
             ]
         )
     return table(header, rows)
@@ -98,7 +110,7 @@ def _tuned(scores: Sequence[Score]) -> str:
     first = scores[0]
     lines = [f"Learning rate of embeddings, head and norms in every row: {first.rest_lr:g} (tried: {values(first.rest_tried)})."]
     lines += [
-        f"- {METHODS[score.method]}: {score.lr:g} for the matrices (tried: {values(score.tried)})"
+        f"- {METHODS[score.method].label}: {score.lr:g} for the matrices (tried: {values(score.tried)})"
         for score in scores
         if score.method != "frozen"
     ]
@@ -110,7 +122,7 @@ def _published() -> str:
     for method, columns in TABLE_2.items():
         over = (perplexity / full for (perplexity, _), (full, _) in zip(columns, TABLE_2[FULL], strict=True))
         cells = [f"{perplexity:.2f} ({ratio:.3f}), {gb:.2f}" for (perplexity, gb), ratio in zip(columns, over, strict=True)]
-        rows.append([METHODS[method], *cells])
+        rows.append([METHODS[method].label, *cells])
     return table(["method", *SIZES], rows)
 
 
@@ -121,7 +133,7 @@ def picture(path: Path, scores: Sequence[Score]) -> None:
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    names = [METHODS[score.method] for score in scores]
+    names = [METHODS[score.method].label for score in scores]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.42 * len(names)), sharey=True)
     for row, score in enumerate(scores):
         colour = "#0072B2" if "galore" in score.method else "#606060"
