@@ -31,8 +31,9 @@ TUNING_SEED = 1000
 GRID = tuple(round(digit * 10.0**exponent, 9) for exponent in range(-5, 1) for digit in (1, 2, 3, 5))
 # Where the search over the grid begins: a good guess saves runs and changes nothing else.
 START = {
-    "adamw": 3e-3,
-    **dict.fromkeys(("galore_adamw", "galore_adamw8bit", "galore_twice"), 2e-2),
+    "adamw": 2e-3,
+    **dict.fromkeys(("galore_adamw", "galore_adamw8bit"), 1e-2),
+    "galore_twice": 2e-2,
     **dict.fromkeys(("low_rank", "lora", "relora"), 5e-3),
 }
 REST_START, MATRICES_BEFORE = 1e-2, 2e-3
