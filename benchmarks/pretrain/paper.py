@@ -15,12 +15,14 @@ TABLE_2: dict[str, tuple[Column, Column, Column, Column]] = {
 }
 
 CONVENTIONS = """\
-The paper's table 2: perplexity on C4's validation text, of full rank's, and memory in GB. Its conventions:
+Below, the paper's table 2: perplexity on C4's validation text, in brackets over that of full rank, then memory in GB. Its conventions:
 
-- Memory is an estimate, not a measurement: weights and optimizer state at 2 bytes (bf16) an element; no gradients, no activations.
-  Here both are bytes of the storages that a run really held, weights and moments in fp32 (8-bit GaLore: its own codes).
-- Perplexity is exp of the mean over batches of their mean loss, over more than 10 million tokens of documents cut or padded to 256
-  T5 tokens (32,000 ids). Here it is exp of the mean over tokens of packed windows, of another tokenizer: only ratios compare.
-- Tokens: 1.1B (60M), 2.2B (130M), 6.4B (350M), 13.1B (1B), batches of 131,072, gap 200, scale 0.25, ranks 128, 256, 256, 512;
-  one run each, learning rates tuned over {0.01, 0.005, 0.001, 0.0005, 0.0001}, warm-up over a tenth, then cosine to a tenth.
+- Memory is an estimate, not a measurement: weights and optimizer state at 2 bytes (bf16) an element, without gradients and activations.
+  Above, both are bytes of the storages that a run held: weights, moments and bases in fp32, but 8-bit moments and a bf16 basis for
+  8-bit GaLore's matrices. Embeddings, head and norms keep AdamW's fp32 moments in every row above.
+- Perplexity is exp of a mean of batches' mean losses (divided by one more than their number, as the published code does), over more
+  than 10 million tokens of documents cut or padded to 256 T5 tokens. Above, it is exp of the mean over all tokens of packed windows,
+  in another vocabulary: ratios compare, perplexities do not.
+- Tokens: 1.1B (60M), 2.2B (130M), 6.4B (350M), 13.1B (1B) in batches of 131,072; gap 200, scale 0.25, ranks 128, 256, 256, 512.
+  Learning rates are tuned for each method over {0.01, 0.005, 0.001, 0.0005, 0.0001}; warm-up over a tenth, then cosine to a tenth.
 """

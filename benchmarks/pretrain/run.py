@@ -1,4 +1,4 @@
-"""The GaLore paper's table 2 scaled down: full rank, GaLore, 8-bit GaLore, low rank, LoRA, ReLoRA and a frozen control at equal tokens.
+"""The GaLore paper's table 2 scaled down: GaLore, full rank, the other baselines and a frozen control at equal tokens.
 
     python benchmarks/pretrain/run.py --data TEXT... --eval_data TEXT...
 

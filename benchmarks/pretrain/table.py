@@ -62,6 +62,7 @@ def _heading(task: Task, scores: Sequence[Score]) -> str:
     model = f"LLaMA of width {task.hidden}, {count(task.layers, 'layer')}, vocabulary {task.vocab}, {task.dtype}, "
     model += f"{total / 1e6:.2f} million parameters, {matrices / total:.0%} of them in the matrices of attention and MLP"
     tokens = f"{task.steps} updates of {task.batch} x {task.length} tokens ({task.steps * task.batch * task.length / 1e6:.2f} million)"
+    tokens += f"; warm-up over a tenth, cosine to {task.floor:.0%}"
     low_rank = f"rank {task.rank}, gap {task.gap}, scale {task.scale:g}; ReLoRA merges every {task.cycle} updates"
     seeds = f"seeds {', '.join(map(str, scores[0].results))}"
     return f"# Pre-training at equal tokens\n\n{when}, {'; '.join(machines)}; {model}; {tokens}; {low_rank}; {seeds}\n"
@@ -155,7 +156,7 @@ def picture(path: Path, scores: Sequence[Score]) -> None:
         right.text(weight + state, row, f" {weight + state:.2f}", va="center", fontsize=9)
     right.set_xlabel("MB held (bytes of storages)", fontsize=9)
     right.margins(x=0.14)
-    right.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2)
+    right.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
