@@ -1,0 +1,186 @@
+"""The GaLore paper's table 2 scaled down: GaLore, full rank, the other baselines and a frozen control at equal tokens.
+
+    python benchmarks/pretrain/run.py --data TEXT... --eval_data TEXT...
+
+Tunes the learning rates on a seed of its own, trains the reported seeds, and writes the table and its picture. Each run is a process;
+its result is a line of build/pretrain/results.jsonl, so a call that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from contest import METHODS, Run, Task
+from small_llama import add_data_arguments, text
+from table import Score, picture, report
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parents[1] / "build" / "pretrain"
+TUNING_SEED = 1000
+GRID = tuple(round(digit * 10.0**exponent, 9) for exponent in range(-5, 1) for digit in (1, 2, 3, 5))
+# Where the search over the grid begins: a good guess saves runs and changes nothing else.
+START = {
+    "adamw": 2e-3,
+    **dict.fromkeys(("galore_adamw", "galore_adamw8bit"), 1e-2),
+    "galore_twice": 2e-2,
+    **dict.fromkeys(("low_rank", "lora", "relora"), 5e-3),
+}
+REST_START, MATRICES_BEFORE = 1e-2, 2e-3
+# Sizes of the task that a method does not use: changing one does not ask for a new run of it.
+_FULL = ("rank", "gap", "cycle", "scale")
+UNUSED = {
+    **dict.fromkeys(("adamw", "frozen"), _FULL),
+    **dict.fromkeys(("galore_adamw", "galore_adamw8bit", "galore_twice"), ("cycle",)),
+    **dict.fromkeys(("low_rank", "lora"), ("gap", "cycle", "scale")),
+    "relora": ("gap", "scale"),
+}
+PRESETS = {
+    "small": Task(128, 352, 2, 4, vocab=512, length=128, batch=8, micro=8, steps=800, rank=32, gap=50, cycle=200, eval_tokens=131_072),
+    # The published run of LLaMA-60M.
+    "60m": Task(
+        *(512, 1376, 8, 8, 32000),
+        length=256,
+        batch=512,
+        micro=128,
+        steps=10_000,
+        rank=128,
+        gap=200,
+        cycle=2_000,
+        eval_tokens=10_000_000,
+        dtype="bfloat16",
+    ),
+}
+
+
+class Contest:
+    """Runs on one task and one text; results of earlier calls are reused."""
+
+    def __init__(self, task: Task, tokens: Path, results: Path, threads: int):
+        self.task, self.tokens, self.results, self.threads = task, tokens, results, threads
+        lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+        self.done = {self._key(row): row["result"] for row in map(json.loads, lines)}
+
+    def run(self, method: str, seed: int, lr: float, rest_lr: float) -> dict[str, Any]:
+        """The result of a run, which another process does unless it was done before."""
+        row: dict[str, Any] = {"task": asdict(self.task), "run": asdict(Run(method, seed, lr, rest_lr)), "tokens": self.tokens.name}
+        key = self._key(row)
+        if key not in self.done:
+            call = json.dumps({**row, "tokens": str(self.tokens), "threads": self.threads})
+            done = subprocess.run([sys.executable, str(HERE / "contest.py"), call], stdout=subprocess.PIPE, text=True, check=True)
+            row["result"] = json.loads(done.stdout.splitlines()[-1])["result"]
+            with self.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.done[key] = row["result"]
+        result = self.done[key]
+        print(f"{method} seed {seed} lr {lr:g} rest {rest_lr:g}: {result['loss']:.4f} nats, {result['seconds']} s", flush=True)
+        return result
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> str:
+        """What settles the result: a run does not depend on what its method does not use."""
+        unused = UNUSED.get(row["run"]["method"], ())
+        task = {name: value for name, value in row["task"].items() if name not in unused}
+        return json.dumps([task, row["run"], row["tokens"]], sort_keys=True)
+
+
+def best_on_grid(loss: Callable[[float], float], start: float, grid: tuple[float, ...] = GRID) -> tuple[float, list[float]]:
+    """(the best value, those tried): from `start` along the grid until both neighbours of the best are worse, or the grid ends."""
+    tried: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in tried:
+            value = loss(grid[i])
+            tried[i] = value if math.isfinite(value) else math.inf
+        return tried[i]
+
+    best = grid.index(start)
+    while True:
+        around = [i for i in (best, best + 1, best - 1) if 0 <= i < len(grid)]
+        lowest = min(around, key=at)  # of equal ones the first, so the search ends
+        if lowest == best:
+            return grid[best], [grid[i] for i in sorted(tried)]
+        best = lowest
+
+
+def saved_tokens(arguments: argparse.Namespace, task: Task) -> Path:
+    """All of the text as tokens, in a file named after them, for the runs to read."""
+    from safetensors.torch import save_file
+
+    settings = {"vocab_size": task.vocab, "max_length": task.length, "eval_tokens": task.eval_tokens}
+    _, data = text(arguments, num_training_steps=arguments.most_tokens // task.length, batch_size=1, **settings)
+    path = arguments.results.parent / f"{data.fingerprint[:16]}-{len(data.held_out)}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"train": data.train.to(torch.int32), "held_out": data.held_out.to(torch.int32)}, path)
+    return path
+
+
+def compete(contest: Contest, methods: list[str], seeds: list[int], lr: float | None, rest_lr: float | None) -> list[Score]:
+    """Tune what is not given, then train every seed."""
+    rest_tried: list[float] = []
+    if rest_lr is None:
+        rest_lr, rest_tried = best_on_grid(lambda value: contest.run("adamw", TUNING_SEED, MATRICES_BEFORE, value)["loss"], REST_START)
+    scores = []
+    for method in methods:
+        tuned, tried = (0.0 if method == "frozen" else lr), []
+        if tuned is None:
+
+            def loss(value: float, method: str = method) -> float:
+                return float(contest.run(method, TUNING_SEED, value, rest_lr)["loss"])
+
+            tuned, tried = best_on_grid(loss, START[method])
+        scores.append(Score(method, tuned, tried, rest_lr, rest_tried))
+    for seed in seeds:
+        for score in scores:
+            score.results[seed] = contest.run(score.method, seed, score.lr, rest_lr)
+    return scores
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="the task; the sizes below change it")
+    for name in ("steps", "layers", "batch", "micro", "length", "rank", "gap", "cycle", "eval_tokens"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--lr", type=float, help="of the matrices; default: tuned for each method")
+    parser.add_argument("--rest_lr", type=float, help="of embeddings, head and norms; default: tuned with AdamW")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--results", type=Path, default=BUILD / "results.jsonl", help="one line for each run")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the table, results.md, and its picture, results.png")
+    arguments = parser.parse_args()
+    if TUNING_SEED in arguments.seeds:
+        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed()
+    task = PRESETS[arguments.preset]
+    sizes = {name: value for name in asdict(task) if (value := getattr(arguments, name, None)) is not None}
+    task = replace(task, **sizes)
+    tokens = saved_tokens(arguments, task)
+    contest = Contest(task, tokens, arguments.results, arguments.threads)
+    scores = compete(contest, arguments.methods, arguments.seeds, arguments.lr, arguments.rest_lr)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    written = report(task, scores)
+    (arguments.out / "results.md").write_text(written, encoding="utf-8")
+    picture(arguments.out / "results.png", scores)
+    print(written)
+
+
+if __name__ == "__main__":
+    main()
