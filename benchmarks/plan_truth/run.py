@@ -29,6 +29,7 @@ SMALL = {"batch_size": 2, "max_length": 64}
 ON_CPU: list[Row] = [
     {"model_config": "demo", "optimizer": "galore_adamw", "batch_size": 16, "max_length": 128},
     {"model_config": "9m", "optimizer": "galore_adamw8bit", **SMALL},
+    {"model_config": "9m", "optimizer": "galore_adamw", "batch_size": 32, "max_length": 128},
     {"model_config": "20m", "optimizer": "adamw", **SMALL},
     {"model_config": "35m", "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
     {"model_config": "60m", "optimizer": "galore_adamw", "batch_size": 4, "max_length": 128, "gradient_accumulation": 2},

@@ -19,6 +19,7 @@ from galore_torch.train import trainer
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.data import TokenData
 from galore_torch.train.errors import UserError
+from galore_torch.train.loss import TokenLoss
 from galore_torch.train.model import PRESETS, ModelShape, build_model, model_shape
 from galore_torch.train.optim import OPTIMIZERS, build_optimizer, per_layer_updates, state_bytes
 from galore_torch.train.plan.answer import planned, planned_peak_bytes, question_of
@@ -52,11 +53,9 @@ def build(config: PretrainConfig, device: str = "cpu") -> nn.Module:
 def update(config: PretrainConfig, model: Any, optimizer: Any) -> None:
     """As the trainer's, on random tokens."""
     tokens = torch.randint(0, TINY["vocab_size"], (config.batch_size, config.max_length))
+    loss_of = TokenLoss(model, config.loss_chunk, tokens.numel())
     for _ in range(config.accumulation):
-        logits = model(input_ids=tokens).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-        del logits
-        (loss / config.accumulation).backward()
+        (loss_of(tokens, tokens) / (tokens.numel() * config.accumulation)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -120,6 +119,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "per layer, projected": {"optimizer": "galore_adamw_per_layer", "gradient_accumulation": 2, "batch_size": 2},
     "bf16": {"optimizer": "galore_adamw8bit", "dtype": "bfloat16"},
     "bf16, few tokens": {"optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "batch_size": 1, "max_length": 16},
+    "chunked loss": {"optimizer": "galore_adamw", "batch_size": 16, "loss_chunk": 200, "activation_checkpointing": True},
+    "chunked loss, bf16": {"optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "batch_size": 16, "loss_chunk": 200},
     "lora": {"optimizer": "lora"},
     "low_rank": {"optimizer": "low_rank", "activation_checkpointing": True},
 }

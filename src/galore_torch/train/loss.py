@@ -23,12 +23,11 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.whole_because = ""
-        if chunk is None:
-            chunk = max(1, _LOGITS_BYTES // (4 * len(model.get_output_embeddings().weight)))  # type: ignore[operator]
-        self.chunk = chunk if chunk < tokens else 0
+        vocabulary = len(model.get_output_embeddings().weight) if chunk is None else 0  # type: ignore[operator]
+        self.chunk = settled_chunk(chunk, vocabulary, tokens)
         if self.chunk:
             self.whole_because = _why_not_linear(model, model.get_output_embeddings())  # type: ignore[operator]
-            self.chunk = 0 if self.whole_because else chunk
+            self.chunk = 0 if self.whole_because else self.chunk
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over the targets of their cross-entropy in nats, float32 for narrower weights too; `IGNORED` ones count for nothing.
@@ -42,6 +41,13 @@ class TokenLoss(nn.Module):
         logits = self.model(input_ids=inputs).logits  # (B, L, vocabulary)
         exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(exact, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def settled_chunk(chunk: int | None, vocabulary: int, tokens: int) -> int:
+    """How many of a forward pass's `tokens` have logits at once, 0: all; `chunk` as `TokenLoss` takes it."""
+    if chunk is None:
+        chunk = max(1, _LOGITS_BYTES // (4 * vocabulary))
+    return chunk if chunk < tokens else 0
 
 
 def _why_not_linear(model: nn.Module, head: nn.Module | None) -> str:

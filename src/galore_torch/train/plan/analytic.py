@@ -1,7 +1,7 @@
 """The memory of an update, moment by moment, by arithmetic: when is most held, and of what?
 
 For transformers' LLaMA on torch's flash attention. N tokens in a forward pass, D the width, I the MLP's, V the vocabulary;
-b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once.
+b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once, or over a chunk of tokens' (head_loss.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Question:
     accumulation: int = 1
     deferred: bool = False
     checkpointing: bool = False
+    chunk: int = 0  # tokens that have logits at once, 0: all
     device: str = "cuda"
     settings: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""  # name or path, for a trace
@@ -111,7 +112,7 @@ class Moment:
 def moments(question: Question) -> Iterator[Moment]:
     """The points of an update at which most can be held, in order."""
     q, layers = question, question.sizes.layers
-    tokens, b, D, I, V = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate, q.sizes.vocabulary
+    tokens, b, D, I = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate
     own, rows = layer_activations(q), tokens * D * b
     saved = rows if q.checkpointing else own  # of a layer, from the forward pass
     end = final_activations(q)
@@ -122,9 +123,7 @@ def moments(question: Question) -> Iterator[Moment]:
     again = q.accumulation > 1  # the gradients of earlier forward passes are there from the start
     before = outer + layers * inner if again else 0
 
-    yield Moment("the loss", before, layers * saved + end, 12 * tokens * V, 0)
-    result = V * D * q.widened
-    yield Moment("the head's backward pass", before + head.gradient, layers * saved + end, tokens * V * b, rows + result)
+    yield from _loss_moments(q, before, layers * saved + end, head)
     if q.per_layer:
         yield Moment("the head's update", before + head.gradient, layers * saved + end, 0, rows + _passing(q, head))
     for index, name in ((layers - 1, "the last layer's backward pass"), (0, "the first layer's backward pass")):
@@ -142,6 +141,21 @@ def moments(question: Question) -> Iterator[Moment]:
     done = everything if again else everything - q.kept(embedding)
     yield Moment("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (_passing(q, embedding) if q.per_layer else 0))
     yield Moment("the optimizer's step", everything, 0, 0, step_transient(q))
+
+
+def _loss_moments(q: Question, before: int, activations: int, head: Cost) -> Iterator[Moment]:
+    """Of the loss and the head's gradient, which a loss in chunks makes in the forward pass, and sums in fp32."""
+    b, D, V, C = q.itemsize, q.sizes.hidden, q.sizes.vocabulary, q.chunk
+    rows, matrix = q.tokens * D * b, V * D
+    if not C:
+        yield Moment("the loss", before, activations, 12 * q.tokens * V, 0)
+        yield Moment("the head's backward pass", before + head.gradient, activations, q.tokens * V * b, rows + matrix * q.widened)
+        return
+    sums = 4 * matrix if head.gradient else 0
+    product = matrix * (b + q.widened) if b == 2 else 0  # 16-bit products are added to the fp32 sums
+    yield Moment("the loss", before, activations, 8 * C * V, rows + sums)
+    yield Moment("the loss's gradient", before, activations, C * V * (6 if b == 2 else 4), rows + sums + product)
+    yield Moment("the head's backward pass", before + head.gradient, activations, 0, rows + (sums if b == 2 else 0))
 
 
 def _passing(q: Question, each: Cost) -> int:

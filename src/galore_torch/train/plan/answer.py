@@ -53,8 +53,11 @@ class Plan:
 
 def question_of(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> Question:
     """The memory side of a config, for its first optimizer or for another."""
+    from galore_torch.train.loss import settled_chunk
+
+    sizes = _sizes(config, vocab_size)
     return Question(
-        sizes=_sizes(config, vocab_size),
+        sizes=sizes,
         optimizer=(optimizer or config.contenders[0][0]).lower(),
         dtype=config.torch_dtype,
         length=config.max_length,
@@ -62,6 +65,7 @@ def question_of(config: PretrainConfig, *, device: str, optimizer: str | None = 
         accumulation=config.accumulation,
         deferred=config.accumulation > 1 or config.grad_clipping > 0,
         checkpointing=config.activation_checkpointing,
+        chunk=settled_chunk(config.loss_chunk, sizes.vocabulary, config.batch_size * config.max_length),
         device=device,
         settings=config.optimizer_settings,
         model=config.hf_model or config.model_config,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch import galore_param_groups
+from galore_torch.train.head_loss import head_loss
 from galore_torch.train.plan.analytic import Moment, Question, moments
 from galore_torch.train.plan.methods import Cost
 
@@ -77,7 +78,7 @@ def _trace(question: Question, model: nn.Module) -> dict[str, int]:
             peaks.begin()
             kept = _attach(question, model)
             _watch(model, peaks)
-            loss = _loss(model, tokens)
+            loss = _loss(model, tokens, question.chunk)
             loss.backward()
             peaks.end("embedding")
             del kept
@@ -188,7 +189,10 @@ def _watch(model: Any, peaks: _Peaks) -> None:
         layer.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True)
 
 
-def _loss(model: Any, tokens: Tensor) -> Tensor:
-    """As `trainer`: logits are let go when their loss is known."""
+def _loss(model: Any, tokens: Tensor, chunk: int) -> Tensor:
+    """As `TokenLoss`, which looks into a model that has values: logits are let go when their loss is known."""
+    if chunk:
+        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        return head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, tokens.flatten(), chunk)
     logits = model(input_ids=tokens).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
