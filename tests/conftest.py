@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """One thread: the matrices here are too small to share, and sums then have one order."""
+    """One thread: the matrices here are too small to share, and sums then have one order. No network: the hub is read at import."""
     torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -81,7 +81,7 @@ def test_weights_and_state_equal_what_a_real_run_holds(name: str, dtype: str, be
     with per_layer_updates(name, model, optimizer, deferred=False):
         update(config, model, optimizer)
     question = question_of(config, device="cpu")
-    assert question.total("weight") == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert question.total("weight") == sum(p.nbytes for p in model.parameters())
     assert question.total("basis") + question.total("moments") == state_bytes(optimizer)
 
 
@@ -121,6 +121,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16, few tokens": {"optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "batch_size": 1, "max_length": 16},
     "chunked loss": {"optimizer": "galore_adamw", "batch_size": 16, "loss_chunk": 200, "activation_checkpointing": True},
     "chunked loss, bf16": {"optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "batch_size": 16, "loss_chunk": 200},
+    "Q-GaLore, per layer": {"optimizer": "qgalore_adamw8bit_per_layer", "batch_size": 2},
+    "Q-GaLore, bf16": {"optimizer": "qgalore_adamw8bit", "dtype": "bfloat16", "batch_size": 2},
     "lora": {"optimizer": "lora"},
     "low_rank": {"optimizer": "low_rank", "activation_checkpointing": True},
 }
@@ -134,7 +136,7 @@ def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, trac
     config = PretrainConfig(model_config=tiny, **settings)
     model, (name, lr) = build(config), config.contenders[0]
     optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
-    static = sum(p.numel() * p.element_size() for p in model.parameters()) + state_bytes(optimizer)
+    static = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
     with per_layer_updates(name, model, optimizer, deferred=config.accumulation > 1):
         measured = static + peak_bytes(lambda: [update(config, model, optimizer) for _ in range(2)])
     assert planned(question_of(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
