@@ -116,7 +116,7 @@ def _figures(row: dict[str, Any], share: float | None, planned_mb: float | None)
 
 def show_table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a table narrow enough for 80 columns; a name too long for its column is folded, never cut."""
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

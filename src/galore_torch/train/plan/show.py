@@ -83,13 +83,14 @@ def verdict(plan: Plan, budget: int) -> str:
 
 
 def show_rows(console: Console, title: str, first: str, rows: Sequence[tuple[str, Plan]], budget: int | None) -> None:
-    """One line a plan."""
-    header = [first, "weights", "grads", "basis", "moments", "acts", "logits", "trans.", "needed", *(["fits"] if budget else [])]
+    """One line a plan, narrow enough for 80 columns: "acts" holds the logits too."""
+    header = [first, "weights", "grads", "basis", "moments", "acts", "trans.", "needed", *(["fits"] if budget else [])]
     cells = []
     for name, plan in rows:
         at = parts(plan)
-        numbers = [at[key] for key in ("weights", "gradients", "basis", "moments", "activations", "logits", "transient")]
+        activations = at["activations"] + at["logits"]
+        numbers = [*(at[key] for key in ("weights", "gradients", "basis", "moments")), activations, at["transient"]]
         fits = [] if budget is None else ["yes" if plan.needed <= budget else "no"]
         cells.append([name, *(f"{number / GB:.2f}" for number in (*numbers, plan.needed)), *fits])
     show_table(console, title, header, cells)
-    console.print("GB (10^9 bytes) at the peak; needed: with the reserve; by formulas", highlight=False)
+    console.print("GB (10^9 bytes) at the peak; acts: with logits; needed: with the reserve; by formulas", highlight=False)
