@@ -129,7 +129,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("_tables")
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", RUNS)
 def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, traced: bool, tiny: str) -> None:
     settings = {"batch_size": 4, "max_length": 64, "rank": 8, "device": "cpu"} | RUNS[run]

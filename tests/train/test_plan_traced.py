@@ -24,7 +24,7 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), "cuda"])
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['model_config']}-{run['optimizer']}-{run['batch_size']}")
 def test_a_trace_and_the_formulas_agree_within_3_percent(run: dict[str, Any], device: str) -> None:
     if run["optimizer"] == "lora" and device == "cuda":
