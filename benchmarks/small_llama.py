@@ -16,6 +16,16 @@ from galore_torch.train.data import TokenData, batches, load_data, windows_in_or
 from galore_torch.train.place import model_for
 
 
+class Nobody:
+    """A watcher that does not look."""
+
+    def step(self, row: object, total: int) -> None: ...
+    def evaluated(self, row: object) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def should_stop(self) -> bool:
+        return False
+
+
 def machine(device: str = "cpu") -> str:
     """The processor, the cores in use, the accelerator if one is, and the versions, in words."""
     model, arithmetic = "unknown processor", ""

@@ -54,3 +54,16 @@ def test_end_to_end_benchmark_runs_in_the_trainers_loop(tmp_path: Path) -> None:
     printed = run(["end_to_end/run.py", *data, *smallest], folder=tmp_path)
     assert "| galore_adamw |" in printed
     assert "Without galore-torch 1.0 AdamW: not installed" in printed
+
+
+@pytest.mark.parametrize("optimizer", ["galore", "qgalore"])
+def test_seven_billion_benchmark_trains_a_small_model_the_same_way(optimizer: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    (tmp_path / "tiny.json").write_text(json.dumps({"model_type": "llama", **shape}), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("Of a gradient, a few directions hold nearly all. " * 100, encoding="utf-8")
+    text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt")]
+    smallest = ["--model_config", str(tmp_path / "tiny.json"), "--rank", "16", "--length", "32", "--steps", "3", "--threads", "1"]
+    printed = run(["seven_billion/run.py", "--optimizer", optimizer, *smallest, *text], folder=tmp_path)
+    steps = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ") and "." in line]
+    assert [step[0] for step in steps] == ["| 1, every basis", "| 2", "| 3"]
+    assert float(steps[-1][1]) < float(steps[0][1]), "the loss falls"

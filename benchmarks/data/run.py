@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interleave import timed
 from report import heading, progress, table
+from small_llama import Nobody
 
 from galore_torch.train.config import PretrainConfig
 from galore_torch.train.corpus import stdlib_documents
@@ -35,16 +36,6 @@ from galore_torch.train.trainer import _Loop
 LENGTH = 256  # tokens of one sequence, as published
 WORKERS = (0, 1, 2)
 MODELS = {"demo": 8, "60m": 2}  # preset -> sequences in one update here
-
-
-class Nobody:
-    """A watcher that does not look."""
-
-    def step(self, row: object, total: int) -> None: ...
-    def evaluated(self, row: object) -> None: ...
-    def warn(self, message: str) -> None: ...
-    def should_stop(self) -> bool:
-        return False
 
 
 @dataclass

@@ -14,7 +14,6 @@ import statistics
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from interleave import timed
 from peers import PEERS, PUBLISHED, add_peers_argument, chosen
 from picture import Panel, draw
 from report import cell, count, heading, progress, ratios, table
-from small_llama import add_data_arguments, text
+from small_llama import Nobody, add_data_arguments, text
 
 from galore_torch import galore_param_groups
 from galore_torch.train.config import PretrainConfig
@@ -37,15 +36,6 @@ from galore_torch.train.trainer import _Loop
 
 LENGTH = 128  # tokens of one sequence
 PRESET = "end_to_end"
-
-
-class Nobody:
-    """A watcher that does not look."""
-
-    def step(self, row: dict[str, Any], total: int) -> None: ...
-    def evaluated(self, row: dict[str, Any]) -> None: ...
-    def should_stop(self) -> bool:
-        return False
 
 
 @dataclass

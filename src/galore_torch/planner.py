@@ -15,7 +15,7 @@ import torch
 from galore_torch.layout import AnyRule, Layout, layout, state_spec
 from galore_torch.linalg import OVERSAMPLING, chunk_elements, product_dtype
 
-# Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks levels up by int64 indices.
+# Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
 _PASSES = {"cpu": {"int8": 29, "bf16": 12, "fp32": 4}, "cuda": {"int8": 31, "bf16": 20, "fp32": 16}}
 

@@ -21,11 +21,6 @@ Make = Callable[..., PretrainConfig]
 PROMPT = "the cat sat"
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 @pytest.fixture
 def run(make_config: Make, shared: Path) -> Path:
     """One finished run for all tests of this file, which only read it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import Silent
 
 from galore_torch import GaLoreAdamW
 from galore_torch.train import place, trainer
@@ -20,13 +21,6 @@ from galore_torch.train.optim import build_optimizer
 from galore_torch.train.series import RefreshShare, smooth, thin
 
 Make = Callable[..., PretrainConfig]
-
-
-class Silent:
-    def step(self, row: dict[str, Any], total: int) -> None: ...
-    def evaluated(self, row: dict[str, Any]) -> None: ...
-    def should_stop(self) -> bool:
-        return False
 
 
 def updates(config: PretrainConfig, data: TokenData, folder: Path) -> tuple[list[dict[str, Any]], torch.nn.Module]:

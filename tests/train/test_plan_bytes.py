@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from whole_runs import Silent
 
 import galore_torch as g
 from galore_torch.codecs import nearest_codes
@@ -163,12 +164,6 @@ def test_planned_peak_of_a_whole_run_of_the_trainer(
 ) -> None:
     """`galore pretrain` itself, evaluation and checkpoint included; before it the model is measured, which a plan leaves out."""
     config = make_config(optimizer="galore_adamw", batch_size=8, num_training_steps=3)
-
-    class Silent:
-        def step(self, row: dict[str, Any], total: int) -> None: ...
-        def evaluated(self, row: dict[str, Any]) -> None: ...
-        def should_stop(self) -> bool:
-            return False
 
     def run() -> None:
         trainer.train(config, "galore_adamw", 1e-2, token_data, tmp_path, Silent())

@@ -132,11 +132,6 @@ def test_contradicting_setting_is_refused(
     assert rows(tmp_path / "run") == rows(finished_run)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 @pytest.fixture
 def finished_run(make_config: Make, shared: Path) -> Path:
     """One for all tests of this file: what is refused depends on the text, not on where it lies."""

@@ -19,8 +19,11 @@ CLOCK = {"tokens_per_s", "tflops", "mfu", "seconds", "optimizer_s", "data_s", "r
 
 
 class Silent:
+    """A watcher that does not look."""
+
     def step(self, row: dict[str, Any], total: int) -> None: ...
     def evaluated(self, row: dict[str, Any]) -> None: ...
+    def warn(self, message: str) -> None: ...
     def should_stop(self) -> bool:
         return False
 
