@@ -8,7 +8,7 @@ import pytest
 
 from galore_torch.train import tokenizer as module
 from galore_torch.train.errors import UserError
-from galore_torch.train.tokenizer import cache_folder, load_tokenizer, trained_tokenizer
+from galore_torch.train.tokenizer import TextTokenizer, cache_folder, load_tokenizer, trained_tokenizer
 
 TEXTS = ["def f(x):\n\treturn x  # naïve\n", "class A:\n    pass\n"] * 30
 
@@ -99,3 +99,44 @@ def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
         load_tokenizer(str(broken))
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def sentinels(tmp_path: Path, *, special: bool = True) -> TextTokenizer:
+    """T5's kind: 40 words and, behind them, two markers."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 40)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<unk>", "</s>"])
+    words.add_tokens([AddedToken("<extra_id_0>", special=special), AddedToken("<extra_id_1>", special=special)])
+    words.save(str(tmp_path / "tokenizer.json"))
+    named = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    named.fast.unk_token = "<unk>"
+    return named
+
+
+def test_special_tokens_past_the_models_rows_are_unknown_in_text(tmp_path: Path) -> None:
+    """The published recipes give T5's 32,100 ids to 32,000 rows: text never has the others but where it spells them."""
+    named = sentinels(tmp_path)
+    assert named.size == 42
+    assert named.encode(["w3 <extra_id_1> w39"]) == [[3, 41, 39]]
+    fewer = named.within(40)
+    assert fewer.size == 40
+    assert fewer.encode(["w3 <extra_id_1> w39", "</s>"]) == [[3, 0, 39], [1]]
+    assert named.within(42) is named
+
+
+def test_ordinary_tokens_past_the_models_rows_are_refused(tmp_path: Path) -> None:
+    for rows, named in ((39, sentinels(tmp_path)), (40, sentinels(tmp_path, special=False))):
+        with pytest.raises(UserError, match=rf"42 ids, more than the {rows} rows.*--vocab_size 42"):
+            named.within(rows)
+    without = sentinels(tmp_path)
+    without.fast.unk_token = None
+    with pytest.raises(UserError, match="42 ids, more than the 40 rows"):
+        without.within(40)
+
+
+def test_t5_in_the_published_rows(shared_data: Path) -> None:
+    named = load_tokenizer(str(shared_data / "tokenizers" / "t5"))
+    assert named.size == 32_100
+    assert named.within(32_000).encode(["Thank <extra_id_0> you"]) == [[1562, 2, 25]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_torch import dequantize_linears, galore_param_groups
+from galore_torch import galore_param_groups
 from galore_torch.train.errors import UserError
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # arXiv 2403.03507, section 5.1
@@ -87,14 +87,14 @@ class ReLoRA(torch.optim.AdamW):
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """The model with ordinary layers again, which transformers can load, in place: products multiplied out, adapters merged, no INT8."""
+    """The model with ordinary layers again, which transformers can load, in place: products multiplied out, adapters merged."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LowRankLinear):
             _replace(model, name, layer.dense())
         elif hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
             _merge(layer)
             _replace(model, name, layer.base_layer)
-    return dequantize_linears(model)
+    return model
 
 
 def _targets(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from galore_torch.train.rows import inputs_and_targets
 from galore_torch.train.source import FileSource, HubSource, Source, hub_source, is_hub_name
 from galore_torch.train.stream import StreamedBatches
 from galore_torch.train.tokenizer import TextTokenizer
-from galore_torch.train.tokens import check_enough, choose_tokenizer, settle_vocabulary, tokenised
+from galore_torch.train.tokens import check_enough, choose_tokenizer, tokenised
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def load_data(config: PretrainConfig) -> TokenData:
         return file_documents(text_files(config.eval_data, "--eval_data"), config.text_field)
 
     tokenizer = choose_tokenizer(config, training_documents)
-    vocab_size = settle_vocabulary(config, tokenizer)
+    vocab_size = config.embedding_rows or tokenizer.size
     sequences = config.num_training_steps * config.sequences_per_update
     train = tokenised(training_documents() if source is None else (), tokenizer, config, sequences * config.max_length, sequences)
     held = tokenised(held_out_documents(), tokenizer, config, config.eval_tokens)

@@ -37,7 +37,7 @@ from galore_torch.train.report import (
     write_json,
 )
 from galore_torch.train.result import RunResult
-from galore_torch.train.resume import METRICS, Starts, check_identity, differences, find_starts, identity, run_folder
+from galore_torch.train.resume import METRICS, Starts, check_identity, differences, find_starts, identity, run_folder, save_weights
 from galore_torch.train.trackers import check_trackers, tracked
 from galore_torch.train.trainer import train
 
@@ -161,7 +161,7 @@ def _one_run(
     with tracked(config.tracker if ranks.leads else (), display, folder, settings, display.warn, after) as watcher:
         result, model = train(config, name, lr, data, folder, watcher, start, ranks)
     if ranks.leads and result.status in ("finished", "interrupted"):
-        to_dense(model).save_pretrained(folder / "model")  # type: ignore[operator]
+        save_weights(to_dense(model), folder / "model")
         data.tokenizer.fast.save_pretrained(folder / "model")
     return result
 

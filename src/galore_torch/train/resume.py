@@ -180,17 +180,20 @@ def fill(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any, trainer: dict[str, Any], metrics: Path, device: str
 ) -> None:
     """Write the files of a checkpoint; `trainer` is what the loop wants back, plain values only."""
-    coded = _int8_weights(model)
-    weights = model.state_dict() | {name: weight.dequantize() for name, weight in coded.items()} if coded else None
-    model.save_pretrained(folder, state_dict=weights, max_shard_size="100TB")  # type: ignore[operator]  # one file, which `restore` reads
-    del weights
-    if coded:
+    save_weights(model, folder, max_shard_size="100TB")  # one file, which `restore` reads
+    if coded := _int8_weights(model):
         save_tree(folder / _INT8, {name: weight.stored for name, weight in coded.items()})
     tokenizer.save_pretrained(folder)
     save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     shutil.copyfile(metrics, folder / METRICS)
     record = trainer | {"random": _random_state(device), "made_with": made_with(device)}
     (folder / TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path, **options: Any) -> None:
+    """The model as transformers saves it, INT8 weights as floating ones. Those are decoded on the way to the host: a GPU holds one more."""
+    decoded = {name: weight.dequantize().cpu() for name, weight in _int8_weights(model).items()}
+    model.save_pretrained(folder, state_dict=model.state_dict() | decoded if decoded else None, **options)
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,33 @@ class TextTokenizer:
     size: int
     end_id: int | None
     source: str
+    markers_left_out: bool = False
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         encodings = self.fast.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        ids = [encoding.ids for encoding in encodings]
+        if self.markers_left_out:
+            unknown = self.fast.unk_token_id
+            ids = [[unknown if i >= self.size else i for i in text] for text in ids]
+        return ids
+
+    def within(self, rows: int) -> TextTokenizer:
+        """This tokenizer for an embedding of `rows`; UserError where text can have an id past its end.
+
+        Special tokens past the end, such as T5's hundred sentinels behind the published 32,000 rows, are no part of text:
+        where a text spells one, it becomes the unknown token.
+        """
+        special = self.fast.added_tokens_decoder
+        past = [i for i in self.fast.get_vocab().values() if i >= rows]
+        if not past:
+            return self
+        if self.fast.unk_token_id is None or not all(i in special and special[i].special for i in past):
+            raise UserError(
+                f"the tokenizer has {self.size} ids, more than the {rows} rows of the model's "
+                f"vocabulary; give --vocab_size {self.size} or more, or a smaller tokenizer"
+            )
+        return replace(self, size=rows, markers_left_out=True)
 
 
 def cache_folder() -> Path:

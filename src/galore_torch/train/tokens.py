@@ -20,9 +20,10 @@ _ENCODE_AT_ONCE = 256  # documents
 
 
 def choose_tokenizer(config: PretrainConfig, training_documents: Callable[[], Iterator[str]]) -> TextTokenizer:
-    """The one that is named, or a BPE of the first training documents."""
+    """The one that is named, for the model's rows where they are given, or a BPE of the first training documents."""
     if config.tokenizer_name:
-        return load_tokenizer(config.tokenizer_name)
+        named = load_tokenizer(config.tokenizer_name)
+        return named if config.embedding_rows is None else named.within(config.embedding_rows)
     budget = _BPE_CHARS
 
     def sample() -> Iterator[str]:
@@ -34,17 +35,6 @@ def choose_tokenizer(config: PretrainConfig, training_documents: Callable[[], It
             yield document
 
     return trained_tokenizer(sample(), config.embedding_rows or DEMO_VOCAB)
-
-
-def settle_vocabulary(config: PretrainConfig, tokenizer: TextTokenizer) -> int:
-    """Rows of the embedding; a tokenizer with more ids than that would index past its end."""
-    rows = config.embedding_rows
-    if rows is not None and tokenizer.size > rows:
-        raise UserError(
-            f"the tokenizer has {tokenizer.size} ids, more than the {rows} rows of the model's "
-            f"vocabulary; give --vocab_size {tokenizer.size} or more, or a smaller tokenizer"
-        )
-    return rows or tokenizer.size
 
 
 def tokenised(
