@@ -65,5 +65,5 @@ def test_seven_billion_benchmark_trains_a_small_model_the_same_way(optimizer: st
     smallest = ["--model_config", str(tmp_path / "tiny.json"), "--rank", "16", "--length", "32", "--steps", "3", "--threads", "1"]
     printed = run(["seven_billion/run.py", "--optimizer", optimizer, *smallest, *text], folder=tmp_path)
     steps = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ") and "." in line]
-    assert [step[0] for step in steps] == ["| 1, every basis", "| 2", "| 3"]
+    assert [step[0] for step in steps] == ["| 1, every basis", "| 2", "| 3", "| none: the first text again"]
     assert float(steps[-1][1]) < float(steps[0][1]), "the loss falls"

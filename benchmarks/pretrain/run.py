@@ -33,9 +33,10 @@ GRID = tuple(round(digit * 10.0**exponent, 9) for exponent in range(-5, 1) for d
 START = {
     "adamw": 3e-3,
     **dict.fromkeys(("galore_adamw", "galore_adamw8bit", "galore_twice"), 2e-2),
-    **dict.fromkeys(("low_rank", "lora", "relora"), 5e-3),
+    **dict.fromkeys(("low_rank", "relora"), 5e-3),
+    "lora": 3e-3,
 }
-REST_START, MATRICES_BEFORE = 1e-2, 2e-3
+REST_START, MATRICES_BEFORE = 2e-2, 2e-3
 # Sizes of the task that a method does not use: changing one does not ask for a new run of it.
 _FULL = ("rank", "gap", "cycle", "scale")
 UNUSED = {

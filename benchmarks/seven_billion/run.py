@@ -5,7 +5,8 @@
 
 8-bit GaLore with bf16 weights, or Q-GaLore, each updating a layer inside the backward pass. The model has random weights, made (and
 quantised) a layer at a time, so that building never holds more than the weights. The first step makes every basis; the later ones are
-ordinary. Peak memory is what the operating system counts for this process, libraries and all; on CUDA, the allocator's peak under `--cap`.
+ordinary. Each sees another text; at the end the first text is judged again. Peak memory is what the operating system counts for this
+process, libraries and all; on CUDA, the allocator's peak under `--cap`.
 """
 
 from __future__ import annotations
@@ -63,13 +64,16 @@ def main() -> None:
     loss_of = TokenLoss(model, chunk=None).train()
     with fused_backward(model, optimizer, "update"):
         stream = data.batches(config)
-        for step in range(1, arguments.steps + 1):
-            inputs, targets = next(stream)
+        texts = [tuple(part.to(device) for part in next(stream)) for _ in range(arguments.steps)]
+        for step, (inputs, targets) in enumerate(texts, 1):
             progress(f"step {step} of {arguments.steps}")
-            loss, seconds = one_step(loss_of, optimizer, inputs.to(device), targets.to(device))
+            loss, seconds = one_step(loss_of, optimizer, inputs, targets)
             progress("")
             print(f"step {step}: loss {loss:.3f}, {seconds:.0f} s, peak {peak_gb(device):.2f} GB", file=sys.stderr, flush=True)
             rows.append([f"{step}, every basis" if step == 1 else str(step), f"{loss:.3f}", f"{seconds:.0f}", f"{peak_gb(device):.2f}"])
+    with torch.no_grad():
+        inputs, targets = texts[0]
+        rows.append(["none: the first text again", f"{loss_of(inputs, targets).item() / targets.numel():.3f}", "", f"{peak_gb(device):.2f}"])
     print(table(["step", "loss, nats", "seconds", "peak GB so far"], rows))
 
 
@@ -119,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256, help="tokens in the one sequence of a step")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.005)
+    parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cap", type=float, default=0.0, metavar="GB", help="CUDA memory this process may have (default: all)")
