@@ -236,7 +236,14 @@ def _add_plan(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    plan.add_argument("--model", required=True, metavar="NAME", help="preset, a LLaMA config.json, or a local transformers folder")
+    plan.add_argument(
+        "--model",
+        "--model_config",
+        dest="model",
+        required=True,
+        metavar="NAME",
+        help="preset, a LLaMA config.json, or a local transformers folder",
+    )
     plan.add_argument(
         "--memory", metavar="24GB", help="what there is: GB is 10**9 bytes, GiB 2**30 (a card sold as 24 GB has 24 GiB: --card)"
     )

@@ -31,6 +31,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("words", "says"),
     [
         ("--model llama_9b", "neither a preset nor a config file"),
+        ("--model_config llama_9b", "--model_config 'llama_9b' is neither a preset"),
         ("--model 7b --batch 0", "--batch_size 0 is out of bounds"),
         ("--model 7b --seq 0", "--max_length 0 is out of bounds"),
         ("--model 7b --seq 4096", "2048 positions"),
