@@ -127,6 +127,16 @@ def test_bad_value_is_one_line(run: Path, words: list[str], says: str, capsys: p
     assert says in line
 
 
+def test_special_token_past_the_models_rows_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(run / "model")
+    load_weights(run / "model").save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_id_0>"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert cli.main(["generate", str(tmp_path), "--prompt", "the <extra_id_0>"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--prompt spells the token <extra_id_0>, number 300, but the model has 300 rows; leave it out" in line
+
+
 def test_missing_model_prompt_or_tokenizer_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load_weights(run / "model").save_pretrained(tmp_path / "bare")
     for words, says in [

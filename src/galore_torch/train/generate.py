@@ -34,6 +34,9 @@ def generate(
     folder = weights_folder(source)
     model, tokenizer = load_weights(folder), load_tokenizer(folder)
     ids = torch.tensor([_prompt_ids(tokenizer, prompt, ours=is_of_run(folder))])
+    if (past := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+        what = tokenizer.convert_ids_to_tokens(past)
+        raise UserError(f"--prompt spells the token {what}, number {past}, but the model has {rows} rows; leave it out")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and ids.shape[1] + max_new_tokens > positions:
         raise UserError(
