@@ -71,9 +71,10 @@ def main() -> None:
             progress("")
             print(f"step {step}: loss {loss:.3f}, {seconds:.0f} s, peak {peak_gb(device):.2f} GB", file=sys.stderr, flush=True)
             rows.append([f"{step}, every basis" if step == 1 else str(step), f"{loss:.3f}", f"{seconds:.0f}", f"{peak_gb(device):.2f}"])
+    inputs, targets = texts[0]
     with torch.no_grad():
-        inputs, targets = texts[0]
-        rows.append(["none: the first text again", f"{loss_of(inputs, targets).item() / targets.numel():.3f}", "", f"{peak_gb(device):.2f}"])
+        loss = loss_of(inputs, targets).item() / targets.numel()
+    rows.append(["none: the first text again", f"{loss:.3f}", "", f"{peak_gb(device):.2f}"])
     print(table(["step", "loss, nats", "seconds", "peak GB so far"], rows))
 
 
