@@ -8,7 +8,7 @@ import pytest
 
 from galore_torch.train import tokenizer as module
 from galore_torch.train.errors import UserError
-from galore_torch.train.tokenizer import TextTokenizer, cache_folder, load_tokenizer, trained_tokenizer
+from galore_torch.train.tokenizer import TextTokenizer, _wrap, cache_folder, load_tokenizer, trained_tokenizer
 
 TEXTS = ["def f(x):\n\treturn x  # naïve\n", "class A:\n    pass\n"] * 30
 
@@ -134,6 +134,15 @@ def test_ordinary_tokens_past_the_models_rows_are_refused(tmp_path: Path) -> Non
     without.fast.unk_token = None
     with pytest.raises(UserError, match="42 ids, more than the 40 rows"):
         without.within(40)
+
+
+@pytest.mark.parametrize("role", ["unk_token", "eos_token", "bos_token"])
+def test_special_tokens_that_the_run_needs_are_refused_past_the_models_rows(role: str, tmp_path: Path) -> None:
+    """GPT-2's kind: the token behind a document, or for unknown text, is the last one."""
+    named = sentinels(tmp_path)
+    setattr(named.fast, role, "<extra_id_1>")
+    with pytest.raises(UserError, match="42 ids, more than the 40 rows"):
+        _wrap(named.fast, "here").within(40)
 
 
 def test_t5_in_the_published_rows(shared_data: Path) -> None:

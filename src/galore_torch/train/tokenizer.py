@@ -44,13 +44,15 @@ class TextTokenizer:
         """This tokenizer for an embedding of `rows`; UserError where text can have an id past its end.
 
         Special tokens past the end, such as T5's hundred sentinels behind the published 32,000 rows, are no part of text:
-        where a text spells one, it becomes the unknown token.
+        where a text spells one, it becomes the unknown token. Those that end, begin or stand for text need rows.
         """
         special = self.fast.added_tokens_decoder
-        past = [i for i in self.fast.get_vocab().values() if i >= rows]
+        past = {i for i in self.fast.get_vocab().values() if i >= rows}
         if not past:
             return self
-        if self.fast.unk_token_id is None or not all(i in special and special[i].special for i in past):
+        unknown = self.fast.unk_token_id
+        left_out = past - {unknown, self.end_id, self.fast.bos_token_id}  # what the run itself uses cannot be
+        if unknown is None or not all(i in left_out and i in special and special[i].special for i in past):
             raise UserError(
                 f"the tokenizer has {self.size} ids, more than the {rows} rows of the model's "
                 f"vocabulary; give --vocab_size {self.size} or more, or a smaller tokenizer"
