@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256, help="tokens in the one sequence of a step")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.002)
+    parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cap", type=float, default=0.0, metavar="GB", help="CUDA memory this process may have (default: all)")
