@@ -35,14 +35,12 @@ class Method:
 
     label: str
     optimizer: str | None
-    times_rank: int = 1
 
 
 METHODS = {
     "adamw": Method("full-rank AdamW", "adamw"),
     "galore_adamw": Method("GaLore", "galore_adamw"),
     "galore_adamw8bit": Method("8-bit GaLore", "galore_adamw8bit"),
-    "galore_twice": Method("GaLore, twice the rank", "galore_adamw", times_rank=2),
     "low_rank": Method("low-rank, W = BA", "low_rank"),
     "lora": Method("LoRA", "lora"),
     "relora": Method("ReLoRA", "relora"),
@@ -112,7 +110,7 @@ def optimizers(model: nn.Module, task: Task, run: Run) -> dict[str, torch.optim.
             p.requires_grad_(False)
     else:
         settings = {
-            "rank": task.rank * method.times_rank,
+            "rank": task.rank,
             "update_proj_gap": task.gap,
             "gap_range": None,
             "galore_scale": task.scale,
