@@ -149,7 +149,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the task; the sizes below change it")
-    for name in ("steps", "layers", "batch", "micro", "length", "rank", "gap", "cycle", "eval_tokens"):
+    for name in ("hidden", "inner", "layers", "steps", "batch", "micro", "length", "rank", "gap", "cycle", "eval_tokens"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
