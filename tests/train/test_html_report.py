@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from galore_torch import cli
@@ -18,6 +21,8 @@ from galore_torch.train.html_report import write_report
 from galore_torch.train.runs import read_runs
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'$\\alpha$"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+in_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on PATH")
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -26,7 +31,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.source = path.read_text(encoding="utf-8")
+        self.path, self.source = path, path.read_text(encoding="utf-8")
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.figures: dict[str, str] = {}
@@ -169,6 +174,48 @@ def test_page_follows_light_and_dark(page: Page) -> None:
     for name in ("--page", "--ink", "--card", "--c0", "--c6"):
         assert f"{name}:" in light
         assert f"{name}:" in dark
+
+
+def browse(page: Path, *flags: str) -> tuple[str, list[str]]:
+    """(standard output, messages of the console) of a headless browser that opens `page`."""
+    # Without its sandbox it runs in a container too; the page is made here.
+    how = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={page.parent / 'profile'}"]
+    done = subprocess.run([BROWSER, *how, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@in_browser
+def test_the_console_tells_what_the_policy_forbids(page: Page, tmp_path: Path) -> None:
+    """So its silence in the next tests means something."""
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.source.replace("</body>", "<script>1</script></body>"), encoding="utf-8")
+    assert "Content Security Policy" in " ".join(browse(broken, "--dump-dom")[1])
+
+
+@in_browser
+def test_a_browser_sees_every_picture_and_no_markup_in_names(page: Page, tmp_path: Path) -> None:
+    dom, complaints = browse(page.path, "--dump-dom")
+    assert complaints == []
+    (tmp_path / "dom.html").write_text(dom, encoding="utf-8")
+    seen = Page(tmp_path / "dom.html")
+    assert list(seen.figures) == [chart.key for chart in CHARTS]
+    assert not {"img", "script"} & {tag for tag, _ in seen.elements}
+    assert HOSTILE in seen.text
+
+
+@in_browser
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_paints_both_runs(width: int, page: Page, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    shot = tmp_path / "shot.png"
+    _, complaints = browse(page.path, f"--window-size={width},6000", "--hide-scrollbars", f"--screenshot={shot}")
+    assert complaints == []
+    pixels = np.round(imread(shot)[..., :3] * 255).astype(int)
+    for name in ("c0", "c1"):
+        light = re.findall(rf"--{name}:\s*#([0-9a-f]{{6}})", page.source)[0]  # the first of two schemes
+        painted = (pixels == [int(light[i : i + 2], 16) for i in (0, 2, 4)]).all(axis=-1).sum()
+        assert painted > 1000, f"{painted} pixels of --{name}"
 
 
 def test_pngs_lie_beside_the_page(tmp_path: Path) -> None:
