@@ -19,7 +19,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     # By its path: the folder of the tests has no business on the import path of a benchmark.
-    spec = importlib.util.spec_from_file_location("tests_memory", Path(__file__).resolve().parents[1] / "tests" / "memory.py")
+    spec = importlib.util.spec_from_file_location("tests_memory", Path(__file__).resolve().parents[1] / "tests" / "support" / "memory.py")
     assert spec is not None
     assert spec.loader is not None
     helper = importlib.util.module_from_spec(spec)

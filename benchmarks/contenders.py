@@ -13,7 +13,7 @@ from report import count
 from torch import Tensor, nn
 
 from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
-from galore_torch.train.model import PRESETS
+from galore_torch.train.model.llama import PRESETS
 
 NEVER = 10**6  # a gap that no run here reaches the end of
 # name -> (preset, layers or None for all of them, rank)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.data import TokenData, batches, load_data, windows_in_order
-from galore_torch.train.place import model_for
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import TokenData, batches, load_data, windows_in_order
+from galore_torch.train.loop.build import model_for
 
 
 class Nobody:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from galore_torch import __version__, cli
-from galore_torch.train.config import PretrainConfig
+from galore_torch.train.config.config import PretrainConfig
 
 SRC = Path(cli.__file__).resolve().parents[1]
 
@@ -138,7 +138,7 @@ def test_report_needs_only_the_package_that_draws(capsys: pytest.CaptureFixture[
 def test_report_loads_neither_torch_nor_transformers() -> None:
     """A report is drawn where nothing can be trained."""
     program = (
-        "import sys, galore_torch.train.html_report\nprint('loaded:', [m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
+        "import sys, galore_torch.train.report.html\nprint('loaded:', [m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
@@ -147,7 +147,7 @@ def test_report_loads_neither_torch_nor_transformers() -> None:
 
 def test_what_is_typed_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PretrainConfig] = []
-    monkeypatch.setattr("galore_torch.train.pretrain.pretrain", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr("galore_torch.train.commands.pretrain.pretrain", lambda config: seen.append(config) or 0)
     words = "pretrain --num-training-steps=7 --data a.txt b.txt --data c.txt --activation_checkpointing --min-lr-ratio 0.5"
     assert cli.main([*words.split(), "--compare", "adamw,galore_adamw:0.02"]) == 0
     (config,) = seen
@@ -161,6 +161,6 @@ def test_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypat
     def interrupted(config: PretrainConfig) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("galore_torch.train.pretrain.pretrain", interrupted)
+    monkeypatch.setattr("galore_torch.train.commands.pretrain.pretrain", interrupted)
     assert cli.main(["pretrain"]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from galore_torch.train.model import model_shape
-from galore_torch.train.recipes import recipe_text
+from galore_torch.train.config.recipes import recipe_text
+from galore_torch.train.model.llama import model_shape
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")

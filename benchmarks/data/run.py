@@ -24,14 +24,14 @@ from interleave import timed
 from report import heading, progress, table
 from small_llama import Nobody
 
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.corpus import stdlib_documents
-from galore_torch.train.data import Batches, TokenData, load_data
-from galore_torch.train.loss import counted
-from galore_torch.train.optim import build_optimizer, optimizer_spec
-from galore_torch.train.place import model_for
-from galore_torch.train.result import RunResult
-from galore_torch.train.trainer import _Loop
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import Batches, TokenData, load_data
+from galore_torch.train.data.readers import stdlib_documents
+from galore_torch.train.loop.build import model_for
+from galore_torch.train.loop.result import RunResult
+from galore_torch.train.loop.trainer import _Loop
+from galore_torch.train.model.loss import counted
+from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
 
 LENGTH = 256  # tokens of one sequence, as published
 WORKERS = (0, 1, 2)

@@ -26,13 +26,13 @@ from report import cell, count, heading, progress, ratios, table
 from small_llama import Nobody, add_data_arguments, text
 
 from galore_torch import galore_param_groups
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.data import Batches, TokenData
-from galore_torch.train.model import PRESETS
-from galore_torch.train.optim import OPTIMIZERS, build_optimizer, optimizer_spec
-from galore_torch.train.place import model_for
-from galore_torch.train.result import RunResult
-from galore_torch.train.trainer import _Loop
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import Batches, TokenData
+from galore_torch.train.loop.build import model_for
+from galore_torch.train.loop.result import RunResult
+from galore_torch.train.loop.trainer import _Loop
+from galore_torch.train.model.llama import PRESETS
+from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, optimizer_spec
 
 LENGTH = 128  # tokens of one sequence
 PRESET = "end_to_end"

@@ -21,7 +21,7 @@ from allocator import peak_bytes
 from interleave import medians
 from report import cell, heading, progress, ratios, table
 
-from galore_torch.train.head_loss import head_loss
+from galore_torch.train.model.chunked_loss import head_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, d), weight (V, d), targets (N,) -> the sum of their losses
 

@@ -16,10 +16,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from allocator import peak_bytes
 
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.loss import TokenLoss
-from galore_torch.train.model import DEMO_VOCAB, build_model, model_shape
-from galore_torch.train.optim import build_optimizer, per_layer_updates, state_bytes
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.model.llama import DEMO_VOCAB, build_model, model_shape
+from galore_torch.train.model.loss import TokenLoss
+from galore_torch.train.optimizers.registry import build_optimizer, per_layer_updates, state_bytes
 
 UPDATES = 2
 

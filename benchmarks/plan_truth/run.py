@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import cell, heading, progress, table
 
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.optim import OPTIMIZERS
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.optimizers.registry import OPTIMIZERS
 from galore_torch.train.plan.answer import planned, question_of
 
 Row = dict[str, Any]

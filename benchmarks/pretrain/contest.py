@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from small_llama import loss, machine
 
 from galore_torch import galore_param_groups
-from galore_torch.train.data import batches, windows_in_order
-from galore_torch.train.memory import memory_mb
-from galore_torch.train.model import ModelShape, build_model
-from galore_torch.train.optim import build_optimizer, state_bytes
-from galore_torch.train.schedule import Schedule
+from galore_torch.train.data.loader import batches, windows_in_order
+from galore_torch.train.device import memory_mb
+from galore_torch.train.model.llama import ModelShape, build_model
+from galore_torch.train.optimizers.registry import build_optimizer, state_bytes
+from galore_torch.train.optimizers.schedule import Schedule
 
 
 @dataclass(frozen=True)

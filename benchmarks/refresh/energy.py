@@ -27,10 +27,10 @@ from report import count, heading
 from small_llama import add_data_arguments, loss, steps, text
 
 from galore_torch import GaLoreAdamW, galore_param_groups
-from galore_torch.layout import projected_modes
-from galore_torch.projectors import PROJECTORS
-from galore_torch.train.data import batches
-from galore_torch.train.model import PRESETS
+from galore_torch.engine.layout import projected_modes
+from galore_torch.slots.projectors import PROJECTORS
+from galore_torch.train.data.loader import batches
+from galore_torch.train.model.llama import PRESETS
 
 NAMES = ("power", "rsvd", "gram", "random")
 

@@ -24,8 +24,8 @@ from picture import Panel, draw
 from published import published
 from report import cell, heading, progress, table
 
-from galore_torch.linalg import orthonormalize
-from galore_torch.projectors import PROJECTORS
+from galore_torch.ops.linalg import orthonormalize
+from galore_torch.slots.projectors import PROJECTORS
 
 OURS = ("power", "rsvd", "gram")
 PUBLISHED = "1.0"

@@ -25,10 +25,10 @@ from report import heading, progress, table
 from small_llama import add_data_arguments, text
 
 from galore_torch import GaLoreAdamW8bit, QGaLoreAdamW8bit, fused_backward, galore_param_groups, quantize_linears
-from galore_torch.train.loss import TokenLoss
-from galore_torch.train.memory import memory_mb
-from galore_torch.train.model import ModelShape, build_model
-from galore_torch.train.optim import state_bytes
+from galore_torch.train.device import memory_mb
+from galore_torch.train.model.llama import ModelShape, build_model
+from galore_torch.train.model.loss import TokenLoss
+from galore_torch.train.optimizers.registry import state_bytes
 
 GB = 1e9
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contenders import OURS, Contender, Work, add_work_arguments, two_gemms
 from report import heading, progress, table
 
-from galore_torch import elementwise, engine
+from galore_torch.engine import fused as elementwise
+from galore_torch.engine import step as engine
 
 PARTS = {
     "GEMM down": (engine, "project"),

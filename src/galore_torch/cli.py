@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from galore_torch import __version__
+from galore_torch.train.config.flags import add_flags, config_from
+from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError
-from galore_torch.train.flags import add_flags, config_from
-from galore_torch.train.model import PRESETS
-from galore_torch.train.optim import OPTIMIZERS
-from galore_torch.train.ranks import launched
-from galore_torch.train.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
+from galore_torch.train.loop.distributed import launched
+from galore_torch.train.model.llama import PRESETS
+from galore_torch.train.optimizers.registry import OPTIMIZERS
 
 _TRAIN_EXTRA = ("transformers", "tokenizers", "rich", "matplotlib")
 _EXIT_USAGE, _EXIT_INTERRUPTED = 2, 130
@@ -78,7 +78,7 @@ def _add_pretrain(commands: Any) -> None:
 def _pretrain(arguments: dict[str, Any]) -> int:
     config = config_from(arguments, launched().size)
     _need("pretrain", _TRAIN_EXTRA)
-    from galore_torch.train.pretrain import pretrain
+    from galore_torch.train.commands.pretrain import pretrain
 
     return pretrain(config)
 
@@ -124,7 +124,7 @@ def _add_report(commands: Any) -> None:
 
 def _report(arguments: dict[str, Any]) -> int:
     _need("report", ("matplotlib",))
-    from galore_torch.train.html_report import write_report
+    from galore_torch.train.report.html import write_report
 
     page, *pictures = write_report(arguments["runs"], arguments["output"])
     return _say(f"{page} and {len(pictures)} pictures beside it")
@@ -151,7 +151,7 @@ def _add_export(commands: Any) -> None:
 
 def _export(arguments: dict[str, Any]) -> int:
     _need("export", _TRAIN_EXTRA)
-    from galore_torch.train.export import export
+    from galore_torch.train.commands.export import export
 
     return _say(export(**arguments))
 
@@ -180,7 +180,7 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(arguments: dict[str, Any]) -> int:
     _need("generate", _TRAIN_EXTRA)
-    from galore_torch.train.generate import generate
+    from galore_torch.train.commands.generate import generate
 
     return _say("\n---\n".join(generate(**arguments)))
 
@@ -213,7 +213,7 @@ def _add_eval(commands: Any) -> None:
 
 def _eval(arguments: dict[str, Any]) -> int:
     _need("eval", _TRAIN_EXTRA)
-    from galore_torch.train.eval_command import evaluate, show
+    from galore_torch.train.commands.evaluate import evaluate, show
 
     as_json = arguments.pop("json", False)
     arguments["data"] = tuple(arguments.get("data", ()))
@@ -276,7 +276,7 @@ def _add_plan(commands: Any) -> None:
 
 def _plan(arguments: dict[str, Any]) -> int:
     _need("plan", _TRAIN_EXTRA)
-    from galore_torch.train.plan.command import plan
+    from galore_torch.train.commands.plan import plan
 
     return plan(arguments)
 

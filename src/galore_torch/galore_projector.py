@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_torch.layout import projected_modes
-from galore_torch.linalg import mode_product, svd_bases
-from galore_torch.recipe import PROJ_TYPES, one_of
+from galore_torch.engine.layout import projected_modes
+from galore_torch.engine.recipe import PROJ_TYPES, one_of
+from galore_torch.ops.linalg import mode_product, svd_bases
 
 
 class GaLoreProjector:

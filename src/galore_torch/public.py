@@ -2,19 +2,19 @@
 
 import torch
 
-from galore_torch.backward import FusedBackward as FusedBackward
-from galore_torch.backward import fused_backward as fused_backward
 from galore_torch.galore_projector import GaLoreProjector
-from galore_torch.param_groups import galore_param_groups as galore_param_groups
-from galore_torch.quantized import dequantize_linears as dequantize_linears
-from galore_torch.quantized import quantize_linears as quantize_linears
-from galore_torch.zoo import GaLore as GaLore
-from galore_torch.zoo import GaLoreAdafactor as GaLoreAdafactor
-from galore_torch.zoo import GaLoreAdagrad as GaLoreAdagrad
-from galore_torch.zoo import GaLoreAdamW as GaLoreAdamW
-from galore_torch.zoo import GaLoreAdamW8bit as GaLoreAdamW8bit
-from galore_torch.zoo import GaLoreSGD as GaLoreSGD
-from galore_torch.zoo import QGaLoreAdamW8bit as QGaLoreAdamW8bit
+from galore_torch.optim.fused_backward import FusedBackward as FusedBackward
+from galore_torch.optim.fused_backward import fused_backward as fused_backward
+from galore_torch.optim.galore import GaLore as GaLore
+from galore_torch.optim.galore import GaLoreAdafactor as GaLoreAdafactor
+from galore_torch.optim.galore import GaLoreAdagrad as GaLoreAdagrad
+from galore_torch.optim.galore import GaLoreAdamW as GaLoreAdamW
+from galore_torch.optim.galore import GaLoreAdamW8bit as GaLoreAdamW8bit
+from galore_torch.optim.galore import GaLoreSGD as GaLoreSGD
+from galore_torch.optim.galore import QGaLoreAdamW8bit as QGaLoreAdamW8bit
+from galore_torch.optim.param_groups import galore_param_groups as galore_param_groups
+from galore_torch.optim.quantize import dequantize_linears as dequantize_linears
+from galore_torch.optim.quantize import quantize_linears as quantize_linears
 
 # Checkpoints of galore-torch 1.0 hold this class; it carries data only, so torch.load may build it with weights_only=True.
 torch.serialization.add_safe_globals([GaLoreProjector])

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 
 from galore_torch import cli
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.data import TokenData, load_data
-
-SENTENCE = "the cat sat on a mat and ate its bread while seven small birds sang to it"
-
-
-def document(index: int) -> str:
-    """Different for every index, predictable enough to be learned."""
-    words = SENTENCE.split()
-    return " ".join(words[(index + 3 * k) % len(words)] for k in range(40)) + f" end {index}."
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import TokenData, load_data
+from support.texts import document
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +77,7 @@ def token_data(make_config: Callable[..., PretrainConfig]) -> TokenData:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], PretrainConfig]:
     """The config that a line of flags leads to, through the command line itself."""
     seen: list[PretrainConfig] = []
-    monkeypatch.setattr("galore_torch.train.pretrain.pretrain", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr("galore_torch.train.commands.pretrain.pretrain", lambda config: seen.append(config) or 0)
 
     def parse(line: str) -> PretrainConfig:
         assert cli.main(["pretrain", *line.split()]) == 0

@@ -53,7 +53,7 @@ class Question:
         """Bytes an element that a product of 16-bit matrices needs for its result in fp32: on CPUs without bf16 arithmetic."""
         import torch
 
-        from galore_torch.linalg import product_dtype
+        from galore_torch.ops.linalg import product_dtype
 
         slow = self.device == "cpu" and self.itemsize == 2 and product_dtype(torch.bfloat16, "cpu") == torch.float32
         return 4 if slow else 0
@@ -168,7 +168,7 @@ def step_transient(q: Question) -> int:
     if q.per_layer and not q.deferred:
         return 0
     costs = [*q.outer, *q.layer]
-    if q.device == "cuda" and known_optimizer(q.optimizer).home in ("torch.optim", "galore_torch.train.baselines"):
+    if q.device == "cuda" and known_optimizer(q.optimizer).home in ("torch.optim", "galore_torch.train.model.baselines"):
         roots = q.optimizer in ("adam", "adamw", "adagrad") or q.optimizer in FACTORED
         return q.total("gradient") if roots else 0
     return max(each.transient for _, each in costs)

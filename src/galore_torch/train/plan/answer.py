@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.model import DEMO_VOCAB, ModelShape, build_model, model_shape
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, build_model, model_shape
 from galore_torch.train.plan.analytic import Moment, Question, moments
 from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
 
@@ -53,7 +53,7 @@ class Plan:
 
 def question_of(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> Question:
     """The memory side of a config, for its first optimizer or for another."""
-    from galore_torch.train.loss import settled_chunk
+    from galore_torch.train.model.loss import settled_chunk
 
     sizes = _sizes(config, vocab_size)
     return Question(
@@ -99,7 +99,7 @@ def planned_peak_bytes(config: PretrainConfig, vocab_size: int, name: str) -> in
 
     None for a model whose layers the formulas do not know. A process holds its libraries beside them.
     """
-    from galore_torch.train.place import pick_device
+    from galore_torch.train.device import pick_device
 
     question = question_of(config, device=pick_device(config.device), optimizer=name, vocab_size=vocab_size)
     return planned(question, traced=False).peak if question.sizes.like_llama else None
@@ -109,7 +109,7 @@ def _builder(question: Question) -> Callable[[int], Any]:
     """layers -> the model without memory, changed where a baseline changes it."""
     import torch
 
-    from galore_torch.train.optim import build_optimizer
+    from galore_torch.train.optimizers.registry import build_optimizer
     from galore_torch.train.plan.methods import FACTORED
 
     def build(layers: int) -> Any:
@@ -135,6 +135,6 @@ def _llama_model(question: Question, layers: int) -> Any:
 
 
 def _hf_model(question: Question, layers: int) -> Any:
-    from galore_torch.train.hf_model import load_model
+    from galore_torch.train.model.pretrained import load_model
 
     return load_model(question.model, dtype=question.dtype, activation_checkpointing=question.checkpointing, layers=layers)

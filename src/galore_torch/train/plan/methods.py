@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.train.optim import OPTIMIZERS, OptimizerSpec, optimizer_spec
+from galore_torch.train.optimizers.registry import OPTIMIZERS, OptimizerSpec, optimizer_spec
 from galore_torch.train.plan.sizes import Part
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     if known_optimizer(name).home != "galore_torch":
         moments, transient = _foreign(part, "adamw" if name in FACTORED else name, kind.itemsize, settings["beta1"])
         return Cost(weight, weight, 0, 0, moments, transient)
-    from galore_torch.linalg import product_dtype
-    from galore_torch.planner import held
+    from galore_torch.ops.linalg import product_dtype
+    from galore_torch.train.plan.optimizer_bytes import held
 
     quantised = name.removesuffix("_per_layer") == Q_GALORE
     rule, full, projected = _groups(name, frozen(settings))
@@ -94,7 +94,7 @@ def _groups(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[Any, Any,
     From the defaults in its signature: to make one imports the half of torch that a step may need, which takes seconds.
     """
     import galore_torch
-    from galore_torch.rules import RULES
+    from galore_torch.slots.rules import RULES
 
     spec, given = known_optimizer(name), dict(settings)
     made = getattr(galore_torch, spec.class_name)

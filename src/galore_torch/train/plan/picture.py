@@ -7,11 +7,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from galore_torch.train.chart_style import INK, colour, house_style
 from galore_torch.train.errors import UserError
 from galore_torch.train.plan.answer import Plan
 from galore_torch.train.plan.show import PARTS, parts
 from galore_torch.train.plan.units import GB, gb
+from galore_torch.train.report.chart_style import INK, colour, house_style
 
 
 def draw_bars(path: Path, title: str, rows: Sequence[tuple[str, Plan]], budget: int | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from galore_torch.train.config import PretrainConfig
-from galore_torch.train.optim import OPTIMIZERS, optimizer_spec
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.optimizers.registry import OPTIMIZERS, optimizer_spec
 from galore_torch.train.plan.answer import Plan, planned, question_of
 from galore_torch.train.plan.methods import Q_GALORE
 

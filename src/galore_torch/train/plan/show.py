@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from galore_torch.train.display import show_table
 from galore_torch.train.plan.answer import RESERVE, Plan
 from galore_torch.train.plan.units import GB, gb
+from galore_torch.train.report.progress import show_table
 
 PARTS = ("weights", "basis", "moments", "gradients", "activations", "logits", "transient")
 _MEANING = {

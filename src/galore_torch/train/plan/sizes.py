@@ -9,8 +9,8 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from galore_torch.train.hf_model import load_model
-from galore_torch.train.model import ModelShape
+from galore_torch.train.model.llama import ModelShape
+from galore_torch.train.model.pretrained import load_model
 
 _LAYER = re.compile(r"\.\d+\.")  # model.layers.0.mlp..., transformer.h.0....
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch import galore_param_groups
-from galore_torch.train.head_loss import head_loss
+from galore_torch.train.model.chunked_loss import head_loss
 from galore_torch.train.plan.analytic import Moment, Question, moments
 from galore_torch.train.plan.methods import Cost
 

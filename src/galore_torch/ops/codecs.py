@@ -1,0 +1,264 @@
+"""Ground: how a state tensor is stored. fp32 inside, storage dtype outside; no optimizer, no configuration.
+
+A codec turns one real tensor ("value", fp32 or fp64) into named storage tensors and back:
+    fp32   the value itself (fp64 for fp64 parameters)
+    bf16   2 bytes an element, stochastically rounded so that small changes survive on average
+    int8   1 byte an element and one fp32 scale a block: the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861)
+    int4   half a byte an element, and a bf16 scale and offset a block: 16 even steps (Q-GaLore, arXiv 2407.08296), for bases
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from galore_torch.ops import affine
+
+CODECS = ("fp32", "bf16", "int8")  # of moments
+BASIS_CODECS = ("fp32", "bf16", "int4")
+Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
+BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and first value of one state tensor. ``host`` tensors live on the CPU whatever the parameter's device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+    host: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def allocate(self, device: torch.device) -> Tensor:
+        """A new tensor with a storage of exactly ``nbytes``."""
+        if self.host:
+            return torch.full(self.shape, self.fill, dtype=self.dtype, pin_memory=device.type == "cuda")
+        return torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that int8 blocks run along.
+
+    The axis is the long one, so that a block stays inside one singular direction. ``signed`` is False for second moments;
+    ``real`` is the arithmetic dtype (fp32 or fp64); ``fill`` >= 0 is the first value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str = "fp32"
+    axis: int = 0
+    signed: bool = True
+    real: torch.dtype = torch.float32
+    fill: float = 0.0
+
+    @property
+    def block(self) -> int:
+        """Elements of ``axis`` that share one scale."""
+        return block_length(self.shape[self.axis])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The state keys of the storage tensors."""
+        parts = {"int8": ("_codes", "_scale"), "int4": ("_codes", "_scale", "_offset")}.get(self.codec, ("",))
+        return tuple(self.name + part for part in parts)
+
+    def spec(self) -> dict[str, TensorSpec]:
+        """The storage tensors: the one place where their sizes are written."""
+        if self.codec not in ("int8", "int4"):
+            return {self.name: TensorSpec(self.shape, self.real if self.codec == "fp32" else torch.bfloat16, self.fill)}
+        blocks = -(-self.shape[self.axis] // self.block)
+        scale_shape = (*self.shape[: self.axis], blocks, *self.shape[self.axis + 1 :])
+        if self.codec == "int4":
+            assert not self.fill, "a basis starts at zero"
+            packed = (*self.shape[: self.axis], -(-self.shape[self.axis] // 2), *self.shape[self.axis + 1 :])
+            return {
+                f"{self.name}_codes": TensorSpec(packed, torch.uint8),
+                f"{self.name}_scale": TensorSpec(scale_shape, torch.bfloat16),
+                f"{self.name}_offset": TensorSpec(scale_shape, torch.bfloat16),
+            }
+        code = 255 if self.fill else zero_code(self.signed)
+        return {
+            f"{self.name}_codes": TensorSpec(self.shape, torch.uint8, float(code)),
+            f"{self.name}_scale": TensorSpec(scale_shape, torch.float32, self.fill),
+        }
+
+    def rows(self, state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """Views of the storage tensors at some indices of the first axis; int8 blocks along it must not be cut. Not for int4."""
+        assert self.codec != "int4"
+        if self.codec != "int8":
+            return {self.name: state[self.name][rows]}
+        codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
+        if self.axis > 0:
+            return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[rows]}
+        assert rows.start % self.block == 0
+        blocks = slice(rows.start // self.block, -(-rows.stop // self.block))
+        return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[blocks]}
+
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What `decode` and `encode` look up, on ``device``: for int8 the levels and their codes, else nothing."""
+        return (levels(self.signed, device), _code_table(self.signed, device)) if self.codec == "int8" else ()
+
+    def decode(self, state: Mapping[str, Tensor], tables: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`.
+
+        ``tables``: those of `tables`, for a caller that a compiler follows and that must therefore hand them in.
+        """
+        if self.codec == "int4":
+            return self._decode4(*(state[key] for key in self.keys))
+        if self.codec != "int8":
+            return state[self.name].to(self.real)
+        codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
+        table = (self.tables(codes.device) if tables is None else tables)[0]
+        blocks = _blocked(_look_up(table, codes.int()), self.axis, self.block)
+        blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
+        return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
+
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
+        """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
+        if self.codec == "int8":
+            blocks = _blocked(value.float(), self.axis, self.block)
+            scale = blocks.abs().amax(self.axis + 1)
+            normed = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(self.axis + 1)
+            codes = nearest_codes(normed, self.signed, None if tables is None else tables[1]).flatten(self.axis, self.axis + 1)
+            state[f"{self.name}_codes"].copy_(codes.narrow(self.axis, 0, value.shape[self.axis]))
+            state[f"{self.name}_scale"].copy_(scale)
+        elif self.codec == "int4":
+            for key, tensor in zip(self.keys, self._encode4(value.float()), strict=True):
+                state[key].copy_(tensor)
+        elif self.codec == "bf16" and seed is not None:
+            state[self.name].copy_(stochastic_round(value.float(), seed))
+        elif value is not state[self.name]:
+            state[self.name].copy_(value)
+
+    def _encode4(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, two to a byte, scale and offset. The first half of the axis lies in the low four bits, the second in the high ones."""
+        length, axis = self.shape[self.axis], self.axis
+        blocks = _blocked(value, axis, self.block)  # zeros in the padding of a block lie within it or widen it a little
+        low, high = blocks.amin(axis + 1), blocks.amax(axis + 1)
+        scale, offset = affine.grid(low, high, 15)
+        codes = affine.encode(blocks - offset.unsqueeze(axis + 1), scale.unsqueeze(axis + 1), 15)
+        codes = _blocked(codes.flatten(axis, axis + 1).narrow(axis, 0, length), axis, -(-length // 2))  # (..., 2, half, ...)
+        return codes.select(axis, 0) | (codes.select(axis, codes.shape[axis] - 1) << 4), scale, offset
+
+    def _decode4(self, packed: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        length, axis = self.shape[self.axis], self.axis
+        codes = torch.cat([packed & 15, packed >> 4], dim=axis).narrow(axis, 0, length)
+        blocks = affine.decode(_blocked(codes, axis, self.block), scale.float().unsqueeze(axis + 1), offset.float().unsqueeze(axis + 1))
+        return blocks.flatten(axis, axis + 1).narrow(axis, 0, length).to(self.real)
+
+
+# --- int8: the dynamic map ------------------------------------------------------------------------------------------------
+
+
+def block_length(length: int) -> int:
+    """Elements a block: the largest divisor of ``length`` up to 256, so that nothing is padded; 256 where that is under 64."""
+    if length <= BLOCK:
+        return max(length, 1)
+    best = max(d for d in range(1, BLOCK + 1) if length % d == 0)
+    return best if best >= 64 else BLOCK
+
+
+@cache
+def levels(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of the dynamic map, ascending, in [-1, 1] (signed) or [0, 1].
+
+    Seven decades below 1; decade k (10^(k-7) to 10^(k-6), k = 0..6) holds the midpoints of 2^k equal cells (twice as many
+    when no sign is stored): most levels where values are large, and still seven orders of magnitude of range.
+    """
+    positive = []
+    for k in range(7):
+        cells = 2**k if signed else 2 ** (k + 1)
+        positive += [10.0 ** (k - 6) * (0.1 + 0.9 * (i + 0.5) / cells) for i in range(cells)]
+    negative = [-x for x in positive] if signed else []
+    return torch.tensor(sorted([*negative, 0.0, *positive, 1.0]), dtype=torch.float32, device=device)
+
+
+@cache
+def zero_code(signed: bool) -> int:
+    """The code whose value is 0."""
+    return int((levels(signed, torch.device("cpu")) == 0).nonzero())
+
+
+@cache
+def _code_table(signed: bool, device: torch.device) -> Tensor:
+    """uint8 (65536,): the nearest level for each upper half of an fp32 number, taken at the middle of its cell.
+
+    A table look-up replaces a binary search. It is the nearest level but for values within 2^-8 of a midpoint. A positive
+    second moment is never stored as zero: dividing by its root would explode.
+    """
+    pattern = torch.arange(65536, dtype=torch.int64, device="cpu")
+    bits = (pattern << 16) | 0x8000
+    value = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32).nan_to_num(0.0).clamp(-1.0 if signed else 0.0, 1.0)
+    table = levels(signed, torch.device("cpu"))
+    codes = torch.bucketize(value, (table[1:] + table[:-1]) / 2)
+    if not signed:
+        codes = torch.where((value > 0) & (pattern > 0), codes.clamp_min(zero_code(signed) + 1), codes)
+    return codes.to(torch.uint8).to(device)
+
+
+def nearest_codes(normed: Tensor, signed: bool, table: Tensor | None = None) -> Tensor:
+    """Codes (uint8) of fp32 values in [-1, 1]. ``table``: that of their codes, where the caller has it."""
+    upper = (normed.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    return _look_up(_code_table(signed, normed.device) if table is None else table, upper)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for indices that are in bounds: compiled code does not check them, which costs as much as the rest."""
+    return torch.ops.aten._unsafe_index(table, [index])
+
+
+def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
+    """Split ``axis`` into (blocks, block), padding the last block with zeros where the length does not divide."""
+    missing = -value.shape[axis] % block
+    if missing:
+        shape = list(value.shape)
+        shape[axis] = missing
+        value = torch.cat([value, value.new_zeros(shape)], dim=axis)
+    return value.unflatten(axis, (-1, block))
+
+
+# --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """a (rows x 1) and b (columns) of `stochastic_round`, int32. All matrices of one shape share them in a step."""
+    return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor flattened to a matrix before its last axis."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
+    """Round fp32 to bf16, up or down with the probability that makes the mean exact. Same seed, same bits, on every device.
+
+    Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
+    with a and b hashed from the seed: uniform, pairwise independent, and m + n random numbers instead of m x n.
+    """
+    if not value.numel():
+        return value.to(torch.bfloat16)
+    rows = value.reshape(matrix_shape(value.shape))
+    a, b = noise(*rows.shape, seed, value.device) if isinstance(seed, int) else seed
+    bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
+    return bits.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)
+
+
+def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
+    """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
+    mask = 0xFFFFFFFF
+    x = (torch.arange(count, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return ((x ^ (x >> 16)) & 0xFFFF).int()

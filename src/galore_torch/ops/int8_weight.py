@@ -1,0 +1,274 @@
+"""Ground: a weight held as INT8 alone (Q-GaLore, arXiv 2407.08296). A tensor that owns codes, and no floating copy of itself.
+
+To autograd, hooks, groups and checkpoints it is an ordinary parameter of its floating dtype; its gradient is an ordinary tensor.
+A linear layer decodes it for each product and keeps nothing floating for the backward pass. Any other operation reads a decoded copy;
+writing goes through `subtract`, or `copy_`.
+
+256 elements of the flattened weight share a scale and an offset in bf16: 1.0156 bytes a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from galore_torch.ops import affine
+from galore_torch.ops.codecs import BLOCK, Seed, TensorSpec, noise
+from galore_torch.ops.linalg import chunk_elements, parts, product_dtype
+
+LEVELS = 255
+# A step keeps a block's grid while its values fit and a new one would not be finer than this, and else makes one with such a share free
+# at each end. A grid that followed every change of the extremes would round all 256 values anew each time, and that noise has nothing
+# to do with the step.
+HEADROOM, FINER = 1 / 32, 0.75
+DTYPES = (torch.bfloat16, torch.float32)
+aten = torch.ops.aten
+
+
+def int8_spec(shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+    """What an INT8 weight of ``shape`` holds: the one place where its sizes are written."""
+    blocks = (-(-prod(shape) // BLOCK),)
+    return {
+        "codes": TensorSpec(shape, torch.uint8),
+        "scale": TensorSpec(blocks, torch.bfloat16),
+        "offset": TensorSpec(blocks, torch.bfloat16),
+    }
+
+
+class Int8Weight(torch.Tensor):
+    """An (m x n) weight. ``codes``: uint8 (m x n), contiguous; ``scale``, ``offset``: bf16, one for each block of 256 codes, in order."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Int8Weight:
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"an INT8 weight cannot stand for {dtype}: use torch.bfloat16 or torch.float32, such as model.to(torch.bfloat16)"
+            )
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype):
+        self.codes, self.scale, self.offset = codes, scale, offset
+
+    @staticmethod
+    @torch.no_grad()
+    def quantize(weight: Tensor) -> Int8Weight:
+        """The nearest INT8 weight to a matrix in bf16 or fp32, a few rows at a time: no full-size temporary."""
+        codes, scale, offset = (tensor.allocate(weight.device) for tensor in int8_spec(tuple(weight.shape)).values())
+        out = Int8Weight(codes, scale, offset, weight.dtype)
+        for rows in row_parts(out):
+            values = _blocks(weight[rows].float())
+            scale, offset = affine.grid(values.amin(1), values.amax(1), LEVELS)
+            _store(out.rows(rows).stored, values - offset.unsqueeze(1), scale, offset, 0.5)
+        return out
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All the memory there is."""
+        return self.codes, self.scale, self.offset
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.stored)
+
+    def storage(self) -> Any:
+        """None of its own. safetensors asks for it, to see which tensors share memory."""
+        raise NotImplementedError("an INT8 weight has no storage of its own: look at those of its stored tensors")
+
+    def rows(self, rows: slice) -> Int8Weight:
+        """A view of some rows, which start and, but for the last, end with a block: whole multiples of `row_unit`."""
+        n = self.shape[1]
+        blocks = slice(rows.start * n // BLOCK, -(-rows.stop * n // BLOCK))
+        return Int8Weight(self.codes[rows], self.scale[blocks], self.offset[blocks], self.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A floating copy, made a few rows at a time."""
+        pieces = list(row_parts(self))
+        if len(pieces) == 1:
+            return decode(*self.stored).to(dtype or self.dtype)
+        out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        for rows in pieces:
+            out[rows].copy_(decode(*self.rows(rows).stored))
+        return out
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "scale", "offset"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(stored: dict[str, Tensor], dtype: Any, outer_size: Any, outer_stride: Any) -> Int8Weight:
+        return Int8Weight(stored["codes"], stored["scale"], stored["offset"], dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and isinstance(weight := args[1] if len(args) > 1 else kwargs["weight"], Int8Weight):
+            return _linear(weight, *args[:1], *args[2:], **{key: value for key, value in (kwargs or {}).items() if key != "weight"})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = args[0] if args else None
+        if isinstance(weight, Int8Weight):
+            if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+                codes, scale, offset = (func(tensor) for tensor in weight.stored)
+                return Int8Weight(codes, scale, offset, weight.dtype)
+            if func is aten._to_copy.default or (func is aten.empty_like.default and "device" in kwargs):  # the latter is Module.to_empty
+                where = {key: kwargs[key] for key in ("device", "non_blocking") if key in kwargs}
+                codes, scale, offset = (func(tensor, **where) for tensor in weight.stored)
+                return Int8Weight(codes, scale, offset, kwargs.get("dtype") or weight.dtype)
+            if func is aten.copy_.default:
+                source = args[1] if isinstance(args[1], Int8Weight) else Int8Weight.quantize(args[1].to(weight.dtype).expand(weight.shape))
+                for tensor, new in zip(weight.stored, source.stored, strict=True):
+                    tensor.copy_(new)
+                return weight
+        if func is aten.split.Tensor:
+            raise ValueError(
+                "INT8 weights are not sharded yet: train with one process or DistributedDataParallel, or call fully_shard on a model "
+                "without quantize_linears"
+            )
+        for place, argument in enumerate(func._schema.arguments):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and _holds_int8(args[place] if place < len(args) else kwargs.get(argument.name)):
+                raise ValueError(
+                    f"{func} would write to an INT8 weight, and rounding would lose what is small: train it with an optimizer of "
+                    "galore_torch, such as QGaLoreAdamW8bit, or call galore_torch.dequantize_linears(model) first"
+                )
+        return func(*_decoded(args), **_decoded(kwargs))
+
+
+def _holds_int8(value: Any) -> bool:
+    return isinstance(value, Int8Weight) or (isinstance(value, list | tuple) and any(map(_holds_int8, value)))
+
+
+def _decoded(value: Any) -> Any:
+    """The same nest with floating copies in the places of INT8 weights."""
+    if isinstance(value, Int8Weight):
+        return value.dequantize()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_decoded, value))
+    return {key: _decoded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+# --- rows and blocks ------------------------------------------------------------------------------------------------------
+
+
+def row_unit(weight: Tensor) -> int:
+    """The least number of rows that cuts no block; 1 for an ordinary weight."""
+    return BLOCK // gcd(weight.shape[1], BLOCK) if isinstance(weight, Int8Weight) else 1
+
+
+def row_parts(weight: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a matrix that fit the cache, see `linalg.chunk_elements`."""
+    unit, (m, n) = row_unit(weight), weight.shape
+    for units in parts(-(-m // unit), chunk_elements(weight.device) // max(1, unit * n)):
+        yield slice(units.start * unit, min(units.stop * unit, m))
+
+
+def rows_of(weight: Tensor, rows: slice) -> Tensor:
+    """A view of some rows of a matrix, INT8 or not."""
+    return weight.rows(rows) if isinstance(weight, Int8Weight) else weight[rows]
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    """(blocks, 256) of the flattened matrix; the last value fills the last block, and so changes neither end of its range."""
+    flat = matrix.reshape(-1)
+    missing = -flat.numel() % BLOCK
+    return (torch.cat([flat, flat[-1:].expand(missing)]) if missing else flat).view(-1, BLOCK)
+
+
+def decode(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """fp32 values of some rows."""
+    values = affine.decode(_blocks(codes), scale.float().unsqueeze(1), offset.float().unsqueeze(1))
+    return values.view(-1)[: codes.numel()].view(codes.shape)
+
+
+def move(codes: Tensor, scale: Tensor, offset: Tensor, update: Tensor, factor: Any, shrink: Any, seed: Seed | None) -> None:
+    """W <- shrink W - factor update on some rows, in place, rounded at random from ``seed``, or to nearest where that is None.
+
+    update: the rows' shape, any float dtype, used up. The mean over seeds is exact, and a zero update changes no code: values are
+    reckoned from their block's offset, where code * scale has no rounding error. ``factor`` and ``shrink``: floats or 0-d tensors.
+    """
+    if not codes.numel():
+        return
+    old_scale, old_offset = scale.float(), offset.float()
+    above = _blocks(codes).float().mul_(old_scale.unsqueeze(1))
+    if isinstance(shrink, Tensor) or shrink != 1.0:
+        above.mul_(shrink).add_((old_offset * (shrink - 1)).unsqueeze(1))
+    above.sub_(_blocks(update.float().mul_(factor)))
+    low, high = above.amin(1), above.amax(1)
+    new_scale, new_offset = affine.grid(low + old_offset, high + old_offset, LEVELS, HEADROOM)
+    kept = (low >= 0) & (high <= old_scale * LEVELS) & (FINER * old_scale <= new_scale)
+    new_scale, new_offset = torch.where(kept, old_scale, new_scale), torch.where(kept, old_offset, new_offset)
+    above.add_((old_offset - new_offset).unsqueeze(1))
+    _store((codes, scale, offset), above, new_scale, new_offset, 0.5 if seed is None else _blocks(_uniform(codes, seed)))
+
+
+def _uniform(like: Tensor, seed: Seed) -> Tensor:
+    """Random numbers in (0, 1), fp32: the middles of 2^14 cells. At 255 fp32 resolves no more, and of a block's range a cell is 2^-22."""
+    a, b = noise(*like.shape, seed, like.device) if isinstance(seed, int) else seed
+    return ((a + b).bitwise_and_(0xFFFC) + 2).float().mul_(2.0**-16)
+
+
+def _store(stored: tuple[Tensor, Tensor, Tensor], above: Tensor, scale: Tensor, offset: Tensor, noise: Tensor | float) -> None:
+    """Write values, given from their offsets (blocks x 256, fp32), on this grid: `affine.encode`."""
+    codes = affine.encode(above, scale.unsqueeze(1), LEVELS, noise)
+    stored[0].copy_(codes.view(-1)[: stored[0].numel()].view(stored[0].shape))
+    stored[1].copy_(scale)
+    stored[2].copy_(offset)
+
+
+# --- the layer ------------------------------------------------------------------------------------------------------------
+
+
+def _linear(weight: Int8Weight, input: Tensor, bias: Tensor | None = None) -> Tensor:
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        input = input.to(torch.get_autocast_dtype(device))
+        bias = None if bias is None else bias.to(input.dtype)
+    out: Tensor = _Linear.apply(input, weight)  # type: ignore[no-untyped-call]
+    return out if bias is None else out + bias
+
+
+class _Linear(torch.autograd.Function):
+    """input W^T, decoded for each product: one floating copy of one weight at a time, and none between the passes.
+
+    Products run in the `product_dtype` of the input and come back in its own; the weight's gradient in the weight's. The weight is not
+    among the saved tensors, whose hooks, such as `save_on_cpu`, would make floating copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Int8Weight) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.weight, ctx.version = weight, weight._version
+        dtype = product_dtype(input.dtype, input.device.type)
+        return (input.to(dtype) @ weight.dequantize(dtype).mT).to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (input,), weight = ctx.saved_tensors, ctx.weight
+        if weight._version != ctx.version:
+            raise RuntimeError(
+                f"an INT8 weight of shape {tuple(weight.shape)} has been modified by an inplace operation between the forward and the "
+                "backward pass that needs it: call backward() before optimizer.step()"
+            )
+        dtype = product_dtype(input.dtype, input.device.type)
+        grad, back, grad_weight = grad.to(dtype), None, None
+        if ctx.needs_input_grad[0]:
+            back = (grad @ weight.dequantize(dtype)).to(input.dtype)
+        if ctx.needs_input_grad[1]:
+            flat = input.reshape(-1, input.shape[-1]).to(dtype)
+            grad_weight = (grad.reshape(-1, grad.shape[-1]).mT @ flat).to(weight.dtype)
+        return back, grad_weight

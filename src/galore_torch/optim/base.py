@@ -1,0 +1,340 @@
+"""Faces: the torch.optim.Optimizer that every public class is a row of. Groups, step and an exact state_dict; no arithmetic."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypedDict, overload
+
+import torch
+from torch import Tensor
+
+from galore_torch.engine import step as engine
+from galore_torch.engine.fused import has_compiler
+from galore_torch.engine.layout import AnyRule, fits, state_spec
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_group, check_spelling
+from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
+from galore_torch.optim.published_state import convert_published
+from galore_torch.slots.rules import RULES
+
+
+class Projection(TypedDict, total=False):
+    """The arguments, and group keys, that all classes share; their defaults are in `recipe.PROJECTION_DEFAULTS` and `RECIPES`."""
+
+    rank: int | float | None
+    update_proj_gap: int
+    gap_range: tuple[int, int] | None
+    overlap_range: tuple[float, float]
+    scale: float
+    proj_type: str
+    projector: str
+    transport: str
+    state_codec: str
+    basis_codec: str
+    stochastic_rounding: bool
+    decay: str
+    min_8bit_size: int
+    maximize: bool
+    compile: bool | None
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+SHARED = """
+    Shared by all classes, each also a group key:
+        params: parameters, (name, parameter) pairs, or groups of either, such as `galore_param_groups` builds.
+        rank: None trains at full rank; a whole number from 1, or a fraction of the short side. Vectors, and matrices whose
+            short side is not above the rank, train at full rank. Default None: only groups with a rank are projected.
+        update_proj_gap: steps between two refreshes of the basis. Default 200.
+        gap_range: None keeps that gap; (least, most) lets each matrix find its own from there: doubled at a refresh that kept at
+            least the upper share of ``overlap_range`` of the subspace, halved at one that kept less than the lower. Default None.
+        overlap_range: those two shares. A gradient's subspace overlaps that of the next batch by 0.5 to 0.7. Default (0.4, 0.6).
+        scale: factor of the projected update (alpha in arXiv 2403.03507). Default 0.25.
+        proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
+        projector: how the basis is found. "power" (default) takes one warm-started step and spreads the refreshes over the
+            gap; "rsvd" starts anew each time; "gram" and "svd" are exact, and "svd" refreshes all at once, as galore-torch 1.0;
+            "random" looks at no gradient.
+        transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
+        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4".
+        stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
+        decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
+        min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
+        compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a
+            compiler is found), True always, False never. The first step then takes some seconds for each shape.
+        maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
+
+    Raises:
+        ValueError: an argument or group key out of its bounds, with the value, the bound and the cure.
+    """
+
+
+def _callers_level() -> int:
+    """The stacklevel of a warning that is to point at the first frame outside this package and torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
+        frame, level = frame.f_back, level + 1
+    return max(level, 1)
+
+
+COUNTERS = {"step", "turn"}  # Python numbers beside the tensors of a parameter's state
+
+
+class _Sealed:
+    """A state tensor hidden from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Any inner optimizer in the low-rank subspace of each gradient (GaLore, arXiv 2403.03507, Alg. 1 and 2).
+
+    A parameter with at least two dimensions in a group with ``rank`` is projected; all others take the same rule at full
+    rank. State is made at construction, or when a frozen parameter meets its first gradient. See the zoo for the classes.
+    """
+
+    row: ClassVar[Recipe]
+    fixed: ClassVar[dict[str, Any]] = {"capturable": False, "differentiable": False}  # settings with one value only
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
+        super().__init_subclass__(**kwargs)
+        cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SHARED
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
+        defaults = {**PROJECTION_DEFAULTS, **cls.row.group_keys()}
+        taken = {p.name for p in own}
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+            for name, annotation in Projection.__annotations__.items()
+            if name not in taken
+        ]
+        positional = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD and cls.row.rule == "torch"]
+        cls.__signature__ = inspect.Signature([*positional, *shared, *rest])  # type: ignore[attr-defined]
+
+    def __init__(self, params: Any, settings: dict[str, Any], projection: Projection, rule: AnyRule | None = None):
+        self.rule: AnyRule = RULES[self.row.rule] if rule is None else rule
+        if unknown := projection.keys() - Projection.__annotations__.keys():
+            raise TypeError(
+                f"{type(self).__name__} got unexpected arguments {sorted(unknown)}; "
+                f"beside its own it takes {sorted(Projection.__annotations__)}"
+            )
+        super().__init__(params, {**PROJECTION_DEFAULTS, **self.row.group_keys(), **settings, **projection})
+
+    # --- groups ---------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking it; nothing changes when it is refused."""
+        self._check_group({**self.defaults, **param_group})
+        check_spelling(param_group, {*self.defaults, "params", "param_names", "dim"})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex parameters are not supported yet; "
+                    "give them to another optimizer"
+                )
+        for p in group["params"]:
+            self._check_compiler(p, group)
+        self._warn_of_full_rank(group)
+        self._adopt()
+
+    def _check_fixed(self, settings: Mapping[str, Any]) -> None:
+        for key, only in self.fixed.items():
+            if settings.get(key, only) != only:
+                raise ValueError(f"{key}={settings[key]!r} is not supported by {type(self).__name__}; leave it {only!r}")
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_fixed(group)
+        check_group(group, self.row)
+
+    def _warn_of_full_rank(self, group: dict[str, Any]) -> None:
+        if group["rank"] is None:
+            return
+        whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and fits(tuple(p.shape), group["rank"]) is None]
+        if whole:
+            warnings.warn(
+                f"rank={group['rank']} is not smaller than the short side of {len(whole)} of {len(group['params'])} parameters "
+                f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
+                stacklevel=_callers_level(),
+            )
+
+    def _check_compiler(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        if group["compile"] and not has_compiler(p.device.type):
+            raise ValueError(
+                f"compile=True found no compiler for a parameter on {p.device}: torch.compile needs a C++ compiler such as g++ on a CPU "
+                "and Triton on a GPU. Install it, or use compile=None, which compiles only where it can"
+            )
+
+    # --- the step -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    @torch._disable_dynamo  # as torch's own: a caller's torch.compile would trace every step anew, for its plan is Python
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check_group(group)
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, group in pairs:  # every complaint comes before the first change
+            self._check(p, group)
+        for p, group in pairs:
+            if isinstance(p.grad, ConsumedGrad):
+                p.grad = None  # updated inside the backward pass: the mark has served
+            else:
+                self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state, grad = self.state[p], p.grad
+        assert grad is not None
+        if isinstance(grad, LowRankGrad):
+            engine.apply(p, grad.low, state, group, self.rule)
+        else:
+            engine.apply(p, engine.compress(p, grad, state, group, self.rule), state, group, self.rule, spare=True)
+
+    @torch.no_grad()
+    def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Replace ``p.grad`` by its projection, which accumulates further gradients of the same step."""
+        self._check(p, group)
+        plan, grad = engine.plan_of(p, group), p.grad
+        if plan.rank is not None and grad is not None and not isinstance(grad, LowRankGrad):
+            low = engine.compress(p, grad, self.state[p], group, self.rule)
+
+            def project(more: Tensor, first: bool) -> Tensor:
+                """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
+                if first or not self.state[p]["basis_ready"]:
+                    return engine.compress(p, more, self.state[p], group, self.rule)
+                return engine.project(more, self.state[p], plan, group)
+
+            p.grad = LowRankGrad(p, low, project)
+
+    @torch.no_grad()
+    def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One step on one parameter, whose gradient is consumed."""
+        self._check(p, group)
+        self._update(p, group)
+        p.grad = ConsumedGrad(p)
+
+    def _check(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Refuse what a step cannot use, and make the state of a parameter that is new here."""
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
+                "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
+            )
+        self._check_compiler(p, group)
+        if not self.state.get(p):
+            self._adopt(also=p)
+        state = self.state[p]
+        spec = state_spec(engine.plan_of(p, group), group, self.rule)
+        for key, tensor in spec.items():
+            held = state.get(key)
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                raise ValueError(
+                    f"the group of a parameter of shape {tuple(p.shape)} now asks for state {key} {tensor.shape} {tensor.dtype}, but it "
+                    f"holds {'none' if held is None else (tuple(held.shape), held.dtype)}: rank, proj_type and codecs cannot change "
+                    "during a run. Set them back, or make a new optimizer"
+                )
+            if not tensor.host and held.device != p.device:  # the model moved after the optimizer was made
+                state[key] = held.to(p.device)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by index and groups: plain tensors and numbers, which torch.load reads with its defaults."""
+        self._adopt()
+        return super().state_dict()
+
+    def _adopt(self, also: Tensor | None = None) -> None:
+        """Follow the groups: frameworks such as FSDP2 exchange the parameters in them after construction.
+
+        Frozen parameters get no state until one of them (``also``) meets a gradient.
+        """
+        present = [(p, group) for group in self.param_groups for p in group["params"]]
+        kept = {p for p, _ in present}
+        for p in [p for p in self.state if p not in kept]:
+            del self.state[p]
+        for turn, (p, group) in enumerate(present):
+            if (p.requires_grad or p is also) and not self.state.get(p):
+                self.state[p] = engine.new_state(p, group, self.rule, turn)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.
+
+        Refuses, before anything changes, a checkpoint whose tensors do not fit this optimizer's parameters and groups.
+        """
+        # Registered last, so that it sees what the user's own hooks have made of the checkpoint.
+        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: self._seal(checkpoint))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _seal(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check a checkpoint against the parameters, and hide its tensors from torch's cast."""
+        saved_groups, saved_state = state_dict["param_groups"], dict(state_dict["state"])
+        sealed: dict[Any, Any] = {}
+        groups = []
+        for saved, group in zip(saved_groups, self.param_groups, strict=False):
+            # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
+            merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
+            groups.append(merged)
+            self._check_group(merged)
+            for index, p in zip(saved["params"], group["params"], strict=False):
+                if index in saved_state:
+                    sealed[index] = self._seal_one(index, saved_state.pop(index), p, merged)
+        sealed.update(saved_state)
+        return {**state_dict, "param_groups": groups if len(groups) == len(saved_groups) else saved_groups, "state": sealed}
+
+    def _seal_one(self, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        plan = engine.plan_of(p, group)
+        saved = convert_published(saved, plan, group, self.rule)
+        spec = state_spec(plan, group, self.rule)
+        if not saved:
+            return {}
+        if saved.keys() - COUNTERS != spec.keys():
+            raise ValueError(
+                f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)}) has {sorted(saved.keys() - COUNTERS)}, but "
+                f"{type(self).__name__} with this group needs {sorted(spec)}: load it into the optimizer class and groups that wrote it"
+            )
+        for key, tensor in spec.items():
+            if tuple(saved[key].shape) != tensor.shape:
+                raise ValueError(
+                    f"the checkpoint's {key} of parameter {index} has shape {tuple(saved[key].shape)}, but a parameter of shape "
+                    f"{tuple(p.shape)} with rank={group['rank']} needs {tensor.shape}: it belongs to another model or rank"
+                )
+        if "step" not in saved:
+            raise ValueError(f"the checkpoint's state of parameter {index} has no step: it is not a whole checkpoint")
+        out: dict[str, Any] = {"step": int(saved["step"]), "turn": int(saved.get("turn", self.state[p].get("turn", 0)))}
+        for key, tensor in spec.items():
+            device = torch.device("cpu") if tensor.host else p.device
+            # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.
+            out[key] = _Sealed(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(saved[key]))
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule}  # torch lists what a copy keeps
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        for entry in self.state.values():
+            for key, value in entry.items():
+                if isinstance(value, _Sealed):
+                    entry[key] = value.value
+        self._adopt()

@@ -1,0 +1,80 @@
+"""Faces: a model's linear layers in INT8, and back. Everything else about the model stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galore_torch.ops.int8_weight import DTYPES, Int8Weight
+from galore_torch.optim.param_groups import chosen_linears
+
+
+def quantize_linears(model: nn.Module, *, targets: str | Sequence[str] | None = None) -> nn.Module:
+    """Hold the weights of attention and MLP layers as INT8 alone, in place; returns the model. Call it before the optimizer is built.
+
+    One weight after the other: building a model layer by layer and quantising each layer never needs more than one floating layer.
+    Embeddings, the output head, norms and biases keep their dtype, as published (Q-GaLore, arXiv 2407.08296, section 3).
+
+    Args:
+        model: any module with linear layers, in bf16 or fp32. A weight that several layers share stays shared.
+        targets: which linear layers, as in `galore_param_groups`; None for attention and MLP layers.
+
+    Raises ValueError, and changes nothing, for weights that are quantised already, not bf16 or fp32, not finite, or shared with a
+    module that is no linear layer, and for patterns that match nothing.
+    """
+    chosen = chosen_linears(model, targets)
+    places = _places(model)
+    for name, module in chosen.items():
+        _check(f"{name}.weight".lstrip("."), module.weight, places[id(module.weight)], set(chosen.values()))
+    for key in dict.fromkeys(id(module.weight) for module in chosen.values()):
+        _replace(places[key], Int8Weight.quantize)
+    return model
+
+
+def dequantize_linears(model: nn.Module) -> nn.Module:
+    """Ordinary layers again, in place, for export: ``dequantize_linears(model).save_pretrained(folder)``. Returns the model.
+
+    The weights round to their dtype, so that quantising them once more is not exact.
+    """
+    for same in _places(model).values():
+        if isinstance(getattr(*same[0]), Int8Weight):
+            _replace(same, Int8Weight.dequantize)
+    return model
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each parameter stands, by its id: (module, attribute), more than one where it is shared. Holds no parameter alive."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                places.setdefault(id(p), []).append((module, name))
+    return places
+
+
+def _replace(places: list[tuple[nn.Module, str]], change: Callable[[Any], Tensor]) -> None:
+    old = getattr(*places[0])
+    new = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+    for module, name in places:
+        setattr(module, name, new)
+
+
+def _check(name: str, weight: Tensor, places: list[tuple[nn.Module, str]], chosen: set[nn.Module]) -> None:
+    if isinstance(weight, Int8Weight):
+        raise ValueError(f"{name} is INT8 already: call quantize_linears once, or dequantize_linears(model) first")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"{name} is {weight.dtype}: only bfloat16 and float32 weights are quantised; call model.to(torch.bfloat16) first")
+    if others := [module for module, _ in places if module not in chosen]:
+        raise ValueError(
+            f"{name} is shared with a layer that stays as it is ({type(others[0]).__name__}): leave it out of targets, or untie them"
+        )
+    real = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta  # a traced one has no values
+    if real and not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+        raise ValueError(f"{name} holds values that are not finite: INT8 cannot, so load or initialise the weights first")
+
+
+# torch.load may build it with weights_only=True: it holds tensors and a dtype only.
+torch.serialization.add_safe_globals([Int8Weight])

@@ -1,0 +1,94 @@
+"""Ground: any ``torch.optim`` class as an inner optimizer.
+
+GaLore is independent of the optimizer (arXiv 2403.03507, section 4.1), so the class is not imitated but run, on the
+coordinates x = basis^T W of the weight inside the subspace, whose gradient is exactly R = basis^T G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from galore_torch.ops.codecs import TensorSpec
+from galore_torch.slots.rules import Group, Moment, Moments
+
+PREFIX = "base_"  # state keys of the inner optimizer: base_exp_avg, base_step, ...
+
+# How the moments of torch's own classes cross a change of basis; names not listed stay as they are.
+FIRST = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}
+SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"}
+DECOUPLED = {"AdamW", "Adafactor", "Muon"}  # classes whose weight_decay shrinks the weight and not the gradient
+
+
+class BaseRule:
+    """Runs ``base`` (a torch.optim.Optimizer subclass) one parameter at a time, with its state held outside."""
+
+    def __init__(self, base: type[torch.optim.Optimizer], kwargs: dict[str, Any]):
+        self.base, self.kwargs = base, kwargs
+        self._specs: dict[Any, dict[str, TensorSpec]] = {}
+        try:
+            self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2))], **kwargs).defaults)
+            self.spec((2, 2), torch.float32, self.defaults)
+        except Exception as error:
+            raise ValueError(
+                f"base={base.__name__} with {kwargs} cannot run inside a subspace: {error}. It must be a torch.optim.Optimizer "
+                f"class that steps without a closure and keeps its state in tensors, such as torch.optim.RMSprop."
+            ) from error
+
+    def decouples(self, group: Group) -> bool:
+        """Whether weight decay acts on the whole weight, outside the subspace."""
+        return self.base.__name__ in DECOUPLED or bool(group.get("decoupled_weight_decay"))
+
+    def spec(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, TensorSpec]:
+        """The state tensors of a parameter of ``shape``. Which there are depends on which settings are on, not on their size."""
+        settings = {key: group[key] for key in self.defaults}
+        key = (shape, dtype, *((value is None, isinstance(value, Tensor) or bool(value)) for value in settings.values()))
+        if key not in self._specs:
+            self._specs[key] = self._observe(shape, dtype, settings)
+        return self._specs[key]
+
+    def _observe(self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, TensorSpec]:
+        """Step a scratch parameter and see what it left."""
+        x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        x.grad = torch.zeros_like(x)
+        optimizer = self._new(x, settings)
+        _bare_step(optimizer)
+        state = {key: value for key, value in optimizer.state[x].items() if value is not None}
+        if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor)}:
+            raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors only")
+        return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in state.items()}
+
+    def _new(self, x: Tensor, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+        optimizer = self.base([x], **self.kwargs)
+        optimizer.param_groups[0].update(settings)
+        return optimizer
+
+    def moments(self, shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+        """How each state tensor crosses a change of basis. Tensors of another shape than the parameter's stay as they are."""
+
+        def kind(name: str) -> Literal["first", "second", "other"]:
+            return "first" if name in FIRST else "second" if name in SECOND else "other"
+
+        spec = self.spec(shape, torch.float32, group)
+        return {key: Moment(kind(key.removeprefix(PREFIX)) if tensor.shape == shape else "other") for key, tensor in spec.items()}
+
+    def step_(self, x: Tensor, grad: Tensor, moments: Moments | None, group: Group) -> Moments:
+        """One step of the base class on ``x`` in place. ``moments``: its state tensors, or None at the first step."""
+        optimizer = self._new(x, {key: group[key] for key in self.defaults})
+        if moments is not None:
+            optimizer.state[x] = {key.removeprefix(PREFIX): value for key, value in moments.items()}
+        held, x.grad = x.grad, grad
+        try:
+            _bare_step(optimizer)
+        finally:
+            x.grad = held
+        return {PREFIX + key: value for key, value in optimizer.state[x].items() if value is not None}
+
+
+def _bare_step(optimizer: torch.optim.Optimizer) -> None:
+    """The class's step without the hooks that torch wraps around it: those belong to the optimizer the user sees."""
+    step: Any = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)

@@ -1,0 +1,128 @@
+"""Where a run keeps its weights, and those weights as an ordinary transformers model. Reads only; changes nothing in a run.
+
+A path may name a run's folder, one checkpoint, or any folder that holds a transformers model with safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from galore_torch.train.checkpoint.resume import METRICS, TRAINER, read_trainer
+from galore_torch.train.checkpoint.storage import MANIFEST, newest_whole, verify
+from galore_torch.train.errors import UserError
+from galore_torch.train.model.llama import finish
+from galore_torch.train.model.pretrained import first_line, quiet_transformers
+from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
+
+_BASELINES = "galore_torch.train.model.baselines"  # their checkpoints hold layers that transformers does not know
+
+
+def weights_folder(path: str) -> Path:
+    """The folder with the weights that `path` means: of a run its newest whole checkpoint, else the folder itself.
+
+    A checkpoint's checksums have been compared when this returns; broken ones of a run are named on stderr and passed over.
+    UserError where there are no weights. Read the folder with `load_weights`: a baseline's checkpoint needs it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path} {'is a file' if folder.exists() else 'does not exist'}; give a run's folder or a model's")
+    if _is_checkpoint(folder):
+        verify(folder)
+        return folder
+    if (folder / METRICS).is_file() or (folder / "checkpoints").is_dir():
+        return _of_run(folder)
+    if runs := sorted(child.parent.name for child in folder.glob(f"*/{METRICS}")):
+        raise UserError(f"{path} is a folder of runs ({', '.join(runs)}); name one of them, such as {folder / runs[0]}")
+    if not _holds_model(folder):
+        raise UserError(
+            f"{path} holds no weights: it is no run or checkpoint of galore pretrain, and no model's folder "
+            "with config.json and safetensors"
+        )
+    return folder
+
+
+def is_of_run(folder: Path) -> bool:
+    """Whether `galore pretrain` wrote the weights in `folder`: a checkpoint, or the model that a run left."""
+    return _is_checkpoint(folder) or (folder.resolve().parent / METRICS).is_file()
+
+
+def _of_run(run: Path) -> Path:
+    newest, broken = newest_whole(run / "checkpoints")
+    if newest is not None:
+        for what in broken:
+            print(f"galore: {what}; taking {newest}", file=sys.stderr)
+        return newest
+    if broken:
+        raise UserError(f"{run}: none of {len(broken)} checkpoints is whole; {broken[0]}")
+    if not _holds_model(run / "model"):
+        raise UserError(f"{run} has no checkpoint yet; wait for one, or stop the run, which saves")
+    return run / "model"  # the checkpoints were taken away after the run had ended
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint, or was meant to be one."""
+    return any((folder / name).is_file() for name in (MANIFEST, TRAINER)) or folder.resolve().parent.name == "checkpoints"
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and any(folder.glob("*.safetensors"))
+
+
+def load_weights(folder: Path) -> Any:
+    """The causal language model in `folder`, as `weights_folder` gave it: on the CPU, in the dtype it was saved in, with ordinary layers.
+
+    What a baseline trained beside or in place of its matrices is multiplied out. UserError where the files are no whole model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        trained = read_trainer(folder)["identity"] if (folder / TRAINER).is_file() else None
+        if trained is not None and optimizer_spec(trained["optimizer"]).home == _BASELINES:
+            return _multiplied_out(folder, trained)
+        # The name of this argument before transformers 5 too; "auto" is the dtype in config.json.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}") from error
+    if absent := sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]):
+        raise UserError(f"{folder} is no whole model: {len(absent)} weights are missing or of another shape, such as {absent[0]}")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer in `folder`; UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception on a file it cannot parse
+        raise UserError(f"{folder} has no tokenizer that can be loaded: {first_line(error)}") from error
+    for how_it_was_loaded in ("is_local", "local_files_only"):  # transformers 5 would save that too
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
+
+
+def _multiplied_out(checkpoint: Path, trained: dict[str, Any]) -> Any:
+    """The model of a baseline's checkpoint: its layers are changed as they were for training, filled, and changed back."""
+    from safetensors.torch import load_model
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from galore_torch.train.model.baselines import to_dense
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    finish(model, dtype=trained["dtype"], activation_checkpointing=False)
+    build_optimizer(trained["optimizer"], model, lr=trained["lr"], settings=trained)  # also changes the layers
+    load_model(model, checkpoint / "model.safetensors")
+    return to_dense(model).eval()

@@ -1,0 +1,1 @@
+"""The commands of `galore`, each from checked words to its last line."""

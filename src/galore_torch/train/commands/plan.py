@@ -1,0 +1,158 @@
+"""The command `galore plan`, from its words to its tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.errors import UserError
+from galore_torch.train.model.llama import preset_name
+from galore_torch.train.optimizers.registry import OPTIMIZERS
+from galore_torch.train.plan.answer import Plan, planned, question_of
+from galore_torch.train.plan.cards import card
+from galore_torch.train.plan.methods import Q_GALORE
+from galore_torch.train.plan.picture import draw_bars
+from galore_torch.train.plan.search import SHARES, best_that_fits
+from galore_torch.train.plan.show import describe, show_plan, show_rows
+from galore_torch.train.plan.units import gb, parse_memory
+from galore_torch.train.report.progress import make_console
+
+EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
+COMPARED = {
+    "AdamW": "adamw",
+    "8-bit Adam": "adam8bit",
+    "LoRA": "lora",
+    "GaLore": "galore_adamw",
+    "8-bit GaLore": "galore_adamw8bit",
+    "8-bit GaLore, per layer": "galore_adamw8bit_per_layer",
+    "Q-GaLore, per layer": f"{Q_GALORE}_per_layer",
+}
+_SETTINGS = ("max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype", "activation_checkpointing", "vocab_size")
+_CYCLE = 200  # updates between relora's merges: they cost no memory, but it has no default
+_DEFAULTS = {"dtype": "bfloat16", "batch_size": 1, "optimizer": "galore_adamw8bit_per_layer"}
+
+
+def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
+    """Answer one `galore plan`; returns the exit code: 1 where the run does not fit. UserError for what cannot be."""
+    console = console or make_console()
+    world_size = arguments.get("world_size", 1)
+    if world_size < 1:
+        raise UserError(f"--world_size {world_size} is out of bounds: give a number of processes of at least 1")
+    budget = _budget(arguments)
+    device = arguments.get("device", "cuda")
+    given = _model(arguments["model"]) | {name: arguments[name] for name in _SETTINGS if name in arguments}
+    given["dtype"] = given.get("dtype", _DEFAULTS["dtype"])
+    name = given.get("optimizer", "").lower()
+    given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
+    if name.removesuffix("_per_layer") == Q_GALORE and name not in OPTIMIZERS:
+        raise UserError(f"--optimizer {name} cannot be trained yet; --compare plans it beside the others")
+    config = PretrainConfig(**{**_DEFAULTS, **given}, given=frozenset(given))
+    if arguments.get("output") and (budget is None or arguments.get("compare") or arguments.get("sweep")):
+        raise UserError("-o writes the best recipe that fits: give --memory or --card, and neither --compare nor --sweep")
+    if arguments.get("compare") or arguments.get("sweep"):
+        return _side_by_side(console, arguments, config, device, budget)
+    if arguments.get("picture"):
+        raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
+    if budget is None:
+        show_plan(console, planned(question_of(config, device=device), traced=True), None, world_size)
+        return EXIT_FITS
+    return _for_a_card(console, arguments, given, config, device, budget, world_size)
+
+
+def _budget(arguments: Mapping[str, Any]) -> int | None:
+    if "card" in arguments and "memory" in arguments:
+        raise UserError(f"--card {arguments['card']} and --memory {arguments['memory']} both say how much there is; leave one of them out")
+    if "card" in arguments:
+        if arguments.get("device") == "cpu":
+            raise UserError(f"--card {arguments['card']} is a GPU, and --device is cpu; leave one of them out")
+        return card(arguments["card"]).bytes
+    return parse_memory(arguments["memory"]) if "memory" in arguments else None
+
+
+def _model(name: str) -> dict[str, Any]:
+    """As settings of `galore pretrain`: a LLaMA's sizes, or a transformers folder with weights or of another family."""
+    path = Path(name)
+    if preset_name(name) or not path.is_dir():
+        return {"model_config": name}
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--model {name} is a folder without a readable config.json: {error}") from error
+    weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return {"hf_model": name} if weights or kind != "llama" else {"model_config": name}
+
+
+def _for_a_card(
+    console: Console, arguments: Mapping[str, Any], given: dict[str, Any], config: PretrainConfig, device: str, budget: int, world_size: int
+) -> int:
+    best = best_that_fits(given, budget, device, traced=True)
+    if best is None:
+        least = planned(question_of(config, device=device), traced=True)
+        show_plan(console, least, budget, world_size)
+        console.print("nothing that was left open to choose makes it fit", highlight=False)
+        if "optimizer" in given and (
+            other := best_that_fits({k: v for k, v in given.items() if k != "optimizer"}, budget, device, traced=False)
+        ):
+            console.print(f"with another --optimizer it would: {describe(other[1])}", highlight=False, soft_wrap=True)
+        return EXIT_DOES_NOT_FIT
+    chosen, found = best
+    show_plan(console, found, budget, world_size)
+    settings = _recipe(chosen, found, budget)
+    if output := arguments.get("output"):
+        _write(Path(output), settings)
+        console.print(f"recipe     {output}: galore pretrain --config {output} --data FILE ...", highlight=False, soft_wrap=True)
+    else:
+        console.print("-o FILE writes this recipe for galore pretrain --config", highlight=False)
+    return EXIT_FITS
+
+
+def _recipe(config: PretrainConfig, found: Plan, budget: int) -> dict[str, Any]:
+    names = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
+    settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size", "cycle_length")}
+    if config.hf_model:
+        del settings["model_config"]
+    about = f"planned: {describe(found)}; needs {gb(found.needed)} of {gb(budget)} GB"
+    return {"about": about, **{name: value for name, value in settings.items() if value is not None}}
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(settings, indent=2) + "\n")
+    except FileExistsError:
+        raise UserError(f"-o {path} already exists; give a new name") from None
+    except OSError as error:
+        raise UserError(f"-o {path} cannot be written: {error.strerror}") from error
+
+
+def _side_by_side(console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: int | None) -> int:
+    """`--compare` and `--sweep rank`: the same run with other optimizers, or other ranks."""
+    setting = f"{config.model_name}, {config.torch_dtype}, {config.batch_size} x {config.max_length} tokens"
+    rows: Sequence[tuple[str, Plan]]
+    if arguments.get("compare"):
+        names = COMPARED.items()
+        rows = [(label, planned(question_of(config, device=device, optimizer=name), traced=False)) for label, name in names]
+        title, first, kind = f"{setting}, rank {config.resolved_rank}", "optimizer", "compare"
+    else:
+        width = config.shape.hidden_size
+        ranks = sorted({width // share for share in SHARES if width >= share} | ({config.rank} if config.rank else set()))
+        rows = [(str(rank), _with_rank(config, rank, device)) for rank in ranks]
+        title, first, kind = f"{setting}, {config.contenders[0][0]}", "rank", "sweep"
+        if len({found.peak for _, found in rows}) == 1 and not rows[0][1].basis:
+            raise UserError(f"--sweep rank: the memory of {config.contenders[0][0]} has no rank; choose galore_adamw8bit")
+    show_rows(console, title, first, rows, budget)
+    picture = Path(arguments.get("picture") or f"plan-{kind}.png")
+    draw_bars(picture, title, rows, budget)
+    console.print(f"picture    {picture}", highlight=False, soft_wrap=True)
+    return EXIT_FITS
+
+
+def _with_rank(config: PretrainConfig, rank: int, device: str) -> Plan:
+    question = question_of(config, device=device)
+    return planned(replace(question, settings={**question.settings, "rank": rank}), traced=False)

@@ -1,0 +1,225 @@
+"""The command `galore pretrain`, from checked settings to the closing table."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from os import devnull
+from pathlib import Path
+
+from rich.console import Console
+
+from galore_torch.train.checkpoint.lock import run_lock
+from galore_torch.train.checkpoint.resume import (
+    METRICS,
+    Starts,
+    check_identity,
+    differences,
+    find_starts,
+    identity,
+    run_folder,
+    save_weights,
+)
+from galore_torch.train.checkpoint.storage import plain_failures, step_of
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.config.flags import SETTINGS
+from galore_torch.train.data.loader import TokenData, check_data, load_data
+from galore_torch.train.device import memory_mb, pick_device
+from galore_torch.train.loop.build import model_for
+from galore_torch.train.loop.distributed import ALONE, Ranks, joined, launched
+from galore_torch.train.loop.result import RunResult
+from galore_torch.train.loop.trainer import train
+from galore_torch.train.model.baselines import to_dense
+from galore_torch.train.model.compile import check_compiler
+from galore_torch.train.model.pretrained import quiet_transformers
+from galore_torch.train.optimizers.registry import build_optimizer
+from galore_torch.train.report.progress import Display, make_console, show_table
+from galore_torch.train.report.summary import (
+    check_save_dir,
+    draw,
+    headline,
+    markdown_table,
+    new_run_folder,
+    summary,
+    table_rows,
+    write_config,
+    write_json,
+)
+from galore_torch.train.report.trackers import check_trackers, tracked
+
+EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells have it: Ctrl-C 130, SIGTERM 143
+
+
+def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
+    """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
+    check_data(config)
+    device = pick_device(config.device)
+    with ExitStack() as held:
+        ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device))
+        return _pretrain(config, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
+
+
+def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Ranks, held: ExitStack) -> int:
+    def note(text: str) -> None:
+        console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+
+    starts = find_starts(config)
+    if starts.folder is None:
+        check_save_dir(config.save_dir, config.resume)
+    elif ranks.leads:
+        held.enter_context(run_lock(starts.folder, note))
+    ranks.wait()  # before the first one makes a folder there
+    check_trackers(config.tracker)
+    quiet_transformers()
+    if config.compile:
+        check_compiler(device)
+    for text in config.notes:
+        note(text)
+    with console.status("reading text, training or loading the tokenizer"):
+        data = load_data(config)
+    _check_optimizers(config, data)
+    _check_starts(config, data, starts)
+    folder = held.enter_context(_place_to_write(ranks, starts, config, note))
+    with plain_failures("the run", folder):
+        write_config(folder, config, data, device)
+    _introduce(console, config, data, folder)
+    _introduce_starts(console, starts, device)
+
+    results: list[RunResult] = []
+    with Display(console) as display:
+        for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
+            if ranks.any(display.should_stop()):
+                break
+            own_folder = run_folder(folder, config, run_name)
+            display.begin(run_name, config.num_training_steps, _planned_mb(config, data, name, device))
+            with plain_failures("the run", folder):
+                results.append(_one_run(config, name, lr, data, own_folder, display, starts.checkpoints.get(run_name), ranks))
+                if ranks.leads:
+                    _write_results(folder, config, results)
+    return _close(console, config, folder, results, display.stopped_by)
+
+
+@contextmanager
+def _place_to_speak(ranks: Ranks, console: Console | None) -> Iterator[Console]:
+    """The console; of several processes the first one's alone."""
+    if ranks.leads:
+        yield console or make_console()
+        return
+    with open(devnull, "w") as nowhere:
+        yield Console(file=nowhere)
+
+
+@contextmanager
+def _place_to_write(ranks: Ranks, starts: Starts, config: PretrainConfig, note: Callable[[str], None]) -> Iterator[Path]:
+    """The run's folder, locked; of several processes the others have one for the time of the run, and save nothing."""
+    if not ranks.leads:
+        with tempfile.TemporaryDirectory(prefix="galore-rank-") as folder:
+            yield Path(folder)
+    elif starts.folder is not None:  # locked before it was read
+        yield starts.folder
+    else:
+        made = new_run_folder(config.save_dir)
+        with run_lock(made, note):
+            yield made
+
+
+def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
+    """Build each optimizer once on a model without memory, so that none is refused after hours of the one before."""
+    import torch
+
+    for name, lr in config.contenders:
+        with torch.device("meta"):
+            model = model_for(config, data)  # a new one for each: the baselines change its layers
+        build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+
+
+def _check_starts(config: PretrainConfig, data: TokenData, starts: Starts) -> None:
+    """Refuse a checkpoint of another run before anything is changed."""
+    for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
+        if run_name in starts.checkpoints:
+            check_identity(starts.checkpoints[run_name], config, identity(config, name, lr, data))
+
+
+def _planned_mb(config: PretrainConfig, data: TokenData, name: str, device: str) -> float | None:
+    """The peak that the run's memory is planned to have, as the display counts memory: on a CPU the process is in it."""
+    from galore_torch.train.plan.answer import planned_peak_bytes
+
+    tensors = planned_peak_bytes(config, data.vocab_size, name)
+    process = memory_mb(device)["rss_mb"] if device == "cpu" else 0.0
+    return None if tensors is None else process + tensors / 1e6
+
+
+def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
+    notes = [f"skipped: {what}" for what in starts.skipped] + differences(starts.checkpoints.values(), device)
+    for note in notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+    for run_name, path in starts.checkpoints.items():
+        console.print(f"resumed    {run_name} after update {step_of(path)}", highlight=False)
+
+
+def _one_run(
+    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None, ranks: Ranks
+) -> RunResult:
+    """Train with one optimizer and leave its metrics and its model in `folder`."""
+    folder.mkdir(exist_ok=True)
+    settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
+    after = 0 if start is None else step_of(start)
+    with tracked(config.tracker if ranks.leads else (), display, folder, settings, display.warn, after) as watcher:
+        result, model = train(config, name, lr, data, folder, watcher, start, ranks)
+    if ranks.leads and result.status in ("finished", "interrupted"):
+        save_weights(to_dense(model), folder / "model")
+        data.tokenizer.fast.save_pretrained(folder / "model")
+    return result
+
+
+def _write_results(folder: Path, config: PretrainConfig, results: Sequence[RunResult]) -> None:
+    # After every run: a comparison that is cut short keeps what it has.
+    write_json(folder / "summary.json", summary(results))
+    (folder / "results.md").write_text(markdown_table(config, results), encoding="utf-8")
+    draw(folder / "loss.png", config, results)
+
+
+def _introduce(console: Console, config: PretrainConfig, data: TokenData, folder: Path) -> None:
+    sequences = config.num_training_steps * config.sequences_per_update
+    if data.source is not None:
+        amount = f"streamed, {sequences:,} sequences of {config.max_length} tokens are to be read"
+    elif config.pad_documents:
+        amount = f"{len(data.train):,} training documents read, {sequences / len(data.train):.1f} passes over them"
+    else:
+        amount = f"{len(data.train):,} training tokens read, {sequences * config.max_length / len(data.train):.1f} passes over them"
+    console.print(
+        f"text       {data.text}: {amount}\ntokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}\nrun        {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if data.tokenizer.end_id is None:
+        console.print(
+            "[yellow]note:[/] this tokenizer names no end-of-text token; documents run together",
+            highlight=False,
+        )
+
+
+def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequence[RunResult], stopped_by: int | None) -> int:
+    if results:
+        header, rows = table_rows(config, results)
+        show_table(console, headline(config, results), header, rows)
+        console.print(f"config, metrics, picture, checkpoints and model: {folder}", highlight=False, soft_wrap=True)
+    for result in results:
+        if result.skipped:
+            console.print(f"[yellow]{result.optimizer}: {result.skipped} updates were skipped, see {METRICS}[/]", highlight=False)
+    interrupted = any(result.status == "interrupted" for result in results) or len(results) < len(config.contenders)
+    if interrupted and stopped_by is not None:
+        console.print(
+            f"[yellow]interrupted by {signal.Signals(stopped_by).name}: what was trained so far is saved; "
+            f"go on with the same command and --save_dir {shlex.quote(str(folder))} --resume auto[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return EXIT_SIGNAL + stopped_by
+    stopped = [result for result in results if not result.finished]
+    for result in stopped:
+        console.print(f"[red]{result.optimizer} stopped: {result.status}[/]", highlight=False, soft_wrap=True)
+    return EXIT_STOPPED if stopped else EXIT_DONE

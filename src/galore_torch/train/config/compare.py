@@ -1,0 +1,52 @@
+"""Who is trained: the names and learning rates in --optimizer and --compare. Plain data; imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from galore_torch.train.errors import UserError
+from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
+
+Contender = tuple[str, float]  # name in lower case, peak learning rate
+
+
+def contenders(items: Iterable[str], lr: float | None) -> list[Contender]:
+    """Each `name` or `name:lr` with its own lr, else the shared one, else the optimizer's."""
+    result = []
+    for item in items:
+        name, _, own_lr = item.partition(":")
+        spec = optimizer_spec(name)
+        settled = spec.default_lr if lr is None else lr
+        if own_lr:
+            try:
+                settled = float(own_lr)
+            except ValueError:
+                settled = -1.0
+            if not (math.isfinite(settled) and settled > 0):
+                raise UserError(
+                    f"--compare {item!r}: {own_lr!r} is no learning rate; write name:lr with "
+                    f"lr greater than 0, as in {name}:{spec.default_lr}"
+                )
+        result.append((name.lower(), settled))
+    return result
+
+
+def run_names(pairs: Sequence[Contender]) -> list[str]:
+    """A folder name for each: the optimizer's, with the lr where that alone tells two apart."""
+    names = [name for name, _ in pairs]
+    return [f"{name}-lr{lr:g}" if names.count(name) > 1 else name for name, lr in pairs]
+
+
+def check_contenders(compare: Sequence[str], pairs: Sequence[Contender], given: frozenset[str]) -> None:
+    """Refuse a contender named twice, and a flag that none of them can use."""
+    if compare and "optimizer" in given:
+        raise UserError("--optimizer and --compare are both given; name every one in --compare")
+    names = [name for name, _ in pairs]
+    if len(set(pairs)) < len(names):
+        raise UserError(f"--compare names one optimizer twice with one lr: {', '.join(compare)}; write name:lr")
+    for flag in sorted(given):
+        if all(flag in unused_flags(name, given) for name in names):
+            raise UserError(
+                f"--{flag} has no effect on {', '.join(names)}; leave it out, or choose an optimizer that uses it, such as galore_adamw"
+            )

@@ -1,0 +1,182 @@
+"""PretrainConfig: settings that have been checked. Construction refuses what cannot work. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from galore_torch.train.config.compare import check_contenders
+from galore_torch.train.config.settings import BASIS_CODECS, DEVICES, DTYPES, PROJ_TYPES, STATE_CODECS, TRACKERS, Settings
+from galore_torch.train.errors import UserError
+from galore_torch.train.optimizers.registry import optimizer_spec
+from galore_torch.train.optimizers.schedule import SCHEDULERS
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Settings):
+    """Settings of one `galore pretrain` call; construction settles and checks them."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap", "keep", "max_bad_steps"):
+            self._number(name, lambda v: v >= 1, "at least 1")
+        for name in ("vocab_size", "rank", "total_batch_size", "gradient_accumulation", "eval_tokens"):
+            self._number(name, lambda v: v >= 1, "at least 1")
+        for name in ("max_train_tokens", "decay_steps", "cycle_length", "restart_warmup_steps"):
+            self._number(name, lambda v: v >= 1, "at least 1")
+        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise", "loss_chunk"):
+            self._number(name, lambda v: v >= 0, "at least 0")
+        self._number("workers", lambda v: 0 <= v <= 64, "between 0 and 64")
+        self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
+        for name in ("lr", "galore_scale", "peak_tflops"):
+            self._number(name, lambda v: v > 0, "greater than 0")
+        self._number("beta1", lambda v: 0 <= v < 1, "in [0, 1)")
+        self._number("min_lr_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
+        self._choice("scheduler", SCHEDULERS)
+        self._choice("proj_type", PROJ_TYPES)
+        self._choice("device", DEVICES)
+        self._choice("dtype", tuple(DTYPES))
+        self._choice("state_codec", (None, *STATE_CODECS))
+        self._choice("basis_codec", (None, *BASIS_CODECS))
+        self._settle()
+        self._check_model()
+        self._check_batch()
+        self._check_schedule()
+        self._check_looking()
+        self._check_processes()
+        check_contenders(self.compare, self.contenders, self.given)
+
+    def _settle(self) -> None:
+        """Give the settings that follow from others their value, so that every reader sees numbers."""
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", 128 if (self.model_config, self.hf_model) == ("demo", None) else 256)
+        if self.gradient_accumulation is not None:
+            total = self.gradient_accumulation * self.sequences_at_once
+            if self.total_batch_size not in (None, total):
+                raise UserError(
+                    f"--gradient_accumulation {self.gradient_accumulation} times {self._at_once} is {total}, "
+                    f"but --total_batch_size is {self.total_batch_size}; leave one of them out"
+                )
+            object.__setattr__(self, "total_batch_size", total)
+        if self.max_train_tokens is not None:
+            if self.pad_documents:
+                raise UserError(
+                    f"--max_train_tokens {self.max_train_tokens} and --pad_documents: how many tokens are not padding is known only when "
+                    "they have been read; say how long to train with --num_training_steps, or leave --pad_documents out"
+                )
+            if {"max_train_tokens", "num_training_steps"} <= self.given:
+                raise UserError("--max_train_tokens and --num_training_steps both say how long to train; leave one of them out")
+            steps = self.max_train_tokens // (self.sequences_per_update * self.max_length)
+            if not steps:
+                raise UserError(
+                    f"--max_train_tokens {self.max_train_tokens} is less than one update of "
+                    f"{self.sequences_per_update * self.max_length} tokens; give more, or a smaller batch"
+                )
+            object.__setattr__(self, "num_training_steps", steps)
+
+    def _number(self, name: str, holds: Callable[[Any], bool], bound: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            raise UserError(f"--{name} {value} is out of bounds: give a number {bound}")
+
+    def _choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise UserError(f"--{name} {value!r} is not known; choose one of: {', '.join(filter(None, choices))}")
+
+    def _check_model(self) -> None:
+        if self.continue_from is not None:
+            raise UserError(
+                f"--continue_from {self.continue_from}: to go on with a run where it stopped give --resume {self.continue_from}; "
+                f"to go on from its weights alone, as the published script did, give --hf_model {self.continue_from}"
+            )
+        if self.hf_model is not None:
+            for name in ("model_config", "vocab_size"):
+                if name in self.given:
+                    raise UserError(f"--{name} and --hf_model are both given, and {self.hf_model} has its own; leave one of them out")
+            if "low_rank" in dict(self.contenders):
+                raise UserError(
+                    "low_rank starts from random factors, not from the weights of --hf_model; leave one of them out, or take lora"
+                )
+        if self.max_length > self.shape.max_position_embeddings:
+            raise UserError(
+                f"--max_length {self.max_length} is more than the {self.shape.max_position_embeddings} "
+                f"positions of {self.model_name}; give a smaller --max_length"
+            )
+        if self.rank is not None and self.rank >= self.shape.hidden_size:
+            raise UserError(
+                f"--rank {self.rank} is not below the width {self.shape.hidden_size} of {self.model_name}, "
+                f"so nothing would be projected; try --rank {max(1, self.shape.hidden_size // 4)}"
+            )
+        if self.gap_range is not None and not 1 <= self.gap_range[0] <= self.update_proj_gap <= self.gap_range[1]:
+            raise UserError(
+                f"--gap_range {self.gap_range[0]} {self.gap_range[1]} must have --update_proj_gap {self.update_proj_gap} between them; "
+                f"try --gap_range {max(1, self.update_proj_gap // 4)} {8 * self.update_proj_gap}"
+            )
+
+    def _check_batch(self) -> None:
+        if self.sequences_per_update != (self.total_batch_size or self.sequences_at_once):
+            raise UserError(
+                f"--total_batch_size {self.total_batch_size} is not a multiple of {self._at_once}; try --total_batch_size "
+                f"{max(1, self.accumulation) * self.sequences_at_once}"
+            )
+        if self.eval_tokens < self.max_length * self.processes:
+            each = (
+                "one sequence; give at least --max_length"
+                if self.processes == 1
+                else f"one sequence for each of {self.processes} processes"
+            )
+            raise UserError(f"--eval_tokens {self.eval_tokens} is less than {each}, {self.max_length * self.processes}")
+        if self.compare and self.resume not in (None, "auto"):
+            raise UserError(f"--resume {self.resume} names one checkpoint, but --compare has {len(self.compare)} runs; use --resume auto")
+
+    @property
+    def _at_once(self) -> str:
+        return f"--batch_size {self.batch_size}" + (f" x {self.processes} processes" if self.processes > 1 else "")
+
+    def _check_processes(self) -> None:
+        for name, _ in self.contenders if self.processes > 1 else ():
+            if optimizer_spec(name).per_layer:
+                raise UserError(
+                    f"{name} uses up each gradient in the backward pass, before {self.processes} processes could average theirs; "
+                    f"choose {name.removesuffix('_per_layer')}, or torchrun --nproc_per_node 1"
+                )
+
+    def _check_looking(self) -> None:
+        unknown = [name for name in self.tracker if name not in TRACKERS]
+        if unknown:
+            raise UserError(f"--tracker {unknown[0]!r} is not known; choose from: {', '.join(TRACKERS)}")
+        if self.track_subspace and not any(optimizer_spec(name).low_rank for name, _ in self.contenders):
+            names = ", ".join(name for name, _ in self.contenders)
+            raise UserError(f"--track_subspace has no effect on {names}; leave it out, or choose galore_adamw")
+
+    def _check_schedule(self) -> None:
+        steps, names = self.num_training_steps, [name for name, _ in self.contenders]
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps < steps:
+            raise UserError(
+                f"--warmup_steps {self.warmup_steps} must be at least 0 and less than --num_training_steps {steps}; "
+                f"try --warmup_steps {steps // 10}"
+            )
+        if self.scheduler == "constant" and "min_lr_ratio" in self.given:
+            raise UserError(f"--min_lr_ratio {self.min_lr_ratio} has no effect on --scheduler constant; leave it out, or choose cosine")
+        if self.decay_steps is not None and self.scheduler != "wsd":
+            raise UserError(f"--decay_steps {self.decay_steps} has no effect on --scheduler {self.scheduler}; leave it out, or choose wsd")
+        if self.decay_steps is not None and self.decay_steps > steps - self.warmup:
+            raise UserError(
+                f"--decay_steps {self.decay_steps} is more than the {steps - self.warmup} updates after warm-up; "
+                f"try --decay_steps {max(1, steps // 5)}"
+            )
+        restarts = "relora" if "relora" in names else "--scheduler cosine_restarts" if self.scheduler == "cosine_restarts" else None
+        for name in ("cycle_length", "restart_warmup_steps"):
+            if getattr(self, name) is not None and restarts is None:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} has no effect here; leave it out, or choose --scheduler cosine_restarts or relora"
+                )
+        if restarts and not (self.cycle_length and self.warmup < self.cycle_length < steps):
+            raise UserError(
+                f"{restarts} needs --cycle_length, the updates between two restarts, above --warmup_steps {self.warmup} and below "
+                f"--num_training_steps {steps} (now {self.cycle_length})"
+            )
+        if restarts and self.restart_warmup_steps is not None and self.restart_warmup_steps >= (self.cycle_length or 0):
+            raise UserError(f"--restart_warmup_steps {self.restart_warmup_steps} must be less than --cycle_length {self.cycle_length}")

@@ -1,0 +1,188 @@
+"""Settings as flags and as a config file: the same names, the same checks of a value. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.config.recipes import recipe_text
+from galore_torch.train.errors import UserError
+from galore_torch.train.optimizers.registry import unused_flags
+
+SETTINGS: dict[str, Field[Any]] = {item.name: item for item in fields(PretrainConfig) if "group" in item.metadata}
+_FREE_KEYS = {"about", "resolved"}  # what a file says beside its settings: a description; what a run's config.json adds
+# One of each pair decides: a flag puts the file's other one out of force.
+_RIVALS = (
+    {"num_training_steps", "max_train_tokens"},
+    {"total_batch_size", "gradient_accumulation"},
+    {"model_config", "hf_model"},
+    {"optimizer", "compare"},
+)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """--config, and a flag for each setting, in the groups of the settings."""
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file or a recipe (galore recipes); flags win over it")
+    groups: dict[str, Any] = {}
+    for item in SETTINGS.values():
+        name = item.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        _add_flag(groups[name], item)
+
+
+def config_from(arguments: Mapping[str, Any], processes: int = 1) -> PretrainConfig:
+    """The settings of the file that --config names, where it is given, under those of the flags; for so many processes."""
+    flags = dict(arguments)
+    path = flags.pop("config", None)
+    if path is None:
+        return PretrainConfig(**flags, given=frozenset(flags), processes=processes)
+    raw = _read(path)
+    values = {key: _value(path, key, value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
+    for rivals in _RIVALS:
+        if rivals & flags.keys():
+            values = {key: value for key, value in values.items() if key not in rivals}
+    remarks = []
+    if "optimizer" in flags or "compare" in flags:
+        names = [name.partition(":")[0] for name in flags.get("compare") or (flags["optimizer"],)]
+        unused = set.intersection(*(set(unused_flags(name, values)) for name in names))
+        values = {key: value for key, value in values.items() if key not in unused}
+        remarks = [f"{', '.join(names)}: {path} says {key}, which has no effect there" for key in sorted(unused)]
+    # The record of a run holds every setting, most of which nobody typed.
+    given = flags.keys() if "resolved" in raw else values.keys() | flags.keys()
+    return PretrainConfig(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The JSON object in a file, or in the recipe of that name where there is no such file; unknown keys are refused."""
+    text = recipe_text(path) if not Path(path).exists() else None
+    try:
+        raw = json.loads(text or Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}; give a JSON file or one of `galore recipes`") from error
+    except ValueError as error:
+        raise UserError(f"--config {path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f'--config {path} holds a {type(raw).__name__}; give one object, such as {{"optimizer": "galore_adamw"}}')
+    for key in raw:
+        if key not in SETTINGS and key not in _FREE_KEYS:
+            near = difflib.get_close_matches(key.replace("-", "_"), SETTINGS, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else "`galore pretrain --help` lists the settings"
+            raise UserError(f"--config {path}: setting {key!r} is not known; {cure}")
+    return raw
+
+
+def _value(path: str, key: str, value: Any) -> Any:
+    """A value of a file, checked as the flag's text would be."""
+    item = SETTINGS[key]
+    kind, convert = str(item.type), converter(item)
+    try:
+        if kind.startswith("bool"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{value!r} is neither true nor false")
+            return value
+        if kind.startswith("tuple"):
+            parts = [convert(str(part)) for part in (value if isinstance(value, list) else [value])]
+            return _as_tuple(item, parts)
+        if kind.startswith("str") and not isinstance(value, str):
+            raise ValueError(f'{value!r} is no text; put it in quotes, as in "{value}"')
+        return convert(str(value))
+    except ValueError as error:
+        raise UserError(f"--config {path}: {key}: {error}") from None
+
+
+def _as_tuple(item: Field[Any], parts: list[Any]) -> tuple[Any, ...]:
+    if item.metadata.get("parse") == "names":
+        return tuple(name for names in parts for name in names)
+    if item.metadata.get("pair") and len(parts) != 2:
+        raise ValueError(f"{parts} must be two numbers")
+    return tuple(parts)
+
+
+def converter(item: Field[Any]) -> Callable[[str], Any]:
+    """text -> one value of a setting; ValueError with the text and an example otherwise."""
+    kind, parse = str(item.type), item.metadata.get("parse")
+    if parse:
+        return {"names": _names, "tokens": _tokens}[parse]
+    if kind.startswith(("int", "tuple[int")):
+        return _int
+    return _float if kind.startswith("float") else str
+
+
+def _add_flag(group: Any, item: Field[Any]) -> None:
+    """One flag from one setting, with its help and default."""
+    flag = f"--{item.name}"
+    text = item.metadata["help"].replace("%", "%%")
+    if item.default is not None and item.default != () and item.default is not False:
+        text += f" (default: {item.default})"
+    kind, convert = str(item.type), _for_argparse(converter(item))
+    metavar = item.metadata.get("metavar")
+    if kind.startswith("bool"):
+        group.add_argument(flag, action="store_true", help=text)
+    elif item.metadata.get("pair"):
+        group.add_argument(flag, nargs=2, type=convert, action=_Pair, metavar=metavar, help=text)
+    elif kind.startswith("tuple") and not item.metadata.get("parse"):
+        group.add_argument(flag, nargs="+", action=_Tuple, metavar=metavar, help=text)
+    else:
+        metavar = metavar or {"int": "N", "flo": "X"}.get(kind[:3], "NAME")
+        group.add_argument(flag, type=convert, metavar=metavar, help=text)
+
+
+def _for_argparse(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number, such as 32") from None
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number, such as 0.01") from None
+
+
+def _tokens(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is no number of tokens, such as 500K, 100M or 1.5B")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError(f"{text!r} names no optimizer, such as adamw,galore_adamw")
+    return names
+
+
+class _Tuple(argparse.Action):
+    """A flag that takes several values and may be repeated: all of them count."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
+class _Pair(argparse.Action):
+    """Two values as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))

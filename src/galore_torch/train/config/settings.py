@@ -1,0 +1,262 @@
+"""Settings: every setting of `galore pretrain`, its default and its help, and what follows from them.
+
+The only owner of defaults; config.py checks them. Names are the published pre-training script's. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from galore_torch.train.config.compare import contenders, run_names
+from galore_torch.train.model.llama import ModelShape, model_shape, preset_name
+from galore_torch.train.model.pretrained import HFShape, hf_shape
+from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
+from galore_torch.train.optimizers.schedule import SCHEDULERS, Schedule
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+# As galore_torch.ops.codecs has them, which imports torch.
+STATE_CODECS, BASIS_CODECS = ("fp32", "bf16", "int8"), ("fp32", "bf16", "int4")
+DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether --data `name` is a data set of the hub and not a path."""
+    return name == "c4" or name.startswith("hf:")
+
+
+def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **more})
+
+
+PUBLISHED = "accepted from the published script"
+
+
+def _published(why: str) -> Any:
+    return field(default=None, metadata={"group": PUBLISHED, "help": f"no effect: {why}", "note": why})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one `galore pretrain` call is given, and what follows from it; not checked."""
+
+    # -- model
+    model_config: str = _setting("demo", "model", "preset (demo, 9m ... 7b, llama3-8b), a LLaMA config.json or its folder")
+    hf_model: str | None = _setting(None, "model", "go on training this causal LM: a transformers folder or hub name, not a --model_config")
+    vocab_size: int | None = _setting(None, "model", "rows of the embedding (default: the preset's; demo: the tokenizer's)")
+    max_length: int = _setting(None, "model", "tokens in one training sequence (default: 256; demo: 128)")
+    dtype: str = _setting("float32", "model", "weights: float32 or bfloat16")
+    activation_checkpointing: bool = _setting(False, "model", "recompute activations in the backward pass: less memory, more time")
+    # -- data
+    data: tuple[str, ...] = _setting(
+        (),
+        "data",
+        "training text: .txt, .jsonl (each also .gz) or .parquet files, folders or patterns of them; or, streamed from the hub, c4 or "
+        "hf:NAME[:CONFIG] (default: the source of Python's standard library)",
+        metavar="FILE",
+    )
+    eval_data: tuple[str, ...] = _setting(
+        (), "data", "held-out text (default: every 20th document of --data; from the hub: the validation split)", metavar="FILE"
+    )
+    tokenizer: str | None = _setting(None, "data", "tokenizer folder or tokenizer.json (default: a BPE trained once and cached)")
+    text_field: str = _setting("text", "data", "the column of .jsonl and .parquet with the text")
+    stream: bool = _setting(False, "data", "read and tokenise the files of --data during training, in their order: for more text than fits")
+    pad_documents: bool = _setting(
+        False,
+        "data",
+        "one document in one sequence, cut or padded to --max_length, as published (default: documents are packed end to end)",
+    )
+    workers: int = _setting(2, "data", "threads that tokenise streamed text ahead of training; they change no batch")
+    # -- optimizer
+    optimizer: str = _setting("galore_adamw", "optimizer", "one of the names listed below")
+    compare: tuple[str, ...] = _setting(
+        (),
+        "optimizer",
+        "optimizers, comma-separated, trained one after the other on the same batches from the same weights; name:lr gives one its own lr",
+        metavar="NAME[:LR],...",
+        parse="names",
+    )
+    lr: float | None = _setting(None, "optimizer", "peak learning rate (default: per optimizer)")
+    weight_decay: float = _setting(0.0, "optimizer", "weight decay")
+    beta1: float | None = _setting(None, "optimizer", "first-moment decay; momentum of sgd (default: the optimizer's own)")
+    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: width / 4)")
+    update_proj_gap: int = _setting(50, "optimizer", "steps between two subspaces")
+    galore_scale: float = _setting(0.25, "optimizer", "factor on the projected update")
+    gap_range: tuple[int, int] | None = _setting(
+        None, "optimizer", "each matrix finds its own gap between these, from --update_proj_gap on", metavar=("LEAST", "MOST"), pair=True
+    )
+    proj_type: str = _setting("std", "optimizer", "which side is projected: " + ", ".join(PROJ_TYPES))
+    state_codec: str | None = _setting(None, "optimizer", f"moments are kept in: {', '.join(STATE_CODECS)} (default: the optimizer's own)")
+    basis_codec: str | None = _setting(None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)")
+    # -- training
+    batch_size: int = _setting(16, "training", "sequences in one forward pass of each process")
+    total_batch_size: int | None = _setting(
+        None, "training", "sequences in one update: a multiple of --batch_size x processes (default: equal)"
+    )
+    gradient_accumulation: int | None = _setting(None, "training", "forward passes in one update: another way to say --total_batch_size")
+    num_training_steps: int = _setting(400, "training", "updates")
+    max_train_tokens: int | None = _setting(
+        None, "training", "budget in place of --num_training_steps, such as 500K, 100M or 1.5B", parse="tokens"
+    )
+    warmup_steps: int | None = _setting(None, "training", "updates of linear warm-up (default: a tenth)")
+    scheduler: str = _setting("cosine", "training", "after warm-up: " + ", ".join(SCHEDULERS))
+    decay_steps: int | None = _setting(None, "training", "updates of the decay that ends --scheduler wsd (default: a fifth)")
+    cycle_length: int | None = _setting(None, "training", "updates between restarts: of --scheduler cosine_restarts, and of relora")
+    restart_warmup_steps: int | None = _setting(None, "training", "updates of warm-up after a restart (default: a tenth of the cycle)")
+    min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr")
+    grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping")
+    max_loss_rise: float = _setting(0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never")
+    loss_chunk: int | None = _setting(
+        None, "training", "tokens whose logits exist at once, 0: all of a forward pass (default: as many as take 256 MiB in float32)"
+    )
+    compile: bool = _setting(False, "training", "torch.compile for the model's layers: slow first updates, faster later ones")
+    seed: int = _setting(0, "training", "weights and data order")
+    device: str = _setting("auto", "training", "auto, cpu or cuda")
+    # -- run
+    eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
+    eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    legacy_eval: bool = _setting(
+        False, "run", "also write legacy_eval_loss, the published script's: mean of batch means, divided by their number + 1"
+    )
+    peak_tflops: float | None = _setting(None, "run", "the device's peak in TFLOP/s, which mfu is a share of (default: of known GPUs)")
+    track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
+    tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
+    save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
+    save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped")
+    keep: int = _setting(2, "run", "checkpoints to keep, the newest")
+    resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
+    max_bad_steps: int = _setting(5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite")
+    # -- flags of the published script that have nothing to set here: accepted, and a note says why
+    use_hf_model: bool | None = _published("the model is transformers' LlamaForCausalLM in any case")
+    single_gpu: bool | None = _published("one process is how this command runs in any case")
+    tags: str | None = _published("nothing reads it, in the published script neither")
+    name: str | None = _published("nothing reads it, in the published script neither; --save_dir names the folder")
+    continue_from: str | None = _setting(None, PUBLISHED, "refused: --resume brings back everything, --hf_model weights alone")
+    # What reading a config file had to leave out.
+    remarks: tuple[str, ...] = field(default=(), repr=False)
+    # Processes that train together, one a rank: the launcher's to say.
+    processes: int = field(default=1, repr=False)
+    # Names the user typed; they must not be ignored by the optimizer.
+    given: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def contenders(self) -> list[tuple[str, float]]:
+        """(optimizer name in lower case, peak learning rate) of each run, in order."""
+        return contenders(self.compare or (self.optimizer,), self.lr)
+
+    @property
+    def run_names(self) -> list[str]:
+        """A name for each contender's folder."""
+        return run_names(self.contenders)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user gave that does not act as he might think, one sentence each."""
+        notes = [
+            f"{name} does not use {', '.join('--' + flag for flag in unused)}"
+            for name in dict(self.contenders)
+            if (unused := unused_flags(name, self.given))
+        ]
+        if self.accumulation > 1 or self.grad_clipping > 0:
+            notes += [
+                f"{name} keeps whole gradients under accumulation or clipping, as there is no low-rank form of them to keep"
+                for name in dict(self.contenders)
+                if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank
+            ]
+        notes += [f"--{item.name} has no effect: {item.metadata['note']}" for item in fields(self) if self._is_noted(item)]
+        if self.model_config.endswith(".json") and (preset := preset_name(self.model_config)):
+            notes.append(f"there is no file {self.model_config}; the preset {preset} has the published sizes")
+        if "workers" in self.given and not self.streams:
+            notes.append("--workers has no effect: text that is not streamed is tokenised before training starts")
+        if "c4" in self.data + self.eval_data and Path("c4").exists():
+            notes.append("c4 is the data set of the hub; the files here are ./c4")
+        if not self.data and self.model_name != "demo":
+            notes.append("no --data: this trains on the source of Python's standard library, not on C4")
+        return [*self.remarks, *notes]
+
+    def _is_noted(self, item: Field[Any]) -> bool:
+        return "note" in item.metadata and getattr(self, item.name) is not None
+
+    @property
+    def model_name(self) -> str:
+        """What the user calls the model."""
+        return self.hf_model or self.model_config
+
+    @property
+    def shape(self) -> ModelShape | HFShape:
+        """Width, positions and vocabulary of the model."""
+        return hf_shape(self.hf_model) if self.hf_model else model_shape(self.model_config)
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the embedding; None: as many as the tokenizer has ids."""
+        return self.vocab_size or self.shape.vocab_size
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer to load; None: one is trained."""
+        return self.tokenizer or self.hf_model
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training text is read and tokenised during training."""
+        return self.stream or any(map(is_hub_name, self.data))
+
+    @property
+    def sequences_at_once(self) -> int:
+        """Sequences in one forward pass, of all processes together."""
+        return self.batch_size * self.processes
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in one update."""
+        return (self.total_batch_size or self.sequences_at_once) // self.sequences_at_once
+
+    @property
+    def sequences_per_update(self) -> int:
+        """Of all processes together."""
+        return self.accumulation * self.sequences_at_once
+
+    @property
+    def warmup(self) -> int:
+        """Updates of linear warm-up, settled."""
+        return self.num_training_steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def resolved_rank(self) -> int:
+        if self.rank is not None:
+            return self.rank
+        return max(1, self.shape.hidden_size // 4)
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """What `build_optimizer` takes beside the name and the learning rate."""
+        low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "state_codec", "basis_codec")
+        names = (*low_rank, "weight_decay", "beta1", "cycle_length")
+        return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names}
+
+    @property
+    def torch_dtype(self) -> str:
+        """The name of the dtype in torch."""
+        return DTYPES[self.dtype]
+
+    @property
+    def derived_steps(self) -> dict[str, int]:
+        """What the schedule takes where these flags are not given."""
+        decay = max(1, min(self.num_training_steps // 5, self.num_training_steps - self.warmup))
+        return {"decay_steps": decay, "restart_warmup_steps": max(1, (self.cycle_length or 0) // 10)}
+
+    def schedule(self, optimizer: str = "") -> Schedule:
+        """The schedule of one optimizer: all share --scheduler, but relora's cosine restarts where it merges."""
+        kind = "cosine_restarts" if optimizer == "relora" and self.scheduler == "cosine" else self.scheduler
+        derived = self.derived_steps
+        cycle = self.cycle_length or 0
+        decay, restart = self.decay_steps or derived["decay_steps"], self.restart_warmup_steps or derived["restart_warmup_steps"]
+        return Schedule(kind, self.num_training_steps, self.warmup, self.min_lr_ratio, decay, cycle, restart)
+
+    def lr_factor(self, step: int, optimizer: str = "") -> float:
+        """Share of the peak learning rate at update `step` (from 0)."""
+        return self.schedule(optimizer).factor(step)

@@ -1,0 +1,1 @@
+"""What is read: documents, tokens, batches in a fixed order."""

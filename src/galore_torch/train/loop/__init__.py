@@ -1,0 +1,1 @@
+"""The training loop, evaluation, measurements, and processes that train together."""

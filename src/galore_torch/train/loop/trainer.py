@@ -1,0 +1,308 @@
+"""One optimizer, one model, one pass through the schedule: the training loop and its measurements.
+
+Prints nothing and writes metrics.jsonl and checkpoints. What is shown goes through the `Watcher`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from galore_torch.train.checkpoint.resume import METRICS, fill, identity, read_position, read_trainer, restore
+from galore_torch.train.checkpoint.storage import plain_failures, write_checkpoint
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import Batches, TokenData, windows_in_order
+from galore_torch.train.device import memory_mb, pick_device
+from galore_torch.train.errors import UserError
+from galore_torch.train.loop.build import model_for
+from galore_torch.train.loop.distributed import ALONE, Ranks
+from galore_torch.train.loop.evaluate import held_out_loss, published_loss
+from galore_torch.train.loop.probe import Probe
+from galore_torch.train.loop.result import RunResult, perplexity
+from galore_torch.train.model.compile import compile_layers
+from galore_torch.train.model.flops import flops_per_token, peak_flops
+from galore_torch.train.model.loss import TokenLoss, counted
+from galore_torch.train.optimizers.registry import (
+    adamw_state_bytes,
+    build_optimizer,
+    per_layer_updates,
+    state_bytes,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_RECENT = 50  # updates whose median --max_loss_rise is measured from
+
+
+class Watcher(Protocol):
+    """Who looks on: told of every update, asked whether to stop."""
+
+    def step(self, row: dict[str, Any], total: int) -> None: ...
+    def evaluated(self, row: dict[str, Any]) -> None: ...
+    def should_stop(self) -> bool: ...
+    def warn(self, message: str) -> None: ...
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss is NaN or infinite; the text names the step and the cure."""
+
+
+def train(
+    config: PretrainConfig,
+    name: str,
+    lr: float,
+    data: TokenData,
+    folder: Path,
+    watcher: Watcher,
+    start: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[RunResult, nn.Module]:
+    """Train with the optimizer `name`, from the seed's weights or from the checkpoint `start`; write metrics and checkpoints.
+
+    UserError where the folder cannot be written or the text not be read on; the checkpoints made before stand.
+    """
+    device = pick_device(config.device)
+    model = model_for(config, data).to(device)
+    result = RunResult(name, lr, parameters=sum(p.numel() for p in model.parameters()))
+    result.adamw_state_bytes = adamw_state_bytes(model)
+    optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+    deferred = config.accumulation > 1 or config.grad_clipping > 0
+    path = folder / METRICS
+    with plain_failures("the run", folder):
+        if start is not None:
+            result.go_on(read_trainer(start), restore(start, model, optimizer, path))
+        with (
+            path.open("w" if start is None else "a", encoding="utf-8") as metrics,
+            per_layer_updates(name, model, optimizer, deferred=deferred),
+        ):
+            loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder, ranks)
+            loop.position = None if start is None else read_position(start, ranks.rank)
+            loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
+            try:
+                loop.run()
+            except NonFiniteLoss as stop:
+                result.status = str(stop)
+            except UserError:  # the text cannot be read on
+                if ranks.size == 1:  # of several processes the others do not know
+                    loop.save()
+                raise
+            loop.save()
+    return result, model
+
+
+@dataclass
+class _Loop:
+    config: PretrainConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: TokenData
+    device: str
+    result: RunResult
+    metrics: IO[str]
+    watcher: Watcher
+    folder: Path
+    ranks: Ranks = ALONE
+    saved: int = -1  # the update of the last checkpoint
+    position: dict[str, int] | None = None  # in the text, behind the last update
+
+    def __post_init__(self) -> None:
+        tokens = self.config.batch_size * self.config.max_length
+        self.token_loss = TokenLoss(self.model, self.config.loss_chunk, tokens).train()  # a loaded model comes in eval mode
+        if self.token_loss.whole_because:
+            self.watcher.warn(f"all logits of a forward pass exist at once, for {self.token_loss.whole_because}")
+        if self.config.compile:
+            compile_layers(self.model)
+        self.flops = flops_per_token(self.model, self.config.max_length)
+        known = peak_flops(self.device, self.config.torch_dtype)
+        self.peak_flops = self.config.peak_tflops * 1e12 if self.config.peak_tflops else known
+        self.shared_loss = self.ranks.wrap(self.token_loss)
+        self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
+
+    def run(self) -> None:
+        """Go on from result.steps to the end of the schedule, or until the watcher asks to stop."""
+        config, result = self.config, self.result
+        with closing(self.data.batches(config, self.position, self.ranks.rank)) as stream:
+            self.position = stream.state()
+            self.evaluate_if_due()
+            while result.steps < config.num_training_steps and not self.ranks.any(self.watcher.should_stop()):
+                self.update(result.steps + 1, stream)
+                if not result.state_bytes:
+                    result.state_bytes = state_bytes(self.optimizer)
+                self.evaluate_if_due()
+                if config.save_every and result.steps % config.save_every == 0 and not result.skipped_in_a_row:
+                    self.save()
+        if result.steps < config.num_training_steps or self.evaluation_is_due():
+            result.status = "interrupted"
+
+    def update(self, step: int, stream: Batches) -> None:
+        """One optimizer step over `accumulation` batches, left out where it would not be finite; writes one line of metrics."""
+        config, result = self.config, self.result
+        self.probe.begin()
+        start = time.perf_counter()
+        lr = result.lr * config.lr_factor(step - 1, result.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        drawing = time.perf_counter()
+        parts = [next(stream) for _ in range(config.accumulation)]
+        data_s = time.perf_counter() - drawing
+        # Not a mean of means: parts, and the other ranks' parts, may hold more padding than others.
+        tokens = int(self.ranks.total(sum(counted(targets) for _, targets in parts))[0])
+        mean_loss, bad = self.backward(parts, tokens)
+        row: dict[str, Any] = {"step": step, "loss": mean_loss, "lr": lr}
+        if not bad:
+            row |= self.gradient_norm()
+            bad = "" if math.isfinite(row.get("grad_norm", 0.0)) else f"the gradient norm is {row['grad_norm']}"
+        if bad:
+            result.skipped += 1
+            row["skipped"] = bad
+        else:
+            with self.probe.stepping():
+                self.optimizer.step()
+        result.skipped_in_a_row = result.skipped_in_a_row + 1 if bad else 0
+        self.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - start
+        result.steps, self.position = step, stream.state()
+        result.tokens_seen += tokens
+        result.seconds += seconds
+        if math.isfinite(mean_loss):
+            result.losses.append((step, mean_loss))
+        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row["data_s"] = round(data_s, 6)  # of these seconds, waited for text
+        row |= self.speed(config.accumulation * config.batch_size * config.max_length / seconds)
+        row |= {} if bad else self.probe.finish()
+        row |= memory_mb(self.device)
+        result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
+        self.write(row)
+        self.watcher.step(row, config.num_training_steps)
+        if result.skipped_in_a_row >= config.max_bad_steps:
+            raise self.not_finite(f"{bad} at step {step}, {result.skipped_in_a_row} skipped in a row")
+
+    def backward(self, parts: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[float, str]:
+        """Gradients of the mean loss over the `tokens` targets of all ranks' `parts`; returns that loss, and why the update is to be
+        left out, if it is."""
+        mean_loss, bad = 0.0, ""
+        for index, (inputs, targets) in enumerate(parts, 1):
+            with self.ranks.averaging(self.shared_loss, now=index == len(parts)):
+                with self.probe.saving():
+                    loss = self.loss(inputs, targets) / tokens
+                mean_loss += self.ranks.total(loss.item())[0]
+                # Before the backward pass: with per-layer updates it is the one that moves weights.
+                if index == len(parts) or not math.isfinite(mean_loss):
+                    bad = self.why_bad(mean_loss)
+                if bad:
+                    break
+                (loss * self.ranks.size).backward()  # what follows is an average over the ranks, and this a sum
+        return mean_loss, bad
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """`TokenLoss` of one part of an update."""
+        return self.shared_loss(inputs.to(self.device), targets.to(self.device))
+
+    def why_bad(self, loss: float) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        recent = [value for _, value in self.result.losses[-_RECENT:]]
+        rise = loss - median(recent) if len(recent) == _RECENT else 0.0
+        if 0 < self.config.max_loss_rise < rise:
+            return f"the loss is {loss:.4g}, {rise:.3g} above the median of the last {_RECENT}"
+        return ""
+
+    def speed(self, tokens_per_s: float) -> dict[str, float]:
+        """{"tflops": of the model alone, a second and device, "mfu": their share of the device's peak, where that is known}.
+
+        `tokens_per_s` that one device reads, padding too: it costs what text costs.
+        """
+        achieved = tokens_per_s * self.flops
+        shares = {"mfu": round(achieved / self.peak_flops, 5)} if self.peak_flops else {}
+        return {"tflops": float(f"{achieved / 1e12:.5g}")} | shares
+
+    def gradient_norm(self) -> dict[str, float]:
+        """{"grad_norm": of all gradients}, which are clipped to --grad_clipping where that is given; {} where they are consumed."""
+        import torch
+
+        if self.config.grad_clipping > 0:
+            return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping).item()}
+        return self.probe.gradient_norm()
+
+    def evaluation_is_due(self) -> bool:
+        config, step = self.config, self.result.steps
+        due = step in (0, config.num_training_steps) or (config.eval_every > 0 and step % config.eval_every == 0)
+        return due and [at for at, _ in self.result.evals[-1:]] != [step]
+
+    def evaluate_if_due(self) -> None:
+        """The held-out loss. Given up when the watcher asks to stop."""
+        if not self.evaluation_is_due():
+            return
+        config, result = self.config, self.result
+        start = time.perf_counter()
+        found = self.ranks.mean(held_out_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop))
+        legacy = self.legacy_loss() if config.legacy_eval else {}
+        if found is None or legacy is None:
+            return  # a resumed run makes up for it
+        mean, tokens = found
+        if not math.isfinite(mean):
+            raise self.not_finite(f"the held-out loss is {mean} after step {result.steps}")
+        result.evals.append((result.steps, mean))
+        row = {
+            "step": result.steps,
+            "eval_loss": mean,
+            "eval_perplexity": perplexity(mean),
+            "eval_tokens": tokens,
+            **legacy,
+            "tokens_seen": result.tokens_seen,
+            "seconds": round(time.perf_counter() - start, 6),
+        }
+        self.write(row)
+        self.watcher.evaluated(row)
+
+    def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        config, ranks = self.config, self.ranks
+        return windows_in_order(self.data.held_out, config.max_length, config.batch_size, ranks.rank, ranks.size)
+
+    def legacy_loss(self) -> dict[str, float] | None:
+        """The published script's figure, under names of its own; None when the watcher asks to stop."""
+        last = self.result.steps == self.config.num_training_steps
+        own = published_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop, last=last)
+        found = self.ranks.mean(None if own is None else (own, 1))
+        return None if found is None else {"legacy_eval_loss": found[0], "legacy_eval_perplexity": perplexity(found[0])}
+
+    def not_finite(self, what: str) -> NonFiniteLoss:
+        return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
+
+    def save(self) -> None:
+        """Write a checkpoint, but no second one of an update, and none of weights that are not finite: those push out good ones."""
+        config, result = self.config, self.result
+        positions = self.ranks.every(self.position or {})  # asked of all ranks before any of them may return
+        if result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            return
+        self.saved = result.steps
+        if not self.ranks.leads:
+            return
+        trainer = result.record() | {
+            "positions": positions,
+            "sequences_drawn": result.steps * config.sequences_per_update,
+            "last_lr": self.optimizer.param_groups[0]["lr"],
+            "identity": identity(config, result.optimizer, result.lr, self.data),
+        }
+        write_checkpoint(
+            self.folder / "checkpoints",
+            result.steps,
+            lambda folder: fill(folder, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device),
+            config.keep + result.skipped_in_a_row,  # doubtful ones push out none
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN. Flushed at once: what a killed run has measured is on disk.
+        finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        self.metrics.write(json.dumps(finite) + "\n")
+        self.metrics.flush()

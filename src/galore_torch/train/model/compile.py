@@ -1,0 +1,38 @@
+"""--compile: torch.compile for the layers of a model, each on its own: gradients arrive layer by layer, as per-layer updates need."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from galore_torch.train.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_NEEDS = {"cpu": "a C++ compiler (install g++ or clang)", "cuda": "Triton (pip install triton)"}
+
+
+def check_compiler(device: str) -> None:
+    """UserError where torch.compile cannot write code for `device`."""
+    from galore_torch.engine.fused import has_compiler
+
+    if not has_compiler(device):
+        raise UserError(f"--compile needs {_NEEDS[device]}, which torch does not find here; install it, or leave --compile out")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each member of the longest list of modules in `model`, in place: all of them share one graph a shape and a mode.
+
+    What surrounds them stays as it is: embedding, head, loss, recomputation of activations, hooks on gradients.
+    """
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=())
+    if not layers:
+        raise UserError(f"--compile finds no list of layers in {type(model).__name__}; leave it out")
+    # Dynamo asks every input for a gradient and hears this of those that have none.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for layer in layers:
+        layer.compile()

@@ -1,0 +1,72 @@
+"""The training loss as one module, so that what wraps a forward pass (compile, data parallel) wraps all of it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from galore_torch.train.model.chunked_loss import IGNORED, head_loss
+
+_LOGITS_BYTES = 2**28  # 256 MiB of float32 logits at once, unless --loss_chunk says otherwise
+
+
+class TokenLoss(nn.Module):
+    """The next-token loss of a causal language model.
+
+    Logits exist of `chunk` tokens at once (0: of all, None: of as many as take 256 MiB) where a forward pass has more, `tokens` at most.
+    `whole_because`: why the model does not allow that, else "".
+    """
+
+    def __init__(self, model: nn.Module, chunk: int | None = 0, tokens: int = sys.maxsize) -> None:
+        super().__init__()
+        self.model = model
+        self.whole_because = ""
+        vocabulary = len(model.get_output_embeddings().weight) if chunk is None else 0  # type: ignore[operator]
+        self.chunk = settled_chunk(chunk, vocabulary, tokens)
+        if self.chunk:
+            self.whole_because = _why_not_linear(model, model.get_output_embeddings())  # type: ignore[operator]
+            self.chunk = 0 if self.whole_because else self.chunk
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum over the targets of their cross-entropy in nats, float32 for narrower weights too; `IGNORED` ones count for nothing.
+
+        `inputs` and `targets` are (B, L) token ids on the model's device.
+        """
+        if self.chunk:
+            hidden = self.model.base_model(input_ids=inputs).last_hidden_state  # type: ignore[operator]  # (B, L, d)
+            head = self.model.get_output_embeddings()  # type: ignore[operator]
+            return head_loss(hidden.flatten(0, 1), head.weight, targets.flatten(), self.chunk)
+        logits = self.model(input_ids=inputs).logits  # (B, L, vocabulary)
+        exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(exact, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def settled_chunk(chunk: int | None, vocabulary: int, tokens: int) -> int:
+    """How many of a forward pass's `tokens` have logits at once, 0: all; `chunk` as `TokenLoss` takes it."""
+    if chunk is None:
+        chunk = max(1, _LOGITS_BYTES // (4 * vocabulary))
+    return chunk if chunk < tokens else 0
+
+
+def _why_not_linear(model: nn.Module, head: nn.Module | None) -> str:
+    """Why the logits are not `head(hidden)` and nothing more, else "": some families cap or scale them. By a look at two tokens."""
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return f"the head is {'a Linear with a bias' if isinstance(head, nn.Linear) else type(head).__name__}"
+    if getattr(model, "base_model", model) is model:
+        return f"{type(model).__name__} does not say what comes before its head"
+    training = model.training
+    ids = torch.arange(2, device=head.weight.device)[None]
+    model.eval()  # no dropout: it would tell the two passes apart, and draw from the run's random numbers
+    try:
+        with torch.no_grad():
+            same = torch.equal(model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state))
+    finally:
+        model.train(training)
+    return "" if same else f"{type(model).__name__} changes the logits after its head"
+
+
+def counted(targets: Tensor) -> int:
+    """How many targets count."""
+    return int((targets != IGNORED).sum())

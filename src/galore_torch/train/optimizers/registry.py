@@ -1,0 +1,224 @@
+"""Optimizers by name: which flags each one can use, and how it is built.
+
+The table is plain data, so the command line can read it without importing torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from galore_torch.train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_CODECS = ("state_codec", "basis_codec")
+LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", *_CODECS})
+COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One row: `class_name` is looked up in `home`, a module; in one of this package's own it is a function of the model."""
+
+    class_name: str
+    home: str
+    default_lr: float  # for a start; AdamW's and GaLoreAdamW's are from small sweeps on `demo`
+    flags: frozenset[str] = COMMON_FLAGS
+    per_layer: bool = False
+    extra: tuple[tuple[str, Any], ...] = ()  # further arguments
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether gradients of the layers' matrices are projected."""
+        return self.home == "galore_torch" and "rank" in self.flags
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layers' matrices are held as INT8."""
+        return self.class_name == "QGaLoreAdamW8bit"
+
+
+def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS) -> OptimizerSpec:
+    return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS)
+
+
+_ADAFACTOR = (("scale_parameter", False), ("relative_step", False), ("warmup_init", False))  # the published choice: a plain lr
+_BASELINES = "galore_torch.train.model.baselines"
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adam": OptimizerSpec("Adam", "torch.optim", 3e-3),
+    "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3),
+    "sgd": OptimizerSpec("SGD", "torch.optim", 0.3),
+    "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3, extra=_ADAFACTOR),
+    "adagrad": OptimizerSpec("Adagrad", "torch.optim", 1e-2, frozenset({"weight_decay"})),
+    # Without a rank GaLoreAdamW8bit is plain AdamW with 8-bit moments: no bitsandbytes, any device, decoupled weight decay.
+    "adam8bit": OptimizerSpec("GaLoreAdamW8bit", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
+    "muon": OptimizerSpec("muon_with_adamw", "galore_torch.train.optimizers.muon", 3e-3, frozenset({"weight_decay"})),
+    "galore_adamw": _galore("GaLoreAdamW", 1e-2),
+    "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2),
+    "qgalore_adamw8bit": _galore("QGaLoreAdamW8bit", 1e-2),  # its layers' weights are INT8
+    "galore_adafactor": _galore("GaLoreAdafactor", 1e-2),
+    "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, frozenset({"weight_decay"})),
+    "galore_sgd": _galore("GaLoreSGD", 0.3),
+    # The paper's baselines: they change the layers, not the optimizer, which is torch's AdamW.
+    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+    "lora": OptimizerSpec("lora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+}
+# Full-rank AdamW and Adafactor inside the backward pass, as in the paper's table 11: this package's classes without a rank.
+_PER_LAYER = {
+    "adamw": OptimizerSpec("GaLoreAdamW", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
+    "adafactor": OptimizerSpec("GaLoreAdafactor", "galore_torch", 3e-3, extra=_ADAFACTOR),
+}
+# Every one of this package's optimizers can update a layer inside the backward pass.
+OPTIMIZERS |= {
+    f"{name}_per_layer": replace(row, per_layer=True) for name, row in (OPTIMIZERS | _PER_LAYER).items() if row.home == "galore_torch"
+}
+
+
+def optimizer_spec(name: str) -> OptimizerSpec:
+    """The row for `name` in any case; UserError lists the names otherwise."""
+    try:
+        return OPTIMIZERS[name.lower()]
+    except KeyError:
+        known = ", ".join(OPTIMIZERS)
+        raise UserError(f"optimizer {name!r} is not known; choose one of: {known}") from None
+
+
+def unused_flags(name: str, given: Iterable[str]) -> list[str]:
+    """Those of the `given` flags that the optimizer `name` cannot use, sorted."""
+    owned = LOW_RANK_FLAGS | COMMON_FLAGS
+    return sorted((set(given) & owned) - optimizer_spec(name).flags)
+
+
+def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline or Q-GaLore changes first.
+
+    `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, weight_decay, beta1, state_codec, basis_codec
+    (these three None: the optimizer's own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
+    """
+    import importlib
+
+    spec = optimizer_spec(name)
+    kwargs: dict[str, Any] = {"lr": lr, "weight_decay": settings["weight_decay"], **dict(spec.extra)}
+    kwargs |= _beta1_argument(spec.class_name, settings["beta1"])
+    if spec.low_rank:  # of every parameter, projected or not
+        kwargs |= {name: codec for name in _CODECS if (codec := settings.get(name)) is not None}
+    try:
+        make = getattr(importlib.import_module(spec.home), spec.class_name)
+        if spec.home.startswith("galore_torch.train."):
+            optimizer: torch.optim.Optimizer = make(model, settings, **kwargs)
+        else:
+            optimizer = make(_parameters(spec, model, settings), **kwargs)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    return optimizer
+
+
+def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, Any]) -> Any:
+    if not spec.low_rank:
+        return [p for p in model.parameters() if p.requires_grad]
+    from galore_torch import galore_param_groups, quantize_linears
+
+    if spec.quantized:
+        quantize_linears(model)
+    own = {} if spec.quantized and settings["gap_range"] is None else {"gap_range": settings["gap_range"]}  # Q-GaLore adapts its gap
+    return galore_param_groups(
+        model,
+        settings["rank"],
+        update_proj_gap=settings["update_proj_gap"],
+        scale=settings["galore_scale"],
+        proj_type=settings["proj_type"],
+        **own,
+    )
+
+
+def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
+    if beta1 is None:
+        return {}
+    if "SGD" in class_name:
+        return {"momentum": beta1}
+    if "Adafactor" in class_name:
+        return {"beta1": beta1 or None}  # 0 is no first moment, which is also no memory for one
+    return {"betas": (beta1, 0.999)}
+
+
+def own_settings(name: str) -> dict[str, Any]:
+    """What the optimizer `name` takes where beta1 and the codecs are not given. beta1 0 is none."""
+    import importlib
+    import inspect
+
+    spec = optimizer_spec(name)
+    own: dict[str, Any] = {"beta1": 0.9}  # of torch's AdamW, which trains the baselines
+    if not spec.home.startswith("galore_torch.train."):
+        made = getattr(importlib.import_module(spec.home), spec.class_name)
+        defaults = {key: parameter.default for key, parameter in inspect.signature(made).parameters.items()}
+        own["beta1"] = defaults.get("betas", (defaults.get("momentum", defaults.get("beta1")),))[0] or 0.0
+        if spec.low_rank:
+            own |= {codec: getattr(made.row, codec) for codec in _CODECS}
+    return own
+
+
+def per_layer_updates(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, deferred: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """Attach per-layer updates where `name` asks for them, else do nothing.
+
+    `deferred` (accumulation or clipping is on): the backward pass keeps a low-rank gradient and
+    `step()` applies it. Otherwise each weight is updated inside the backward pass.
+    """
+    if not optimizer_spec(name).per_layer:
+        return contextlib.nullcontext()
+    from galore_torch import fused_backward
+
+    low_rank: Any = optimizer  # the table says so, the checker cannot know
+    try:
+        handle: contextlib.AbstractContextManager[Any] = fused_backward(model, low_rank, "project" if deferred else "update")
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    return handle
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of memory that the optimizer's state holds: each storage once, whole, views or not."""
+    import torch
+
+    storages: dict[tuple[str, int], int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[(str(value.device), storage.data_ptr())] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(optimizer.state)
+    return sum(storages.values())
+
+
+def adamw_state_bytes(model: nn.Module) -> int:
+    """Measured bytes of torch.optim.AdamW's state for `model`.
+
+    One parameter at a time: a zero stand-in takes one real step, its state is measured and freed,
+    so the comparison never needs more memory than the largest parameter.
+    """
+    import torch
+
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            stand_in = torch.zeros_like(parameter, requires_grad=True)
+            stand_in.grad = torch.zeros_like(parameter)
+            adamw = torch.optim.AdamW([stand_in], lr=0.0)
+            adamw.step()
+            total += state_bytes(adamw)
+    return total

@@ -1,0 +1,87 @@
+"""Doing: bytes before you run. Adds up `layout.state_spec` and never touches the engine, a tensor or a device.
+
+Lasting bytes are exact. Those that a step needs for a moment follow the engine's passes and are checked against the allocator's log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from galore_torch.engine.layout import AnyRule, Layout, layout, state_spec
+from galore_torch.ops.linalg import OVERSAMPLING, chunk_elements, product_dtype
+
+# Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
+# Off the CPU the state is copied too, to be put back where a gradient is not finite.
+_PASSES = {"cpu": {"int8": 29, "bf16": 12, "fp32": 4}, "cuda": {"int8": 31, "bf16": 20, "fp32": 16}}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one parameter: ``basis`` and ``moments`` last, ``low`` is its gradient R, ``step`` and ``refresh`` pass."""
+
+    basis: int
+    moments: int
+    low: int
+    step: int
+    refresh: int
+
+    @property
+    def transient(self) -> int:
+        """The most a step needs beside the state and the gradient, R included; every parameter begins with a refresh."""
+        return max(self.step, self.refresh)
+
+
+def held(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, device: str = "cpu") -> Held:
+    """What one parameter of ``shape`` costs in a parameter group of one of this package's optimizers. ``device``: "cpu" or "cuda"."""
+    plan = layout(shape, dtype, group["rank"], group["proj_type"])
+    spec = state_spec(plan, group, rule)
+    basis = sum(tensor.nbytes for key, tensor in spec.items() if key.startswith("basis") and not tensor.host)
+    moments = sum(tensor.nbytes for key, tensor in spec.items()) - basis
+    low = prod(plan.low_shape) * plan.real.itemsize if plan.rank is not None else 0
+    step, refresh = _step(plan, group, low, device), _refresh(plan, group, low, basis + moments, device)
+    return Held(basis, moments, low, step, refresh)
+
+
+def _step(plan: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
+    """An ordinary step: R, the bases in the dtype of the products, and chunks of the elementwise passes.
+
+    On a CPU the test for a finite gradient sums a 16-bit one through a copy in fp32.
+    """
+    elements = min(prod(plan.low_shape), chunk_elements(torch.device(device)))
+    passes = _PASSES[device][group["state_codec"]] * elements * plan.real.itemsize // 4
+    if plan.rank is None:
+        passes += elements * plan.real.itemsize if plan.dtype != plan.real else 0
+        copied = 4 * prod(plan.shape) if plan.dtype.itemsize == 2 and device == "cpu" else 0
+        return max(copied, passes)
+    bases = sum(plan.matrix[mode] for mode in plan.modes) * plan.rank
+    needed = product_dtype(plan.dtype, device)
+    copied = bases * (needed.itemsize if group["basis_codec"] != "fp32" or needed != torch.float32 else 0)
+    rows = min(prod(plan.shape), chunk_elements(torch.device(device)))
+    product = rows * (needed.itemsize + 2 * plan.real.itemsize) if plan.dtype.itemsize == 2 else 0
+    return low + max(passes, copied + product)
+
+
+def _refresh(plan: Layout, group: Mapping[str, Any], low: int, state: int, device: str) -> int:
+    """A refresh: the gradient in fp32, then the largest of the sketch's blocks and of the transport of the moments.
+
+    Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
+    """
+    if plan.rank is None:
+        return 0
+    real, (m, n) = plan.real.itemsize, plan.matrix
+    blind = device != "cpu"
+    gradient = (m * n * real if plan.dtype != plan.real else 0) + (m * n * plan.dtype.itemsize if blind else 0)
+    width = min(plan.rank + OVERSAMPLING, m, n)
+    found = sum(plan.matrix[mode] for mode in plan.modes) * plan.rank * real
+    sketch = 2 * (m + n) * width * real
+    if group["projector"] in ("svd", "gram"):
+        sketch = real * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
+    decoded = found if group["basis_codec"] != "fp32" else 0
+    moved = low * 25 // 4 if group["state_codec"] == "int8" else 2 * low
+    transport = found + decoded + plan.rank**2 * real + moved + (state if blind else 0)
+    return max(gradient + decoded + sketch, transport)

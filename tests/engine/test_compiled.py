@@ -1,0 +1,240 @@
+"""The compiled elementwise region. Oracle: the same optimizer with compile=False, which the other tests hold to the papers.
+
+Both run the same function. The compiler may keep a product unrounded on its way into a sum, so fp32 results may differ in the last
+bits; a value that stands on the edge between two codes of int8, or two numbers of bf16, may then be stored as its neighbour.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import galore_torch as g
+from galore_torch.engine import fused as elementwise
+
+pytestmark = pytest.mark.skipif(not elementwise.has_compiler("cpu"), reason="torch.compile finds no C++ compiler here")
+
+RULES: dict[str, tuple[type, dict[str, Any]]] = {
+    "adam": (g.GaLoreAdamW, {"betas": (0.8, 0.95), "eps": 1e-6}),
+    "adagrad": (g.GaLoreAdagrad, {"lr_decay": 0.1}),
+    "momentum": (g.GaLoreSGD, {"momentum": 0.9, "dampening": 0.1}),
+}
+SHAPES = [(96, 64), (64, 96), (80,)]  # rank 16: both sides, and a vector
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _no_trace_of_others() -> Iterator[None]:
+    """What one test makes the compiler refuse, or find missing, is not for the next."""
+    yield
+    for key in [key for key, program in elementwise.programs.items() if program is None]:
+        del elementwise.programs[key]
+    elementwise.has_compiler.cache_clear()
+
+
+def graphs() -> int:
+    """How often anything has been compiled: nothing else calls the compiler."""
+    return len(elementwise.programs)
+
+
+def refused() -> int:
+    return sum(program is None for program in elementwise.programs.values())
+
+
+def make(cls: Any, compile: bool | None, shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    return params, cls(params, **{"lr": 0.01, "rank": 16, "update_proj_gap": 3, "min_8bit_size": 0, "compile": compile, **kwargs})
+
+
+def train(params: list[nn.Parameter], optimizer: Any, steps: Any) -> list[Tensor]:
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+    return [p.detach().float().clone() for p in params]
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_equals_eager(rule: str, codec: str) -> None:
+    """Five steps and two refreshes. Codes may differ by one where a value stands on an edge: seldom, and then the update moves by
+    that code's part of it, which the bounds on int8 and bf16 allow for a hundredth of the elements."""
+    cls, hyper = RULES[rule]
+    (p, compiled), (q, eager) = (
+        make(cls, wish, SHAPES if codec == "fp32" else SHAPES[:2], state_codec=codec, weight_decay=0.1, **hyper) for wish in (True, False)
+    )
+    before, steps = graphs(), range(5)
+    got, expected = train(p, compiled, steps), train(q, eager, steps)
+    assert graphs() > before
+    assert not refused()
+    for x, y in zip(got, expected, strict=True):
+        # 5 steps of some 10 roundings, of numbers up to the largest weight; refreshes multiply what they find by up to 10
+        close = (x - y).abs() <= 500 * EPS * float(y.abs().max())
+        assert close.float().mean() >= (1.0 if codec == "fp32" else 0.99)
+        assert (x - y).abs().max() <= 0.02
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_bf16_weights_round_alike(codec: str) -> None:
+    """The noise of stochastic rounding is integer arithmetic: weights are the same but where fp32 rounding moved one over an edge."""
+    (p, compiled), (q, eager) = (make(g.GaLoreAdamW, wish, SHAPES[1:], torch.bfloat16, state_codec=codec) for wish in (True, False))
+    got, expected = train(p, compiled, range(4)), train(q, eager, range(4))
+    assert not refused()
+    for x, y in zip(got, expected, strict=True):
+        assert (x != y).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_nothing_recompiles_after_the_second_step(codec: str) -> None:
+    """lr (float, then tensor), betas, eps, weight decay and the step number move; only a tensor lr in place of a float is a new kind."""
+    params, optimizer = make(g.GaLoreAdamW, True, state_codec=codec, weight_decay=0.1)
+    group = optimizer.param_groups[0]
+    train(params, optimizer, range(2))
+    known = graphs()
+    for t in range(2, 9):
+        group.update(lr=0.01 / t, betas=(0.9 - 0.01 * t, 0.99 - 0.001 * t), eps=1e-6 * t, weight_decay=0.1 * t, scale=0.1 * t)
+        train(params, optimizer, [t])
+    assert graphs() == known
+    group["lr"] = torch.tensor(0.01)
+    train(params, optimizer, [9, 10])
+    known = graphs()
+    for t in range(11, 15):
+        group["lr"] = torch.tensor(0.01 / t)
+        train(params, optimizer, [t])
+    assert graphs() == known
+    assert not refused()
+
+
+def test_twelve_shapes_compile_once_each() -> None:
+    """torch gives up on a function after 8 versions of it."""
+    params, optimizer = make(g.GaLoreSGD, True, [(40 + n, 30) for n in range(12)])
+    before = graphs()
+    train(params, optimizer, range(2))
+    assert graphs() == before + 12
+    assert not refused()
+
+
+def test_small_tensors_are_left_alone_and_large_ones_compiled() -> None:
+    shapes = [(elementwise.WORTHWHILE - 1,), (elementwise.WORTHWHILE,)]
+    for shape, expected in zip(shapes, (0, 1), strict=True):
+        params, optimizer = make(g.GaLoreSGD, None, [shape], rank=None)
+        before = graphs()
+        train(params, optimizer, range(1))
+        assert graphs() == before + expected
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_a_gradient_that_is_not_finite_is_skipped(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By branching, and masked as on an accelerator: moments stay, weights only decay."""
+    from galore_torch.engine import step as engine
+
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(engine, "readable", lambda tensor: False)
+        params, optimizer = make(g.GaLoreAdamW, True, state_codec=codec, weight_decay=0.1, update_proj_gap=50)
+        train(params, optimizer, range(2))
+        held = copy.deepcopy([{k: v for k, v in optimizer.state[p].items() if k != "step"} for p in params])
+        weights = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.full_like(p, float("nan"))
+        optimizer.step()
+        for p, state, weight in zip(params, held, weights, strict=True):
+            assert all(torch.equal(optimizer.state[p][key], value) for key, value in state.items() if isinstance(value, Tensor))
+            torch.testing.assert_close(p.detach(), weight * (1 - 0.01 * 0.1))
+        assert not refused()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_resume_is_exact(codec: str) -> None:
+    params, optimizer = make(g.GaLoreAdamW, True, SHAPES[:1], torch.bfloat16, state_codec=codec)
+    train(params, optimizer, range(4))
+    saved, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    expected = train(params, optimizer, range(4, 8))
+    again, resumed = make(g.GaLoreAdamW, True, SHAPES[:1], torch.bfloat16, state_codec=codec)
+    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        for p, weight in zip(again, weights, strict=True):
+            p.copy_(weight)
+    for x, y in zip(train(again, resumed, range(4, 8)), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("mode", ["project", "update"])
+def test_inside_the_backward_pass(mode: str) -> None:
+    def run(wish: bool, fused: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+        optimizer = g.GaLoreAdamW(model.parameters(), lr=0.01, rank=16, compile=wish)
+        if fused:
+            g.fused_backward(model, optimizer, mode)
+        for t in range(3):
+            model(torch.randn(8, 64, generator=torch.Generator().manual_seed(t))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    got = run(True, True)
+    assert elementwise.programs
+    assert not refused()
+    torch.testing.assert_close(got, run(False, False), rtol=1e-4, atol=1e-5)
+
+
+def test_inside_a_compiled_training_step() -> None:
+    """A caller's torch.compile does not look into step(), which compiles its own."""
+    params, optimizer = make(g.GaLoreAdamW, True)
+    expected_params, expected = make(g.GaLoreAdamW, True)
+    step = torch.compile(optimizer.step, backend="eager")
+    for t in range(3):
+        for p, q in zip(params, expected_params, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+            q.grad = p.grad.clone()
+        step()
+        expected.step()
+    for p, q in zip(params, expected_params, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is silently eager; True is an error that says what is missing, and nothing is added."""
+    from torch._inductor import cpp_builder
+
+    def missing() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    elementwise.has_compiler.cache_clear()
+    before = graphs()
+    large = [(elementwise.WORTHWHILE,)]
+    (p, automatic), (q, eager) = (make(g.GaLoreSGD, wish, large) for wish in (None, False))
+    for x, y in zip(train(p, automatic, range(2)), train(q, eager, range(2)), strict=True):
+        assert torch.equal(x, y)
+    assert graphs() == before
+    with pytest.raises(ValueError, match=r"compile=True found no compiler.*compile=None"):
+        make(g.GaLoreSGD, True)
+    params, optimizer = make(g.GaLoreSGD, False)
+    optimizer.param_groups[0]["compile"] = True
+    weights = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="compile=True found no compiler"):
+        train(params, optimizer, range(1))
+    assert all(torch.equal(p, weight) for p, weight in zip(params, weights, strict=True))
+
+
+def test_a_compiler_that_fails_leaves_the_step_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the compiler broke")
+
+    monkeypatch.setattr(compile_fx, "compile_fx", broken)
+    shapes = [(101, 67), (83,)]  # no other test has compiled these
+    (p, failing), (q, eager) = (make(g.GaLoreAdamW, wish, shapes) for wish in (True, False))
+    for x, y in zip(train(p, failing, range(3)), train(q, eager, range(3)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)  # numbers such as the step size are rounded to fp32 here
+    assert refused() == 2

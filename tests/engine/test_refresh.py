@@ -1,0 +1,110 @@
+"""A refresh gives the same basis however the gradient comes: compiled, 16-bit, transposed; and never from one that is not finite."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from galore_torch import GaLoreAdamW
+from galore_torch.slots.projectors import PROJECTORS
+
+each_projector = pytest.mark.parametrize("projector", PROJECTORS)
+SETTINGS: dict[str, Any] = {"lr": 0.01, "rank": 4, "update_proj_gap": 3}
+
+
+def gradients(shape: tuple[int, ...], steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(shape, generator=generator)
+    return [common + 0.2 * torch.randn(shape, generator=generator) for _ in range(steps)]
+
+
+def basis_of(optimizer: GaLoreAdamW) -> Tensor:
+    (state,) = optimizer.state.values()
+    return state["basis"]
+
+
+def run(W: Parameter, grads: list[Tensor], **settings: Any) -> GaLoreAdamW:
+    optimizer = GaLoreAdamW([W], **{**SETTINGS, **settings})
+    for G in grads:
+        W.grad = G
+        optimizer.step()
+    return optimizer
+
+
+@each_projector
+def test_under_a_compiled_training_step(projector: str) -> None:
+    """Forward, backward and step() inside one torch.compile, over three gaps. Oracle: the same without it."""
+
+    def train(wrap: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        layer, X = nn.Linear(20, 12, bias=False), torch.randn(9, 32, 20)
+        optimizer = GaLoreAdamW(layer.parameters(), projector=projector, **SETTINGS)
+
+        def step(x: Tensor) -> None:
+            layer(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        compiled = wrap(step)
+        for x in X:
+            compiled(x)
+        return layer.weight.detach(), basis_of(optimizer)
+
+    plain = train(lambda step: step)
+    torch._dynamo.reset()
+    compiled = train(lambda step: torch.compile(step, backend="aot_eager"))
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+
+
+@each_projector
+def test_a_bf16_gradient_gives_the_basis_of_its_fp32_value(projector: str) -> None:
+    grads = [G.bfloat16() for G in gradients((12, 20), 7)]
+    short = run(Parameter(torch.zeros(12, 20, dtype=torch.bfloat16)), grads, projector=projector)
+    full = run(Parameter(torch.zeros(12, 20)), [G.float() for G in grads], projector=projector)
+    assert basis_of(short).dtype == torch.float32
+    torch.testing.assert_close(basis_of(short), basis_of(full))
+
+
+@each_projector
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+@pytest.mark.parametrize(
+    ("weight", "grad"), [w for w in itertools.product(("transposed", "strided", "plain"), repeat=2) if w != ("plain",) * 2]
+)
+def test_whatever_the_strides_of_weight_and_gradient(projector: str, shape: tuple[int, int], weight: str, grad: str) -> None:
+    def laid_out(value: Tensor, how: str) -> Tensor:
+        if how == "transposed":
+            return value.T.contiguous().T
+        return torch.stack([value, value], -1)[..., 0] if how == "strided" else value
+
+    start, grads = torch.randn(shape), gradients(shape, 7)
+    plain = Parameter(start.clone())
+    other = Parameter(laid_out(start.clone(), weight))
+    strides = other.stride()
+    bases = [basis_of(run(W, gs, projector=projector)) for W, gs in ((plain, grads), (other, [laid_out(G, grad) for G in grads]))]
+    torch.testing.assert_close(bases[1], bases[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+    assert other.stride() == strides
+
+
+@each_projector
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_never_from_a_gradient_that_is_not_finite(projector: str, value: float) -> None:
+    """The refresh is due at step 3 and meets a bad gradient: it happens at the next good one, from that one alone."""
+    grads = gradients((12, 20), 5)
+    spoilt = [G.clone() for G in grads]
+    spoilt[3][5, 7] = value
+    before = basis_of(run(Parameter(torch.zeros(12, 20)), grads[:3], projector=projector)).clone()
+    optimizer = run(Parameter(torch.zeros(12, 20)), spoilt[:4], projector=projector)
+    assert torch.equal(basis_of(optimizer), before)
+    (W,) = optimizer.state
+    W.grad = spoilt[4]
+    optimizer.step()
+    fresh = run(Parameter(torch.zeros(12, 20)), spoilt[4:], projector=projector)
+    torch.testing.assert_close(basis_of(optimizer), basis_of(fresh))
+    assert W.isfinite().all()

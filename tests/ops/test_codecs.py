@@ -1,0 +1,126 @@
+"""Storage of state: sizes, errors and determinism of fp32, bf16 and int8."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from galore_torch.ops.codecs import BLOCK, Stored, block_length, levels, nearest_codes, stochastic_round, zero_code
+
+CPU = torch.device("cpu")
+
+
+def allocate(stored: Stored) -> dict[str, torch.Tensor]:
+    return {key: spec.allocate(CPU) for key, spec in stored.spec().items()}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_has_256_ascending_levels_over_seven_decades(signed: bool) -> None:
+    """Oracle: the construction of arXiv 2110.02861 as bitsandbytes builds it (create_dynamic_map), known values written out."""
+    table = levels(signed, CPU)
+    assert table.numel() == 256
+    assert (table.diff() > 0).all()
+    assert table[-1] == 1
+    assert table[zero_code(signed)] == 0
+    smallest = table[table > 0][0]
+    assert math.isclose(smallest, 5.5e-7 if signed else 3.25e-7, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_level_is_its_own_nearest_code(signed: bool) -> None:
+    table = levels(signed, CPU)
+    assert torch.equal(nearest_codes(table, signed).long(), torch.arange(256))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_nearest_within_the_tables_resolution(signed: bool) -> None:
+    """Oracle: brute force over all levels; the table cells are 2^-7 wide, so it may lose as much."""
+    table = levels(signed, CPU)
+    x = torch.cat([torch.rand(5000), 10 ** (-7 * torch.rand(5000))]) * (torch.randint(0, 2, (10000,)) * 2 - 1 if signed else 1)
+    distance = (table[nearest_codes(x, signed).long()] - x).abs()
+    best = (table - x.unsqueeze(1)).abs().amin(1)
+    slack = best + x.abs() * 2**-7
+    if not signed:  # positive values below half the first level round up on purpose
+        slack = torch.where(x < table[1] / 2, table[1], slack)
+    assert (distance <= slack).all()
+
+
+def test_a_positive_second_moment_is_never_stored_as_zero() -> None:
+    x = torch.tensor([0.0, 1e-30, 1e-12, 1e-8, 1.0])
+    assert (levels(False, CPU)[nearest_codes(x, False).long()] > 0).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (1009, 5), (7, 513), (512, 16), (4, 1376), (6, 5461), (3, 5)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int8_error_is_bounded_by_its_block(shape: tuple[int, int], axis: int) -> None:
+    """Every value comes back within 1 % of itself plus 6e-7 of its block's maximum... at the decade's coarsest cell: half a cell."""
+    stored = Stored("x", shape, "int8", axis)
+    state = allocate(stored)
+    assert not stored.decode(state).any()
+    x = torch.randn(shape) * 10 ** torch.randn(shape)
+    stored.encode(state, x, None)
+    back = stored.decode(state)
+    largest = x.abs().amax(axis, keepdim=True)  # at least the block's own maximum
+    table = levels(True, CPU)
+    coarsest = float(table.diff().max() / 2) + 2**-8
+    assert ((back - x).abs() <= coarsest * largest).all()
+    assert ((back - x).abs() / x.abs())[x.abs() > 0.1 * largest].max() < 0.08
+
+
+def test_blocks_do_not_mix_singular_directions() -> None:
+    """Rows that differ by 1e8 in size keep their relative precision because a block stays inside one of them."""
+    x = torch.rand(2, 512) + 0.5
+    x[1] *= 1e-8
+    stored = Stored("x", (2, 512), "int8", 1, signed=False)
+    state = allocate(stored)
+    stored.encode(state, x, None)
+    assert ((stored.decode(state) - x).abs() / x).max() < 0.02
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 256, 257, 512, 1009, 1376, 2048, 5461, 11008])
+def test_blocks_are_at_most_256_long_and_pad_only_awkward_lengths(length: int) -> None:
+    block = block_length(length)
+    assert block <= BLOCK
+    assert length % block == 0 or block == BLOCK
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("fill", [0.0, 0.25])
+def test_first_value_is_the_fill(codec: str, fill: float) -> None:
+    stored = Stored("x", (300, 64), codec, 0, signed=False, fill=fill)
+    assert (stored.decode(allocate(stored)) == fill).all()
+
+
+def test_stochastic_rounding_is_right_on_average_and_repeats_with_its_seed() -> None:
+    x = torch.tensor([1.0 + 2**-10, -3.14159, 1e-20, 0.0]).expand(2000, 4).contiguous()
+    rounded = torch.stack([stochastic_round(x, seed).float() for seed in range(50)])
+    spacing = torch.tensor([2**-7, 2**-6, 1e-20 * 2**-7, 0.0])
+    deviation = spacing / 2 / math.sqrt(50 * 2000) * 5  # five standard errors of the mean
+    assert ((rounded.mean((0, 1)) - x[0]).abs() <= deviation).all()
+    assert ((rounded - x).abs() <= spacing).all()
+    assert torch.equal(stochastic_round(x, 7), stochastic_round(x, 7))
+    assert not torch.equal(stochastic_round(x, 7), stochastic_round(x, 8))
+
+
+def test_stochastic_rounding_keeps_what_bf16_holds_and_what_is_not_finite() -> None:
+    x = torch.randn(64, 64).bfloat16().float()
+    x[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    torch.testing.assert_close(stochastic_round(x, 3).float(), x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rounding_noise_of_neighbours_is_uncorrelated() -> None:
+    x = torch.full((256, 256), 1.0 + 2**-8)  # half way: up or down with equal chance
+    up = torch.stack([(stochastic_round(x, seed) > 1).float() for seed in range(400)]) - 0.5
+    for a, b in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((3, 5), (5, 3)), ((10, 10), (200, 100))):
+        assert abs(float((up[:, a[0], a[1]] * up[:, b[0], b[1]]).mean())) < 0.25 * 5 / math.sqrt(400)
+
+
+def test_tables_do_not_follow_a_device_context() -> None:
+    """A model may be built under torch.device("meta"); the shared tables must stay real."""
+    levels.cache_clear()
+    zero_code.cache_clear()
+    with torch.device("meta"):
+        assert zero_code(True) == 127
+        assert levels(True, CPU).device == CPU

@@ -1,0 +1,69 @@
+"""What INT8 weights cannot do is refused in one clear line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import galore_torch as g
+from support.q_galore_models import layers, loss, model, optimizer_of
+
+
+def test_what_cannot_be_quantised_is_refused_in_one_line_and_nothing_changes() -> None:
+    tied = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
+    tied[1].weight = tied[0].weight
+    spoilt = model(quantized=False)
+    with torch.no_grad():
+        spoilt[2].weight[0, 0] = float("nan")
+    integers = nn.Sequential(nn.Linear(4, 4))
+    integers[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    for m, words in (
+        (model(), r"0\.weight is INT8 already.*once"),
+        (model(torch.float16, quantized=False), r"0\.weight is torch\.float16.*bfloat16 and float32.*model\.to"),
+        (model(torch.float64, quantized=False), r"float64"),
+        (integers, r"torch\.int8"),
+        (tied, r"1\.weight is shared with a layer that stays as it is \(Embedding\)"),
+        (spoilt, r"2\.weight holds values that are not finite"),
+    ):
+        before = [(type(p), p.dtype) for p in m.parameters()]
+        with pytest.raises(ValueError, match=words) as error:
+            g.quantize_linears(m, targets="all-linear")
+        assert "\n" not in str(error.value)
+        assert [(type(p), p.dtype) for p in m.parameters()] == before
+    with pytest.raises(ValueError, match="no attention or MLP layer"):
+        g.quantize_linears(model(quantized=False))
+
+
+def test_an_int8_model_is_no_fp16_model_and_no_torch_optimizers() -> None:
+    m = model()
+    with pytest.raises(ValueError, match=r"torch\.float16: use torch\.bfloat16 or torch\.float32"):
+        m.half()
+    for optimizer in (torch.optim.AdamW(m.parameters()), g.GaLore(torch.optim.AdamW, m.parameters(), lr=1e-3)):
+        loss(m).backward()
+        with pytest.raises(ValueError, match=r"write to an INT8 weight.*galore_torch"):
+            optimizer.step()
+
+
+def test_int8_weights_can_be_traced_without_values() -> None:
+    with FakeTensorMode():
+        m = layers(2, 32)
+        m(torch.zeros(4, 32)).sum().backward()
+        assert m[0].weight.grad.shape == (32, 32)
+
+
+def test_sharding_int8_weights_is_refused() -> None:
+    """`fully_shard` begins by splitting each weight, and would go on with floating shards."""
+    with pytest.raises(ValueError, match=r"not sharded yet.*fully_shard.*without quantize_linears"):
+        model()[0].weight.chunk(2)
+
+
+def test_a_weight_changed_between_the_passes_is_noticed() -> None:
+    m = model()
+    optimizer = optimizer_of(m)
+    early = loss(m)
+    loss(m).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        early.backward()

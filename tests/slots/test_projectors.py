@@ -1,0 +1,88 @@
+"""Every projector against the best rank-r energy, which only a full SVD knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from galore_torch.ops.linalg import orthonormalize, power_step
+from galore_torch.slots.projectors import PROJECTORS
+
+
+def drifting(m: int, n: int, turn: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two gradients with a spectrum that falls as i^-0.7 and singular vectors that turn a little between them."""
+    k = min(m, n)
+    U, V = torch.randn(m, k).double(), torch.randn(n, k).double()
+    spectrum = torch.arange(1, k + 1).double() ** -0.7
+    later = U + turn * torch.randn(m, k).double(), V + turn * torch.randn(n, k).double()
+    return tuple((orthonormalize(a) * spectrum) @ orthonormalize(b).mT for a, b in ((U, V), later))  # type: ignore[return-value]
+
+
+def energy(G: torch.Tensor, basis: torch.Tensor, mode: int) -> float:
+    captured = basis.mT @ G if mode == 0 else G @ basis
+    return float(captured.square().sum() / torch.linalg.svdvals(G)[: basis.shape[1]].square().sum())
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80)])
+@pytest.mark.parametrize("modes", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(("name", "share"), [("svd", 1 - 1e-9), ("gram", 1 - 1e-9), ("rsvd", 0.99), ("power", 0.99)])
+def test_share_of_the_best_energy_from_a_cold_and_a_warm_start(
+    name: str, share: float, modes: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    first, second = drifting(*shape, turn=0.05)
+    cold = PROJECTORS[name](first, 16, dict.fromkeys(modes), 0)
+    warm = PROJECTORS[name](second, 16, cold, 1)
+    for G, bases in ((first, cold), (second, warm)):
+        assert bases.keys() == set(modes)
+        for mode, basis in bases.items():
+            assert basis.shape == (shape[mode], 16)
+            assert share <= energy(G, basis, mode) <= 1 + 1e-9
+            torch.testing.assert_close(basis.mT @ basis, torch.eye(16).double())
+            assert basis.untyped_storage().nbytes() == basis.numel() * basis.element_size()
+
+
+def test_a_power_step_spans_the_gradients_square_times_the_old_basis_with_its_weakest_direction_exchanged() -> None:
+    G, _ = drifting(96, 64, 0.0)
+    start = orthonormalize(torch.randn(96, 16).double())
+    basis = power_step(G, start, seed=3)
+    assert torch.equal(power_step(G, start, seed=3), basis)
+    assert not torch.equal(power_step(G, start, seed=4), basis)
+    old = G @ (G.mT @ start[:, :15])
+    torch.testing.assert_close(basis @ (basis.mT @ old), old)
+    torch.testing.assert_close(orthonormalize(old), basis[:, :15])  # each beside its old one
+
+
+def test_power_converges_to_the_exact_subspace_of_a_gradient_that_stays_strongest_first() -> None:
+    G, _ = drifting(60, 40, 0.0)
+    bases: dict[int, torch.Tensor | None] = {0: None}
+    for step in range(60):
+        bases = dict(PROJECTORS["power"](G, 8, bases, step))
+    exact = torch.linalg.svd(G).U[:, :7]  # the eighth direction is a new one at every step
+    torch.testing.assert_close((bases[0].mT @ exact).abs(), torch.eye(8, 7).double(), rtol=0, atol=1e-2)  # type: ignore[union-attr]
+
+
+def test_power_finds_directions_orthogonal_to_everything_it_has() -> None:
+    """The rows that trained first stop; other rows, which no old vector and no power of the gradient reaches, begin."""
+    first, second = torch.zeros(60, 40), torch.zeros(60, 40)
+    first[:30], second[30:] = torch.randn(30, 40), torch.randn(30, 40)
+    bases = PROJECTORS["rsvd"](first, 8, {0: None}, 0)
+    shares = []
+    for step in range(12):
+        bases = PROJECTORS["power"](second + 1e-3 * first, 8, bases, step)
+        shares.append(energy(second, bases[0], 0))
+    assert shares[-1] > 0.9
+
+
+def test_power_survives_a_gradient_of_lower_rank_than_its_basis() -> None:
+    G = torch.outer(torch.randn(60), torch.randn(40))
+    basis = PROJECTORS["power"](G, 8, {0: orthonormalize(torch.randn(60, 8))}, 0)[0]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(8), rtol=0, atol=1e-5)
+    assert energy(G, basis, 0) > 0.999
+
+
+def test_random_bases_come_from_their_seed_alone() -> None:
+    a, b, c = (PROJECTORS["random"](torch.randn(30, 20), 4, {0: None, 1: None}, seed) for seed in (3, 3, 4))
+    for mode in (0, 1):
+        assert torch.equal(a[mode], b[mode])
+        assert not torch.equal(a[mode], c[mode])
+        torch.testing.assert_close(a[mode].mT @ a[mode], torch.eye(4), rtol=0, atol=1e-5)

@@ -1,0 +1,86 @@
+"""Moments across a change of basis: the invariants every rule of transport must keep (LDAdam, arXiv 2410.16103; GoLore, 2410.11289)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from galore_torch.ops.linalg import orthonormalize
+from galore_torch.slots.transport import keep, reset, rotate
+
+
+def basis(m: int, r: int) -> torch.Tensor:
+    return orthonormalize(torch.randn(m, r).double())
+
+
+@pytest.mark.parametrize("kind", ["first", "second"])
+def test_the_same_basis_is_the_identity(kind: str) -> None:
+    moment = torch.rand(4, 7).double()
+    C = {0: torch.eye(4).double()}
+    torch.testing.assert_close(rotate(C, moment, kind, None), moment)
+
+
+def test_a_full_basis_that_turns_leaves_the_momentum_unchanged() -> None:
+    old, new = basis(6, 6), basis(6, 6)
+    m = torch.randn(6, 9).double()
+    torch.testing.assert_close(new @ rotate({0: new.mT @ old}, m, "first", None), old @ m)
+
+
+@pytest.mark.parametrize(("mode", "shape"), [(0, (4, 9)), (1, (9, 4))])
+def test_the_sign_of_an_old_basis_vector_never_matters(mode: int, shape: tuple[int, int]) -> None:
+    """Flipping column j of the old basis flips row j of m and leaves v: the carried moments must not notice."""
+    old, new, flip = basis(10, 4), basis(10, 4), torch.tensor([1.0, -1, -1, 1]).double()
+    along = flip.unsqueeze(1 - mode)
+    m, v = torch.randn(shape).double(), torch.rand(shape).double()
+    C, D = {mode: new.mT @ old}, {mode: new.mT @ (old * flip)}
+    torch.testing.assert_close(rotate(D, m * along, "first", None), rotate(C, m, "first", None))
+    torch.testing.assert_close(rotate(D, v, "second", None), rotate(C, v, "second", None))
+    assert (rotate(C, v, "second", None) >= 0).all()
+
+
+def test_the_second_moment_of_uncorrelated_coordinates_is_carried_exactly() -> None:
+    """Oracle: the empirical second moment of the same samples in the turned basis."""
+    samples = torch.randn(400_000, 3).double() * torch.tensor([3.0, 1.0, 0.2]).double()
+    C = basis(3, 3)
+    carried = rotate({0: C}, samples.square().mean(0).unsqueeze(1), "second", None)
+    torch.testing.assert_close(carried.squeeze(1), (samples @ C.T).square().mean(0), rtol=0.02, atol=0)
+
+
+def test_factored_moments_are_carried_on_the_axis_they_have() -> None:
+    row, col, C = torch.rand(4).double(), torch.rand(9).double(), basis(4, 4)
+    torch.testing.assert_close(rotate({0: C}, row, "second", -1), C.square() @ row)
+    torch.testing.assert_close(rotate({0: C}, col, "second", -2), col)
+    torch.testing.assert_close(rotate({1: C}, row, "second", -2), C.square() @ row)
+
+
+def test_a_new_direction_without_history_gets_the_mean_of_the_old_second_moments() -> None:
+    """Axes 0, 1, 2 give way to 1, 2, 3: two keep their own value, the third never seen gets the mean, and no row is near zero."""
+    eye, v = torch.eye(6).double(), torch.tensor([[1.0], [2.0], [6.0]]).double()
+    C = eye[:, 1:4].mT @ eye[:, :3]
+    torch.testing.assert_close(rotate({0: C}, v, "second", None), torch.tensor([[2.0], [6.0], [3.0]]).double())
+
+
+def test_both_sides_are_carried_for_two_sided_projections() -> None:
+    A, B, m = basis(4, 4), basis(4, 4), torch.randn(4, 4).double()
+    torch.testing.assert_close(rotate({0: A, 1: B}, m, "first", None), A @ m @ B.mT)
+
+
+def test_rotate_keeps_the_momentum_that_keep_loses_when_signs_flip() -> None:
+    old = basis(12, 4)
+    new = old * torch.tensor([1.0, -1, 1, -1]).double()
+    m = torch.randn(4, 9).double()
+
+    def cosine(after: torch.Tensor) -> float:
+        return float(torch.cosine_similarity((old @ m).flatten(), (new @ after).flatten(), dim=0))
+
+    C = {0: new.mT @ old}
+    assert cosine(rotate(C, m, "first", None)) == pytest.approx(1.0)
+    assert cosine(keep(C, m, "first", None)) < 0.9
+
+
+def test_reset_forgets_moments_and_leaves_what_is_no_moment() -> None:
+    C, value = {0: torch.eye(4).double()}, torch.rand(4, 2).double()
+    assert not reset(C, value, "first", None).any()
+    assert not reset(C, value, "second", None).any()
+    assert reset(C, value, "other", None) is value
+    assert rotate(C, value, "other", None) is value

@@ -1,0 +1,177 @@
+"""`galore plan` as a user meets it: tables, verdicts, recipes that `galore pretrain` takes, pictures, and one line for nonsense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from galore_torch import cli
+from galore_torch.train.commands.plan import COMPARED
+from galore_torch.train.config.flags import config_from
+from galore_torch.train.errors import UserError
+from galore_torch.train.plan.answer import planned, question_of
+from galore_torch.train.plan.cards import CARDS, card
+from galore_torch.train.plan.search import best_that_fits
+from galore_torch.train.plan.show import parts
+from galore_torch.train.plan.units import gb, parse_memory
+
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--model llama_9b", "neither a preset nor a config file"),
+        ("--model_config llama_9b", "--model_config 'llama_9b' is neither a preset"),
+        ("--model 7b --batch 0", "--batch_size 0 is out of bounds"),
+        ("--model 7b --seq 0", "--max_length 0 is out of bounds"),
+        ("--model 7b --seq 4096", "2048 positions"),
+        ("--model 7b --memory -24GB", "must be above 0"),
+        ("--model 7b --memory 0GB", "must be above 0"),
+        ("--model 7b --memory lots", "is no amount of memory"),
+        ("--model 7b --memory 24", "is no amount of memory"),
+        ("--model 7b --rank 5000", "not below the width 4096"),
+        ("--model 7b --rank 0", "--rank 0 is out of bounds"),
+        ("--model 7b --world_size 0", "--world_size 0 is out of bounds"),
+        ("--model 7b --card GTX-9000", "is not known; give --memory"),
+        ("--model 7b --card T4 --memory 24GB", "leave one of them out"),
+        ("--model 7b --card T4 --device cpu", "leave one of them out"),
+        ("--model 7b --optimizer adamv", "is not known; choose one of"),
+        ("--model 7b --dtype int3", "is not known; choose one of"),
+        ("--model 7b -o recipe.json", "give --memory or --card"),
+        ("--model 7b --picture a.png", "has no effect alone"),
+        ("--model 7b --sweep rank --optimizer adamw", "has no rank"),
+        ("--model 7b --batch many", "invalid int value"),
+        ("--memory 24GB", "--model"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(words: str, says: str, capsys: Out) -> None:
+    assert cli.main(["plan", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_rows_of_a_plan_add_up(capsys: Out) -> None:
+    assert cli.main(["plan", "--model", "60m", "--batch", "4", "--rank", "128"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("weights", "gradients", "basis", "moments", "activations", "logits", "transient", "reserve", "needed"):
+        assert name in shown
+    config = config_from({"model_config": "60m", "batch_size": 4, "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16"})
+    plan = planned(question_of(config, device="cuda"), traced=True)
+    assert sum(parts(plan).values()) == plan.peak
+    assert gb(plan.needed) in shown
+
+
+def test_best_recipe_for_a_card_is_a_config_that_pretrain_takes(tmp_path: Path, capsys: Out) -> None:
+    assert cli.main(["plan", "--model", "llama_7b", "--memory", "24GB", "-o", "recipe.json"]) == 0
+    assert "fits in 24.00 GB" in capsys.readouterr().out
+    config = config_from({"config": "recipe.json"})
+    assert (config.model_name, config.torch_dtype, config.rank) == ("llama_7b", "bfloat16", 1024)
+    assert planned(question_of(config, device="cuda"), traced=False).needed <= 24e9
+    assert cli.main(["plan", "--model", "llama_7b", "--memory", "24GB", "-o", "recipe.json"]) == 2  # never over a file
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_best_recipe_leaves_nothing_on_the_table() -> None:
+    """No candidate that comes before the chosen one fits: rank first, then batch, then recomputing."""
+    given = {"model_config": "1b", "dtype": "bfloat16", "optimizer": "galore_adamw8bit_per_layer"}
+    best = best_that_fits(given, 10 * 10**9, "cuda", traced=False)
+    assert best is not None
+    chosen, plan = best
+    assert plan.needed <= 10e9
+
+    def needed(**changes: Any) -> int:
+        settings = {"rank": chosen.rank, "batch_size": chosen.batch_size, "activation_checkpointing": chosen.activation_checkpointing}
+        return planned(question_of(config_from({**given, **settings, **changes}), device="cuda"), traced=False).needed
+
+    assert chosen.rank == 1024  # half the width, the largest that is tried
+    assert needed(batch_size=2 * chosen.batch_size, activation_checkpointing=True) > 10e9
+    assert not chosen.activation_checkpointing or needed(activation_checkpointing=False) > 10e9
+
+
+def test_what_is_given_stays(capsys: Out) -> None:
+    given = {"model_config": "1b", "dtype": "bfloat16", "optimizer": "galore_adamw", "rank": 64, "batch_size": 2}
+    best = best_that_fits(given, 24 * 10**9, "cuda", traced=False)
+    assert best is not None
+    assert {name: getattr(best[0], name) for name in given} == given
+
+
+def test_what_cannot_fit_says_so_and_leaves_with_1(capsys: Out) -> None:
+    assert cli.main(["plan", "--model", "7b", "--optimizer", "adamw", "--card", "T4"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_compare_and_sweep_print_and_draw(tmp_path: Path, capsys: Out) -> None:
+    assert cli.main(["plan", "--model", "7b", "--rank", "1024", "--compare", "--card", "4090"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMPARED)
+    assert (tmp_path / "plan-compare.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["plan", "--model", "1b", "--sweep", "rank", "--picture", "curve.png"]) == 0
+    assert {"64", "128", "256", "512", "1024"} <= set(capsys.readouterr().out.split())
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_grows_with_the_rank_and_falls_with_every_saving() -> None:
+    def needed(**settings: Any) -> int:
+        config = config_from({"model_config": "1b", "dtype": "bfloat16", "batch_size": 1, **settings})
+        return planned(question_of(config, device="cuda"), traced=False).needed
+
+    ranks = [needed(optimizer="galore_adamw", rank=rank) for rank in (64, 128, 256, 512, 1024)]
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) == 5
+    names = ["adamw", "adam8bit", "galore_adamw8bit", "galore_adamw8bit_per_layer"]
+    savings = [needed(optimizer=name) for name in names]
+    assert savings == sorted(savings, reverse=True)
+
+
+def test_processes_of_data_parallel_training_each_hold_everything(capsys: Out) -> None:
+    assert cli.main(["plan", "--model", "60m", "--world_size", "8"]) == 0
+    assert "of each of 8 processes: weights, gradients and state are replicated" in capsys.readouterr().out
+
+
+def test_a_json_file_and_a_folder_are_models_too(model_file: Path, tmp_path: Path, capsys: Out) -> None:
+    assert cli.main(["plan", "--model", str(model_file), "--seq", "32"]) == 0
+    mistral = {"model_type": "mistral", "vocab_size": 300, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    mistral |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(mistral))
+    assert cli.main(["plan", "--model", "hf", "--seq", "32", "--memory", "1GB", "-o", "hf.json"]) == 0
+    assert config_from({"config": "hf.json"}).hf_model == "hf"
+
+
+def test_units_are_told_apart() -> None:
+    assert parse_memory("24GB") == 24 * 10**9
+    assert parse_memory("24 GiB") == 24 * 2**30
+    assert parse_memory("22.8G") == 22_800_000_000
+    assert parse_memory("512mib") == 2**29
+
+
+@pytest.mark.parametrize(
+    ("name", "mib"),
+    [
+        ("RTX 4090", 24564),
+        ("rtx4090", 24564),
+        ("4090", 24564),
+        ("NVIDIA GeForce RTX 4090", 24564),
+        ("a100", 40960),
+        ("A100-SXM4-80GB", 81920),
+    ],
+)
+def test_cards_go_by_many_names(name: str, mib: int) -> None:
+    assert card(name).mib == mib
+
+
+def test_every_card_is_found_by_its_own_name_and_no_other_is() -> None:
+    assert [card(item.name) for item in CARDS] == list(CARDS)
+    with pytest.raises(UserError, match="not known"):
+        card("")

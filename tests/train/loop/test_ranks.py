@@ -1,0 +1,247 @@
+"""Processes that train together are one process with the whole batch: losses, weights, text, evaluation, stopping, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from galore_torch import cli
+from galore_torch.train.checkpoint.storage import checkpoints_in
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import batches, load_data, windows_in_order
+from galore_torch.train.errors import UserError
+from galore_torch.train.loop.distributed import Ranks, launched
+from support.whole_runs import command, rows
+
+Make = Callable[..., PretrainConfig]
+SRC = str(Path(cli.__file__).resolve().parents[1])
+
+
+# Imports once what a run needs, then makes the processes of each command it reads, as torchrun does: [(environment, words, log), ...].
+FORKER = """
+import json, os, sys
+import torch.distributed, transformers.models.llama.modeling_llama
+import galore_torch.train.commands.pretrain
+from galore_torch import cli
+galore_torch.train.commands.pretrain.draw = lambda *_: None
+for line in sys.stdin:
+    pids = []
+    for environment, words, log in json.loads(line):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(environment)
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(1, 2)
+            code = cli.main(words)
+            sys.stdout.flush()
+            os._exit(code)
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+class Launcher:
+    """`galore pretrain` in several processes that find each other, without seconds of imports for each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        environment = {**os.environ, "PYTHONPATH": SRC, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, processes: int, words: list[str]) -> list[int]:
+        """The ids of the processes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+        shared["XDG_CACHE_HOME"] = os.environ["XDG_CACHE_HOME"]
+        self.logs = [self.folder / str(rank) for rank in range(processes)]
+        group = [(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, words, str(log)) for rank, log in enumerate(self.logs)]
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(group) + "\n")
+        self.process.stdin.flush()
+        return list(self._line())
+
+    def wait(self) -> tuple[list[int], list[str]]:
+        """(exit codes, what each said)."""
+        return list(self._line()), [log.read_text() for log in self.logs]
+
+    def _line(self) -> list[int]:
+        assert self.process.stdout is not None
+        return list(json.loads(self.process.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("ranks"))
+    with launcher.process:  # closes its standard input, which ends it, and waits
+        yield launcher
+
+
+def words(config: PretrainConfig) -> list[str]:
+    """The flags of a config that `make_config` made."""
+    names = ("model_config", "device", "optimizer", "max_length", "batch_size", "num_training_steps", "eval_every", "update_proj_gap")
+    names = (*names, "save_dir", "total_batch_size", "grad_clipping", "save_every", "seed", "eval_tokens")
+    found = [part for name in names if (value := getattr(config, name)) is not None for part in (f"--{name}", str(value))]
+    switches = [f"--{name}" for name in ("pad_documents", "stream") if getattr(config, name)]
+    return ["pretrain", *found, *switches, "--data", *config.data]
+
+
+def assert_close_runs(one: Path, other: Path) -> None:
+    """Equal but for the order in which float32 gradients are added: 1e-6 of the largest, times Adam's quotient, over few updates."""
+    for mine, theirs in zip(rows(one), rows(other), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert {key: mine[key] for key in ("step", "tokens_seen")} == {key: theirs[key] for key in ("step", "tokens_seen")}
+        for key in ("loss", "eval_loss", "lr", "grad_norm", "eval_tokens"):
+            if key in mine:
+                assert mine[key] == pytest.approx(theirs[key], rel=2e-5), (mine["step"], key)
+    weights = load_file(one / "model" / "model.safetensors")
+    for key, value in load_file(other / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "packed in memory, accumulated, clipped": {"total_batch_size": 16, "grad_clipping": 0.5},
+    "padded in memory": {"pad_documents": True, "max_length": 64},
+    # Within the first pass of 57 documents: a pass that does not divide leaves one process a document ahead of the other.
+    "padded and streamed": {"pad_documents": True, "max_length": 64, "stream": True, "num_training_steps": 7},
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "padded in" in case else []) for case in CASES])
+def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, launcher: Launcher) -> None:
+    """The same documents in every update: the same losses, norms, weights, held-out loss and number of tokens."""
+    settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]
+    two = make_config(**settings, save_dir=str(tmp_path / "two"))
+    one = make_config(**(settings | {"batch_size": 8}), save_dir=str(tmp_path / "one"))
+    launcher.start(2, words(two))
+    assert command(one)[0] == 0
+    codes, (said, other_said) = launcher.wait()
+    assert codes == [0, 0], said + other_said
+    assert "held-out perplexity" in said
+    assert not other_said, "the second process prints nothing"
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["resolved"]["processes"] == 2
+
+
+def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Make, tmp_path: Path, launcher: Launcher) -> None:
+    """Streamed and packed: each process has a place of its own in the text, and gets it back."""
+    settings = {"stream": True, "num_training_steps": 40, "batch_size": 2, "optimizer": "galore_adamw", "eval_every": 20}
+    launcher.start(2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
+    codes, said = launcher.wait()
+    assert codes == [0, 0], said
+    config = make_config(**settings)
+    first, _ = launcher.start(2, [*words(config), "--resume", "auto"])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 6) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(first, signal.SIGTERM)
+    codes, said = launcher.wait()
+    assert codes == [143, 1], said
+    (saved,) = checkpoints_in(tmp_path / "run" / "checkpoints")
+    positions = json.loads((saved / "trainer.json").read_text())["positions"]
+    assert len(positions) == 2
+    assert positions[0] != positions[1]
+    with pytest.raises(UserError, match=r"was written by 2 processes, .* and 1 run now; give torchrun --nproc_per_node 2"):
+        command(make_config(**(settings | {"batch_size": 4}), resume="auto"))
+    launcher.start(2, [*words(config), "--resume", "auto"])
+    codes, said = launcher.wait()
+    assert codes == [0, 0], said
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    for key, value in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
+        assert torch.equal(weights[key], value), key
+    launcher.start(2, [*words(config), "--resume", "auto"])
+    assert launcher.wait()[0] == [0, 0], "nothing is left to do, and nobody waits for another"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_share_the_windows_of_a_pass_exactly_once(ranks: int) -> None:
+    """40 windows: after as many draws together as one process makes in three passes, the same ones in the same updates."""
+    tokens = torch.arange(40 * 8 + 1, dtype=torch.int32)
+    one = [inputs[:, 0].tolist() for inputs, _ in islice(batches(tokens, 8, ranks, seed=1), 120 // ranks)]
+    shares = [
+        [inputs[:, 0].tolist() for inputs, _ in islice(batches(tokens, 8, 1, seed=1, rank=rank, ranks=ranks), 120 // ranks)]
+        for rank in range(ranks)
+    ]
+    together = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
+    assert together == one
+    first_pass = list(chain(*together))[:40]
+    assert sorted(first_pass) == list(range(0, 320, 8))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 11])
+def test_ranks_evaluate_every_window_exactly_once(ranks: int) -> None:
+    tokens = torch.arange(11 * 8 + 4, dtype=torch.int32)
+    shares = [windows_in_order(tokens, 8, 3, rank, ranks) for rank in range(ranks)]
+    assert torch.cat([inputs.flatten() for share in shares for inputs, _ in share]).tolist() == list(range(88))
+
+
+def test_batch_is_that_of_all_processes(make_config: Make) -> None:
+    assert make_config(processes=4, batch_size=2).sequences_per_update == 8
+    config = make_config(processes=4, batch_size=2, total_batch_size=32)
+    assert (config.accumulation, config.sequences_per_update) == (4, 32)
+    assert make_config(processes=4, batch_size=2, gradient_accumulation=3).sequences_per_update == 24
+    config = make_config(processes=4, batch_size=2, max_train_tokens=1280)
+    assert config.num_training_steps == 1280 // (8 * 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"total_batch_size": 12}, r"--total_batch_size 12 is not a multiple of --batch_size 4 x 2 processes; try --total_batch_size 8"),
+        (
+            {"optimizer": "galore_adamw_per_layer"},
+            "before 2 processes .* choose galore_adamw, or torchrun --nproc_per_node 1",
+        ),
+        ({"eval_tokens": 20}, "--eval_tokens 20 is less than one sequence for each of 2 processes, 32"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(make_config: Make, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make_config(processes=2, **settings)
+
+
+def test_text_too_short_for_the_processes_is_refused(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words more than one sequence has, and no more than that, as it is to be so")
+    with pytest.raises(UserError, match=r"held-out text has \d+ tokens; one sequence needs 30 processes x --max_length \+ 1 = 481"):
+        load_data(make_config(processes=30, eval_data=(str(tmp_path / "short.txt"),)))
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [({"WORLD_SIZE": "two"}, "is no whole number .*'two'.*start with torchrun"), ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 is not below")],
+)
+def test_launcher_that_says_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        launched()
+
+
+def test_one_process_says_nothing_to_nobody() -> None:
+    alone = Ranks()
+    module = torch.nn.Linear(2, 2)
+    assert alone.wrap(module) is module
+    assert alone.total(1.5, 2) == [1.5, 2]
+    assert (alone.any(True), alone.any(False)) == (True, False)
+    assert alone.mean((0.1, 7)) == (0.1, 7)
+    assert alone.mean(None) is None
+    assert alone.every({"row": 3}) == [{"row": 3}]

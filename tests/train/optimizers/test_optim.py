@@ -1,0 +1,261 @@
+"""Every name builds its optimizer with every flag it claims; sizes are those of storages."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from galore_torch.engine.recipe import Recipe
+from galore_torch.ops.codecs import CODECS
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.config.settings import BASIS_CODECS, STATE_CODECS
+from galore_torch.train.errors import UserError
+from galore_torch.train.model.llama import build_model, model_shape
+from galore_torch.train.optimizers.registry import (
+    OPTIMIZERS,
+    adamw_state_bytes,
+    build_optimizer,
+    per_layer_updates,
+    state_bytes,
+    unused_flags,
+)
+
+SETTINGS: dict[str, Any] = {
+    "rank": 4,
+    "update_proj_gap": 2,
+    "galore_scale": 0.5,
+    "gap_range": None,
+    "cycle_length": 4,
+    "proj_type": "std",
+    "weight_decay": 0.125,
+    "beta1": None,
+}
+
+
+@pytest.fixture
+def model(model_file: Path) -> nn.Module:
+    settings: dict[str, Any] = {"dtype": "float32", "bos_token_id": None, "eos_token_id": 0, "activation_checkpointing": False}
+    return build_model(model_shape(str(model_file)), seed=0, **settings)
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    tokens = torch.arange(32).view(2, 16)
+    logits = model(input_ids=tokens[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def need(name: str) -> None:
+    if name in ("lora", "relora"):
+        pytest.importorskip("peft", reason="lora and relora need the extra peft")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_name_learns(name: str, model: nn.Module) -> None:
+    need(name)
+    optimizer = build_optimizer(name.upper(), model, lr=OPTIMIZERS[name].default_lr, settings=SETTINGS)
+    before = loss_of(model).item()
+    with per_layer_updates(name, model, optimizer, deferred=False):
+        for _ in range(10):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss_of(model).item() < before - 0.02
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_flags_reach_the_groups(name: str, model: nn.Module) -> None:
+    need(name)
+    spec = OPTIMIZERS[name]
+    beta1 = 0.75 if "beta1" in spec.flags else None
+    groups = build_optimizer(name, model, lr=0.01, settings={**SETTINGS, "beta1": beta1}).param_groups
+    assert all(group["weight_decay"] == 0.125 and group["lr"] == 0.01 for group in groups)
+    if beta1:
+        found = [group.get("momentum", group.get("beta1", group.get("betas", (None,))[0])) for group in groups]
+        assert found == [0.75] * len(groups)
+    projected = [group for group in groups if group.get("rank")]
+    assert bool(projected) == spec.low_rank
+    for group in projected:
+        assert (group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"]) == (4, 2, 0.5, "std")
+        assert len(group["params"]) == 7, "q, k, v, o, gate, up and down of the one layer"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_one_group(name: str, model: nn.Module) -> None:
+    need(name)
+    groups = build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_adafactor_has_no_relative_step(model: nn.Module) -> None:
+    for name in ("adafactor", "galore_adafactor"):
+        for group in build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups:
+            assert not group["relative_step"]
+            assert not group["scale_parameter"]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "galore_adafactor"])
+def test_adafactor_with_beta1_0_keeps_no_first_moment(name: str, model: nn.Module) -> None:
+    """The published script's convention, and its default."""
+    optimizer = build_optimizer(name, model, lr=0.01, settings={**SETTINGS, "beta1": 0.0})
+    assert [group["beta1"] for group in optimizer.param_groups] == [None] * len(optimizer.param_groups)
+
+
+def test_adam8bit_is_adamw_with_8_bit_moments(model: nn.Module) -> None:
+    """Nothing is projected; matrices of 4096 elements and more have 8-bit state, and three steps go where AdamW's go."""
+    start, twin = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = build_optimizer("adam8bit", model, lr=0.01, settings=SETTINGS)
+    adamw = build_optimizer("adamw", twin, lr=0.01, settings=SETTINGS)
+    for one, chosen in ((model, optimizer), (twin, adamw)):
+        for _ in range(3):
+            loss_of(one).backward()
+            chosen.step()
+            chosen.zero_grad()
+    embedding = model.get_parameter("model.embed_tokens.weight")
+    assert {"exp_avg_codes", "exp_avg_scale"} <= set(optimizer.state[embedding])
+    for first, mine, theirs in zip(start.parameters(), model.parameters(), twin.parameters(), strict=True):
+        assert torch.cosine_similarity((mine - first).flatten(), (theirs - first).flatten(), dim=0) > 0.99
+
+
+def test_gap_range_reaches_the_projected_group(model: nn.Module) -> None:
+    *_, projected = build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "gap_range": (1, 8)}).param_groups
+    assert projected["gap_range"] == (1, 8)
+
+
+def test_codecs_reach_every_group_and_are_the_size_of_the_state(model: nn.Module) -> None:
+    """Of projected and of other weights; None is what the class has."""
+
+    def state(name: str, **codecs: str | None) -> tuple[set[str], int]:
+        optimizer = build_optimizer(name, model, lr=0.01, settings=SETTINGS | codecs)
+        loss_of(model).backward()
+        optimizer.step()
+        return {f"{group['state_codec']} {group['basis_codec']}" for group in optimizer.param_groups}, state_bytes(optimizer)
+
+    own, size = state("galore_adamw")
+    assert own == {"fp32 fp32"}
+    assert state("galore_adamw", state_codec="fp32", basis_codec=None) == (own, size)
+    assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[0] == {"bf16 bf16"}
+    assert state("galore_adamw", state_codec="bf16", basis_codec="bf16")[1] == pytest.approx(size / 2, rel=0.03)
+    assert state("galore_adamw8bit", state_codec="bf16")[0] == {"bf16 bf16"}
+    assert state("galore_adamw8bit")[0] == {"int8 bf16"}
+
+
+def test_readme_has_the_sizes_of_the_published_60m_run(parsed: Callable[[str], PretrainConfig]) -> None:
+    """Every row of its table, from tensors without memory; shares are those of AdamW's moments, twice the weights."""
+    config = parsed("--config 60m")
+    shape: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "activation_checkpointing": False, "seed": 0}
+    lines = (Path(__file__).parents[3] / "README.md").read_text().partition("| `--optimizer` |")[2].splitlines()[2:]
+    table = [[cell.strip().split(" ")[0] for cell in line.strip("|").split("|")] for line in itertools.takewhile(str.strip, lines)]
+    assert len(table) == 5
+    for name, state_codec, basis_codec, size, of_bf16, of_fp32 in table:
+        with torch.device("meta"):
+            model = build_model(model_shape("60m"), dtype=config.torch_dtype, **shape)
+        elements = sum(p.numel() for p in model.parameters())
+        held = 4 * elements
+        if name != "adamw":
+            codecs = {"state_codec": state_codec, "basis_codec": basis_codec}
+            optimizer = build_optimizer(name, model, lr=0.01, settings=config.optimizer_settings | codecs)
+            held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+        assert float(size) == pytest.approx(held / 1e6, abs=0.05)
+        assert (float(of_bf16), float(of_fp32)) == pytest.approx((25 * held / elements, 12.5 * held / elements), abs=0.51)
+
+
+def test_codecs_that_are_offered_are_those_of_the_library() -> None:
+    for state_codec in STATE_CODECS:
+        for basis_codec in BASIS_CODECS:
+            Recipe(state_codec=state_codec, basis_codec=basis_codec)
+    assert set(STATE_CODECS) == set(CODECS)
+
+
+def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:
+    optimizer: Any = build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
+    muon, adamw = optimizer.parts
+    assert [type(part) for part in optimizer.parts] == [torch.optim.Muon, torch.optim.AdamW]
+    assert {tuple(p.shape) for p in muon.param_groups[0]["params"]} == {(16, 16), (24, 16), (16, 24)}
+    for group in optimizer.param_groups:  # what a trainer does at every update
+        group["lr"] = 0.5
+    assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.5, 0.5)
+
+
+def test_muons_checkpoint_goes_on_exactly(model: nn.Module) -> None:
+    twin = copy.deepcopy(model)
+    one = build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
+    two = build_optimizer("muon", twin, lr=0.01, settings=SETTINGS)
+    loss_of(model).backward()
+    one.step()
+    saved = one.state_dict()
+    numbers = [index for group in saved["param_groups"] for index in group["params"]]
+    assert numbers == sorted(saved["state"]) == list(range(len(list(model.parameters())))), "the form of one optimizer"
+    twin.load_state_dict(model.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for chosen, optimizer in ((model, one), (twin, two)):
+        optimizer.zero_grad()
+        loss_of(chosen).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_old_torch_without_muon_is_named(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"muon needs torch.optim.Muon, which came with torch 2.9"):
+        build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
+
+
+def test_optimizers_own_complaint_is_a_user_error(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"galore_adamw: .*-1"):
+        build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "rank": -1})
+
+
+def test_per_layer_updates_move_weights_in_the_backward_pass_unless_deferred(model: nn.Module) -> None:
+    optimizer = build_optimizer("galore_adamw_per_layer", model, lr=0.01, settings=SETTINGS)
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    for deferred in (True, False):
+        before = weight.detach().clone()
+        with per_layer_updates("galore_adamw_per_layer", model, optimizer, deferred=deferred):
+            loss_of(model).backward()
+            assert torch.equal(weight, before) == deferred
+            optimizer.step()
+            assert not torch.equal(weight, before)
+            optimizer.zero_grad()
+
+
+def test_flags_an_optimizer_cannot_use() -> None:
+    assert unused_flags("adamw", ["rank", "proj_type", "beta1", "batch_size"]) == ["proj_type", "rank"]
+    assert unused_flags("galore_adamw8bit", ["rank", "proj_type", "beta1"]) == []
+    assert unused_flags("galore_adagrad", ["rank", "beta1"]) == ["beta1"]
+
+
+def test_state_bytes_counts_a_storage_once_and_whole() -> None:
+    parameter = nn.Parameter(torch.zeros(10))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    big = torch.zeros(1000)  # 4000 bytes
+    nested = [torch.zeros(5, dtype=torch.int8), {"x": torch.zeros(2)}]
+    optimizer.state[parameter] = {"view": big[:3], "same": big[3:6], "nested": nested, "step": 7}
+    assert state_bytes(optimizer) == 4000 + 5 + 8
+
+
+def test_adamw_bytes_are_those_of_adamw(model: nn.Module) -> None:
+    adamw = torch.optim.AdamW(model.parameters())
+    loss_of(model).backward()
+    adamw.step()
+    parameters = list(model.parameters())
+    expected = 2 * 4 * sum(p.numel() for p in parameters) + 4 * len(parameters)  # two moments and a step in fp32
+    assert adamw_state_bytes(model) == state_bytes(adamw) == expected
+
+
+def test_galore_state_is_smaller_than_adamws(model: nn.Module) -> None:
+    sizes = {}
+    for name in ("galore_adamw", "galore_adafactor", "galore_sgd"):
+        optimizer = build_optimizer(name, model, lr=0.01, settings=SETTINGS)
+        loss_of(model).backward()
+        optimizer.step()
+        sizes[name] = state_bytes(optimizer)
+    assert sizes["galore_adamw"] < adamw_state_bytes(model)
+    assert sizes["galore_adafactor"] < sizes["galore_adamw"]

@@ -1,0 +1,176 @@
+"""What a plan counts, against what is there: states and weights to the byte, peaks on the allocator's log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import galore_torch as g
+from galore_torch.ops.codecs import nearest_codes
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data.loader import TokenData
+from galore_torch.train.errors import UserError
+from galore_torch.train.loop import trainer
+from galore_torch.train.model.llama import PRESETS, ModelShape, build_model, model_shape
+from galore_torch.train.model.loss import TokenLoss
+from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, per_layer_updates, state_bytes
+from galore_torch.train.plan.answer import planned, planned_peak_bytes, question_of
+from galore_torch.train.plan.optimizer_bytes import held
+from galore_torch.train.plan.sizes import llama_sizes, sizes_of
+from support.memory import peak_bytes
+from support.whole_runs import Silent
+
+TINY = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 500}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A file with a LLaMA that no compiler finds worth its while."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 128, **TINY}))
+    return str(path)
+
+
+def build(config: PretrainConfig, device: str = "cpu") -> nn.Module:
+    with torch.device(device):
+        model: nn.Module = build_model(
+            model_shape(config.model_config),
+            seed=0,
+            dtype=config.torch_dtype,
+            bos_token_id=None,
+            eos_token_id=None,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+    return model.train()
+
+
+def update(config: PretrainConfig, model: Any, optimizer: Any) -> None:
+    """As the trainer's, on random tokens."""
+    tokens = torch.randint(0, TINY["vocab_size"], (config.batch_size, config.max_length))
+    loss_of = TokenLoss(model, config.loss_chunk, tokens.numel())
+    for _ in range(config.accumulation):
+        (loss_of(tokens, tokens) / (tokens.numel() * config.accumulation)).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def relevant(name: str) -> dict[str, Any]:
+    return {"num_training_steps": 8, "warmup_steps": 1, "cycle_length": 4} if name == "relora" else {}
+
+
+@pytest.mark.parametrize("beta1", [None, 0.9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_and_state_equal_what_a_real_run_holds(name: str, dtype: str, beta1: float | None, tiny: str) -> None:
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    flags = OPTIMIZERS[name].flags
+    if beta1 is not None and "beta1" not in flags:
+        pytest.skip(f"{name} has no beta1")
+    config = PretrainConfig(
+        model_config=tiny, optimizer=name, dtype=dtype, beta1=beta1, rank=8, batch_size=1, max_length=8, device="cpu", **relevant(name)
+    )
+    model = build(config)
+    optimizer = build_optimizer(name, model, lr=1e-3, settings=config.optimizer_settings)
+    with per_layer_updates(name, model, optimizer, deferred=False):
+        update(config, model, optimizer)
+    question = question_of(config, device="cpu")
+    assert question.total("weight") == sum(p.nbytes for p in model.parameters())
+    assert question.total("basis") + question.total("moments") == state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "tied", "biased"])
+def test_sizes_by_arithmetic_equal_those_of_the_model_itself(name: str) -> None:
+    extras: dict[str, tuple[tuple[str, Any], ...]] = {
+        "tied": (("tie_word_embeddings", True), ("num_key_value_heads", 2), ("head_dim", 24)),
+        "biased": (("attention_bias", True), ("mlp_bias", True)),
+    }
+    shape = PRESETS[name] if name in PRESETS else ModelShape(64, 172, 2, 4, vocab_size=500, extras=extras[name])
+    shape = replace(shape, num_hidden_layers=2, vocab_size=shape.vocab_size or 2048)
+    with torch.device("meta"):
+        model = build_model(shape, seed=0, dtype="float32", bos_token_id=None, eos_token_id=None, activation_checkpointing=False)
+    counted, asked = llama_sizes(shape, shape.vocab_size or 0), sizes_of(model)
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    assert replace(counted, layer=frozenset(counted.layer), outer=frozenset(counted.outer)) == replace(
+        asked, layer=frozenset(asked.layer), outer=frozenset(asked.outer)
+    )
+
+
+@pytest.fixture
+def _tables() -> None:
+    """The look-up tables of 8-bit codes: a process makes them once, which takes 3 MB for a moment."""
+    for signed in (True, False):
+        nearest_codes(torch.zeros(1), signed)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"optimizer": "galore_adamw"},
+    "adamw": {"optimizer": "adamw"},
+    "8 bit, few tokens": {"optimizer": "galore_adamw8bit", "batch_size": 1, "max_length": 16},
+    "accumulated": {"optimizer": "galore_adamw", "gradient_accumulation": 3, "batch_size": 1, "max_length": 16},
+    "checkpointed": {"optimizer": "galore_adamw", "activation_checkpointing": True},
+    "per layer, updated": {"optimizer": "galore_adamw_per_layer", "batch_size": 2},
+    "per layer, projected": {"optimizer": "galore_adamw_per_layer", "gradient_accumulation": 2, "batch_size": 2},
+    "bf16": {"optimizer": "galore_adamw8bit", "dtype": "bfloat16"},
+    "bf16, few tokens": {"optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "batch_size": 1, "max_length": 16},
+    "chunked loss": {"optimizer": "galore_adamw", "batch_size": 16, "loss_chunk": 200, "activation_checkpointing": True},
+    "chunked loss, bf16": {"optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "batch_size": 16, "loss_chunk": 200},
+    "Q-GaLore, per layer": {"optimizer": "qgalore_adamw8bit_per_layer", "batch_size": 2},
+    "Q-GaLore, bf16": {"optimizer": "qgalore_adamw8bit", "dtype": "bfloat16", "batch_size": 2},
+    "lora": {"optimizer": "lora"},
+    "low_rank": {"optimizer": "low_rank", "activation_checkpointing": True},
+}
+
+
+@pytest.mark.usefixtures("_tables")
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", RUNS)
+def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, traced: bool, tiny: str) -> None:
+    settings = {"batch_size": 4, "max_length": 64, "rank": 8, "device": "cpu"} | RUNS[run]
+    config = PretrainConfig(model_config=tiny, **settings)
+    model, (name, lr) = build(config), config.contenders[0]
+    optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+    static = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
+    with per_layer_updates(name, model, optimizer, deferred=config.accumulation > 1):
+        measured = static + peak_bytes(lambda: [update(config, model, optimizer) for _ in range(2)])
+    assert planned(question_of(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.usefixtures("_tables")
+@pytest.mark.parametrize("rank", [None, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [g.GaLoreAdamW, g.GaLoreAdamW8bit])
+def test_what_a_step_takes_for_a_moment_is_the_engines(cls: Any, dtype: torch.dtype, rank: int | None) -> None:
+    """Within a tenth of the weight of a real step and a real refresh, neither of them fused by a compiler."""
+    W = nn.Parameter(torch.randn(512, 1024).to(dtype))
+    optimizer = cls([W], lr=1e-3, rank=rank, update_proj_gap=1, compile=False)
+    peaks = []
+    for _ in range(2):
+        W.grad = torch.randn_like(W)
+        peaks.append(peak_bytes(optimizer.step))
+    found = held(tuple(W.shape), dtype, optimizer.param_groups[0], optimizer.rule)
+    assert found.transient == pytest.approx(max(peaks), abs=0.1 * W.numel() * W.element_size())
+
+
+def test_planned_peak_of_a_whole_run_of_the_trainer(
+    make_config: Callable[..., PretrainConfig], token_data: TokenData, tmp_path: Path
+) -> None:
+    """`galore pretrain` itself, evaluation and checkpoint included; before it the model is measured, which a plan leaves out."""
+    config = make_config(optimizer="galore_adamw", batch_size=8, num_training_steps=3)
+
+    def run() -> None:
+        trainer.train(config, "galore_adamw", 1e-2, token_data, tmp_path, Silent())
+
+    assert planned_peak_bytes(config, token_data.vocab_size, "galore_adamw") == pytest.approx(peak_bytes(run), rel=0.05)
+
+
+def test_an_optimizer_without_a_row_is_refused(tiny: str) -> None:
+    with pytest.raises(UserError, match="not known"):
+        planned(question_of(PretrainConfig(model_config=tiny, max_length=64), device="cpu", optimizer="adamm"), traced=False)
