@@ -113,8 +113,8 @@ class Contender:
         """Take the first step, whose refresh is the only one: with a gap of `NEVER`, none follows."""
         self.step()
         for state in self.optimizer.state.values():
-            if "turn" in state:  # ours: matrices take turns over the gap, unless they all have the first
-                state["turn"] = 0
+            if "index" in state:  # ours: matrices take turns over the gap, unless they all have the first
+                state["index"] = 0
         return self
 
 

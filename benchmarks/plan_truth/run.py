@@ -22,7 +22,7 @@ from report import cell, heading, progress, table
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.optimizers.registry import OPTIMIZERS
-from galore_torch.train.plan.answer import planned, question_of
+from galore_torch.train.plan.answer import plan_request, planned
 
 Row = dict[str, Any]
 SMALL = {"batch_size": 2, "max_length": 64}
@@ -80,8 +80,8 @@ def described(config: PretrainConfig) -> str:
 
 def line(row: Row, device: str, found: dict[str, int]) -> list[str]:
     config = PretrainConfig(**row)
-    question = question_of(config, device=device)
-    traced, formulas = planned(question, traced=True).peak, planned(question, traced=False).peak
+    request = plan_request(config, device=device)
+    traced, formulas = planned(request, traced=True).peak, planned(request, traced=False).peak
     measured = found["cuda" if device == "cuda" else "allocator"]
     errors = [f"{100 * (value / measured - 1):+.1f} %" for value in (traced, formulas)]
     cells = [

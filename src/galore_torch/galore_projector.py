@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from galore_torch.choices import PROJ_TYPES, one_of
 from galore_torch.engine.layout import projected_modes
-from galore_torch.engine.recipe import PROJ_TYPES, one_of
 from galore_torch.ops.linalg import mode_product, svd_bases
 
 

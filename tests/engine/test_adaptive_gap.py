@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from galore_torch import GaLoreAdamW
 from galore_torch.engine import step as engine
-from galore_torch.engine.step import adapted_gap
+from galore_torch.engine.refresh import adapted_gap
 from galore_torch.ops.linalg import orthonormalize
 
 ADAPTIVE: dict[str, Any] = {"rank": 8, "update_proj_gap": 8, "gap_range": (2, 32)}

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import galore_torch as g
 from galore_torch.engine import fused as elementwise
+from galore_torch.engine import inductor
 
-pytestmark = pytest.mark.skipif(not elementwise.has_compiler("cpu"), reason="torch.compile finds no C++ compiler here")
+pytestmark = pytest.mark.skipif(not inductor.has_compiler("cpu"), reason="torch.compile finds no C++ compiler here")
 
 RULES: dict[str, tuple[type, dict[str, Any]]] = {
     "adam": (g.GaLoreAdamW, {"betas": (0.8, 0.95), "eps": 1e-6}),
@@ -32,18 +33,18 @@ EPS = torch.finfo(torch.float32).eps
 def _no_trace_of_others() -> Iterator[None]:
     """What one test makes the compiler refuse, or find missing, is not for the next."""
     yield
-    for key in [key for key, program in elementwise.programs.items() if program is None]:
-        del elementwise.programs[key]
-    elementwise.has_compiler.cache_clear()
+    for key in [key for key, program in inductor.programs.items() if program is None]:
+        del inductor.programs[key]
+    inductor.has_compiler.cache_clear()
 
 
 def graphs() -> int:
     """How often anything has been compiled: nothing else calls the compiler."""
-    return len(elementwise.programs)
+    return len(inductor.programs)
 
 
 def refused() -> int:
-    return sum(program is None for program in elementwise.programs.values())
+    return sum(program is None for program in inductor.programs.values())
 
 
 def make(cls: Any, compile: bool | None, shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
@@ -181,7 +182,7 @@ def test_inside_the_backward_pass(mode: str) -> None:
         return [p.detach().clone() for p in model.parameters()]
 
     got = run(True, True)
-    assert elementwise.programs
+    assert inductor.programs
     assert not refused()
     torch.testing.assert_close(got, run(False, False), rtol=1e-4, atol=1e-5)
 
@@ -209,7 +210,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    elementwise.has_compiler.cache_clear()
+    inductor.has_compiler.cache_clear()
     before = graphs()
     large = [(elementwise.WORTHWHILE,)]
     (p, automatic), (q, eager) = (make(g.GaLoreSGD, wish, large) for wish in (None, False))

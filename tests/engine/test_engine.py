@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import galore_torch as g
-from galore_torch.engine.recipe import PROJ_TYPES
+from galore_torch.choices import PROJ_TYPES
 from references.galore import GaLoreReference, best_subspace
 
 SHAPES = [(12, 8), (8, 12), (10, 10)]

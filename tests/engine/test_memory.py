@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import galore_torch as g
+from galore_torch.choices import PROJ_TYPES, STATE_CODECS
 from galore_torch.engine.layout import state_spec
-from galore_torch.engine.recipe import PROJ_TYPES
-from galore_torch.engine.step import plan_of
-from galore_torch.ops.codecs import CODECS
+from galore_torch.engine.step import layout_of
 from support.memory import peak_bytes, storage_bytes, tensors_in
 
 CLASSES: dict[str, Any] = {
@@ -33,7 +32,7 @@ def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", STATE_CODECS)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("name", CLASSES)
 def test_state_bytes_equal_state_spec_before_and_after_training(name: str, proj_type: str, codec: str, dtype: torch.dtype) -> None:
@@ -46,7 +45,7 @@ def test_state_bytes_equal_state_spec_before_and_after_training(name: str, proj_
     group = optimizer.param_groups[0]
 
     def expected() -> int:
-        return sum(spec.nbytes for p in params for spec in state_spec(plan_of(p, group), group, optimizer.rule).values())
+        return sum(spec.nbytes for p in params for spec in state_spec(layout_of(p, group), group, optimizer.rule).values())
 
     assert storage_bytes([optimizer.state[p] for p in params]) == expected()
     for _ in range(3):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import galore_torch as g
 from galore_torch.engine.layout import state_spec
-from galore_torch.engine.step import plan_of
+from galore_torch.engine.step import layout_of
+from galore_torch.ops.chunks import CACHED
 from galore_torch.ops.int8_weight import Int8Weight
-from galore_torch.ops.linalg import CACHED
 from support.memory import peak_bytes, storage_bytes
 from support.q_galore_models import layers, optimizer_of
 
@@ -29,7 +29,7 @@ def test_bytes_of_a_7b_layer_are_the_plans() -> None:
         basis = [tensor for tensor in basis if tensor is not state["basis_ready"]]
         assert storage_bytes(basis) / (4096 * 1024) <= 0.5157
         assert storage_bytes(moments) / (shape[0] * 1024) <= 2.0313
-        spec = state_spec(plan_of(W, optimizer.param_groups[0]), optimizer.param_groups[0], optimizer.rule)
+        spec = state_spec(layout_of(W, optimizer.param_groups[0]), optimizer.param_groups[0], optimizer.rule)
         assert storage_bytes(state) == sum(tensor.nbytes for tensor in spec.values())
 
 

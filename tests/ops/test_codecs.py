@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from galore_torch.ops.codecs import BLOCK, Stored, block_length, levels, nearest_codes, stochastic_round, zero_code
+from galore_torch.ops.codecs import BLOCK, StoredTensor, block_length, levels, nearest_codes, stochastic_round, zero_code
 
 CPU = torch.device("cpu")
 
 
-def allocate(stored: Stored) -> dict[str, torch.Tensor]:
+def allocate(stored: StoredTensor) -> dict[str, torch.Tensor]:
     return {key: spec.allocate(CPU) for key, spec in stored.spec().items()}
 
 
@@ -56,7 +56,7 @@ def test_a_positive_second_moment_is_never_stored_as_zero() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_int8_error_is_bounded_by_its_block(shape: tuple[int, int], axis: int) -> None:
     """Every value comes back within 1 % of itself plus 6e-7 of its block's maximum... at the decade's coarsest cell: half a cell."""
-    stored = Stored("x", shape, "int8", axis)
+    stored = StoredTensor("x", shape, "int8", axis)
     state = allocate(stored)
     assert not stored.decode(state).any()
     x = torch.randn(shape) * 10 ** torch.randn(shape)
@@ -73,7 +73,7 @@ def test_blocks_do_not_mix_singular_directions() -> None:
     """Rows that differ by 1e8 in size keep their relative precision because a block stays inside one of them."""
     x = torch.rand(2, 512) + 0.5
     x[1] *= 1e-8
-    stored = Stored("x", (2, 512), "int8", 1, signed=False)
+    stored = StoredTensor("x", (2, 512), "int8", 1, signed=False)
     state = allocate(stored)
     stored.encode(state, x, None)
     assert ((stored.decode(state) - x).abs() / x).max() < 0.02
@@ -89,7 +89,7 @@ def test_blocks_are_at_most_256_long_and_pad_only_awkward_lengths(length: int) -
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("fill", [0.0, 0.25])
 def test_first_value_is_the_fill(codec: str, fill: float) -> None:
-    stored = Stored("x", (300, 64), codec, 0, signed=False, fill=fill)
+    stored = StoredTensor("x", (300, 64), codec, 0, signed=False, fill=fill)
     assert (stored.decode(allocate(stored)) == fill).all()
 
 

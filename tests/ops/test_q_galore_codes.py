@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galore_torch.ops.codecs import Stored
+from galore_torch.ops.codecs import StoredTensor
 from galore_torch.ops.int8_weight import Int8Weight, int8_spec, move
 from support.memory import storage_bytes
 
@@ -210,7 +210,7 @@ def test_reading_gives_floating_copies_and_writing_past_the_optimizer_is_refused
 @pytest.mark.parametrize("axis", [0, 1])
 def test_int4_is_packed_two_to_a_byte_and_moves_no_element_by_more_than_half_a_step(length: int, axis: int) -> None:
     shape = (length, 6) if axis == 0 else (6, length)
-    stored = Stored("basis", shape, "int4", axis)
+    stored = StoredTensor("basis", shape, "int4", axis)
     state = {key: spec.allocate(torch.device("cpu")) for key, spec in stored.spec().items()}
     assert torch.equal(stored.decode(state), torch.zeros(shape))
     value = torch.randn(shape)
@@ -229,7 +229,7 @@ def test_int4_is_packed_two_to_a_byte_and_moves_no_element_by_more_than_half_a_s
 def test_an_int4_basis_is_nearly_orthonormal() -> None:
     """16 levels over a column of 256 numbers of deviation 1/16: a step is about 6 / 16 / 15, of variance step^2 / 12 a number."""
     basis = torch.linalg.qr(torch.randn(512, 64)).Q
-    stored = Stored("basis", (512, 64), "int4")
+    stored = StoredTensor("basis", (512, 64), "int4")
     state = {key: spec.allocate(torch.device("cpu")) for key, spec in stored.spec().items()}
     stored.encode(state, basis, None)
     found = stored.decode(state)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from galore_torch.ops.codecs import Stored, TensorSpec
+from galore_torch.ops.codecs import StoredTensor, TensorSpec
 from galore_torch.slots.rules import Moment, Rule
 from galore_torch.slots.torch_rule import BaseRule
 
@@ -36,7 +36,7 @@ class Layout:
     scaled: bool
 
     @cached_property
-    def real(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """The dtype of the parameter's arithmetic."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -80,7 +80,7 @@ def fits(shape: tuple[int, ...], rank: int | float | None) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def layout(shape: tuple[int, ...], dtype: torch.dtype, rank: int | float | None, proj_type: str) -> Layout:
+def make_layout(shape: tuple[int, ...], dtype: torch.dtype, rank: int | float | None, proj_type: str) -> Layout:
     """The side follows the published table: std projects the short side, reverse_std the long one; a square counts as tall."""
     resolved = fits(shape, rank)
     modes = () if resolved is None else projected_modes(shape, proj_type)
@@ -95,42 +95,45 @@ def projected_modes(shape: tuple[int, ...], proj_type: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def stored_bases(plan: Layout, basis_codec: str) -> dict[int, Stored]:
+def stored_bases(layout: Layout, basis_codec: str) -> dict[int, StoredTensor]:
     """mode -> how its basis (size of the mode x rank) is stored."""
-    assert plan.rank is not None or not plan.modes
-    return {mode: Stored(key, (plan.matrix[mode], plan.rank or 0), basis_codec, real=plan.real) for mode, key in plan.basis_keys.items()}
+    assert layout.rank is not None or not layout.modes
+    return {
+        mode: StoredTensor(key, (layout.matrix[mode], layout.rank or 0), basis_codec, compute_dtype=layout.compute_dtype)
+        for mode, key in layout.basis_keys.items()
+    }
 
 
-def stored_moments(plan: Layout, group: Mapping[str, Any], rule: Rule) -> tuple[tuple[Stored, Moment], ...]:
+def stored_moments(layout: Layout, group: Mapping[str, Any], rule: Rule) -> tuple[tuple[StoredTensor, Moment], ...]:
     """How each moment of the rule is stored.
 
     Under ``min_8bit_size`` elements int8 gives way to fp32: the bytes are few and the blocks too short.
     """
-    moments = tuple(rule.moments(plan.low_shape, group).items())
-    return _stored_moments(plan, moments, group["state_codec"], group["min_8bit_size"])
+    moments = tuple(rule.moments(layout.low_shape, group).items())
+    return _stored_moments(layout, moments, group["state_codec"], group["min_8bit_size"])
 
 
 @lru_cache(maxsize=4096)
 def _stored_moments(
-    plan: Layout, moments: tuple[tuple[str, Moment], ...], state_codec: str, min_8bit_size: int
-) -> tuple[tuple[Stored, Moment], ...]:
+    layout: Layout, moments: tuple[tuple[str, Moment], ...], state_codec: str, min_8bit_size: int
+) -> tuple[tuple[StoredTensor, Moment], ...]:
     out = []
     for name, moment in moments:
-        shape = moment.shape(plan.low_shape)
+        shape = moment.shape(layout.low_shape)
         small = not shape or prod(shape) < min_8bit_size
         codec = "fp32" if small and state_codec == "int8" else state_codec
-        axis = plan.long_axis if len(shape) == len(plan.low_shape) else len(shape) - 1
-        out.append((Stored(name, shape, codec, axis, moment.kind != "second", plan.real, moment.fill), moment))
+        axis = layout.long_axis if len(shape) == len(layout.low_shape) else len(shape) - 1
+        out.append((StoredTensor(name, shape, codec, axis, moment.kind != "second", layout.compute_dtype, moment.fill), moment))
     return tuple(out)
 
 
-def state_spec(plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, TensorSpec]:
+def state_spec(layout: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, TensorSpec]:
     """Every state tensor of one parameter: key -> shape, dtype, first value. Two Python numbers, step and turn, stand beside them."""
     if isinstance(rule, BaseRule):
-        return _basis_spec(plan, group["basis_codec"], _first_gap(group)) | rule.spec(
-            plan.low_shape, plan.dtype if plan.rank is None else plan.real, group
+        return _basis_spec(layout, group["basis_codec"], _first_gap(group)) | rule.spec(
+            layout.low_shape, layout.dtype if layout.rank is None else layout.compute_dtype, group
         )
-    return _state_spec(plan, group["basis_codec"], _first_gap(group), stored_moments(plan, group, rule))
+    return _state_spec(layout, group["basis_codec"], _first_gap(group), stored_moments(layout, group, rule))
 
 
 def _first_gap(group: Mapping[str, Any]) -> int | None:
@@ -139,19 +142,21 @@ def _first_gap(group: Mapping[str, Any]) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def _state_spec(plan: Layout, basis_codec: str, first_gap: int | None, moments: tuple[tuple[Stored, Moment], ...]) -> dict[str, TensorSpec]:
-    spec = _basis_spec(plan, basis_codec, first_gap)
+def _state_spec(
+    layout: Layout, basis_codec: str, first_gap: int | None, moments: tuple[tuple[StoredTensor, Moment], ...]
+) -> dict[str, TensorSpec]:
+    spec = _basis_spec(layout, basis_codec, first_gap)
     for stored, _ in moments:
         spec |= stored.spec()
     return spec
 
 
-def _basis_spec(plan: Layout, basis_codec: str, first_gap: int | None) -> dict[str, TensorSpec]:
-    if plan.rank is None:
+def _basis_spec(layout: Layout, basis_codec: str, first_gap: int | None) -> dict[str, TensorSpec]:
+    if layout.rank is None:
         return {}
     spec = {"basis_ready": TensorSpec((), torch.bool, host=True)}
     if first_gap is not None:
         spec |= {"gap": TensorSpec((), torch.int64, first_gap, host=True), "gap_start": TensorSpec((), torch.int64, host=True)}
-    for stored in stored_bases(plan, basis_codec).values():
+    for stored in stored_bases(layout, basis_codec).values():
         spec |= stored.spec()
     return spec

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from galore_torch.ops import affine
 
-CODECS = ("fp32", "bf16", "int8")  # of moments
-BASIS_CODECS = ("fp32", "bf16", "int4")
 Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
 
@@ -46,11 +44,11 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that int8 blocks run along.
 
     The axis is the long one, so that a block stays inside one singular direction. ``signed`` is False for second moments;
-    ``real`` is the arithmetic dtype (fp32 or fp64); ``fill`` >= 0 is the first value.
+    ``compute_dtype`` is the arithmetic dtype (fp32 or fp64); ``fill`` >= 0 is the first value.
     """
 
     name: str
@@ -58,7 +56,7 @@ class Stored:
     codec: str = "fp32"
     axis: int = 0
     signed: bool = True
-    real: torch.dtype = torch.float32
+    compute_dtype: torch.dtype = torch.float32
     fill: float = 0.0
 
     @property
@@ -75,7 +73,7 @@ class Stored:
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
         if self.codec not in ("int8", "int4"):
-            return {self.name: TensorSpec(self.shape, self.real if self.codec == "fp32" else torch.bfloat16, self.fill)}
+            return {self.name: TensorSpec(self.shape, self.compute_dtype if self.codec == "fp32" else torch.bfloat16, self.fill)}
         blocks = -(-self.shape[self.axis] // self.block)
         scale_shape = (*self.shape[: self.axis], blocks, *self.shape[self.axis + 1 :])
         if self.codec == "int4":
@@ -116,12 +114,12 @@ class Stored:
         if self.codec == "int4":
             return self._decode4(*(state[key] for key in self.keys))
         if self.codec != "int8":
-            return state[self.name].to(self.real)
+            return state[self.name].to(self.compute_dtype)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
         table = (self.tables(codes.device) if tables is None else tables)[0]
         blocks = _blocked(_look_up(table, codes.int()), self.axis, self.block)
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
-        return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.real)
+        return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.compute_dtype)
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
@@ -154,7 +152,7 @@ class Stored:
         length, axis = self.shape[self.axis], self.axis
         codes = torch.cat([packed & 15, packed >> 4], dim=axis).narrow(axis, 0, length)
         blocks = affine.decode(_blocked(codes, axis, self.block), scale.float().unsqueeze(axis + 1), offset.float().unsqueeze(axis + 1))
-        return blocks.flatten(axis, axis + 1).narrow(axis, 0, length).to(self.real)
+        return blocks.flatten(axis, axis + 1).narrow(axis, 0, length).to(self.compute_dtype)
 
 
 # --- int8: the dynamic map ------------------------------------------------------------------------------------------------

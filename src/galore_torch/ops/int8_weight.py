@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from galore_torch.ops import affine
+from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import BLOCK, Seed, TensorSpec, noise
-from galore_torch.ops.linalg import chunk_elements, parts, product_dtype
+from galore_torch.ops.linalg import product_dtype
 
 LEVELS = 255
 # A step keeps a block's grid while its values fit and a new one would not be finer than this, and else makes one with such a share free
@@ -170,7 +171,7 @@ def row_unit(weight: Tensor) -> int:
 
 
 def row_parts(weight: Tensor) -> Iterator[slice]:
-    """Slices of the rows of a matrix that fit the cache, see `linalg.chunk_elements`."""
+    """Slices of the rows of a matrix that fit the cache, see `chunks.chunk_elements`."""
     unit, (m, n) = row_unit(weight), weight.shape
     for units in parts(-(-m // unit), chunk_elements(weight.device) // max(1, unit * n)):
         yield slice(units.start * unit, min(units.stop * unit, m))
@@ -194,18 +195,18 @@ def decode(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
-def move(codes: Tensor, scale: Tensor, offset: Tensor, update: Tensor, factor: Any, shrink: Any, seed: Seed | None) -> None:
-    """W <- shrink W - factor update on some rows, in place, rounded at random from ``seed``, or to nearest where that is None.
+def move(codes: Tensor, scale: Tensor, offset: Tensor, update: Tensor, factor: Any, decay_factor: Any, seed: Seed | None) -> None:
+    """W <- decay_factor W - factor update on some rows, in place, rounded at random from ``seed``, or to nearest where that is None.
 
     update: the rows' shape, any float dtype, used up. The mean over seeds is exact, and a zero update changes no code: values are
-    reckoned from their block's offset, where code * scale has no rounding error. ``factor`` and ``shrink``: floats or 0-d tensors.
+    reckoned from their block's offset, where code * scale has no rounding error. ``factor`` and ``decay_factor``: floats or 0-d tensors.
     """
     if not codes.numel():
         return
     old_scale, old_offset = scale.float(), offset.float()
     above = _blocks(codes).float().mul_(old_scale.unsqueeze(1))
-    if isinstance(shrink, Tensor) or shrink != 1.0:
-        above.mul_(shrink).add_((old_offset * (shrink - 1)).unsqueeze(1))
+    if isinstance(decay_factor, Tensor) or decay_factor != 1.0:
+        above.mul_(decay_factor).add_((old_offset * (decay_factor - 1)).unsqueeze(1))
     above.sub_(_blocks(update.float().mul_(factor)))
     low, high = above.amin(1), above.amax(1)
     new_scale, new_offset = affine.grid(low + old_offset, high + old_offset, LEVELS, HEADROOM)

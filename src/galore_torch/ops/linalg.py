@@ -6,26 +6,12 @@ Shape suffixes: M x N is the gradient, R the rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-CACHED, LAUNCHED = 1 << 17, 1 << 24
-
-
-def chunk_elements(device: torch.device) -> int:
-    """Elements an elementwise pass works on at a time: on a CPU its temporaries stay in the cache, elsewhere launches cost."""
-    return CACHED if device.type == "cpu" else LAUNCHED
-
-
-def parts(length: int, most: int) -> Iterator[slice]:
-    """Slices of up to ``most`` of ``length`` indices; all of one size where that takes less than twice as many."""
-    fewest = -(-length // max(1, most))
-    number = next((number for number in range(fewest, 2 * fewest) if length % number == 0), fewest)
-    size = -(-length // max(1, number))
-    return (slice(start, min(start + size, length)) for start in range(0, length, max(1, size)))
+from galore_torch.ops.chunks import chunk_elements, parts
 
 
 def readable(tensor: Tensor) -> bool:
@@ -129,8 +115,8 @@ def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
     block = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
     Q = orthonormalize(A_MN @ unit(A_MN.mT @ block))  # (m, n) @ (n, m) @ (m, l)
     small = unit(Q.mT @ A_MN)  # (l, m) @ (m, n)
-    _, turn = torch.linalg.eigh(small @ small.mT)  # ascending
-    return Q @ turn[..., -rank:].flip(-1)
+    _, rotation = torch.linalg.eigh(small @ small.mT)  # ascending
+    return Q @ rotation[..., -rank:].flip(-1)
 
 
 def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:

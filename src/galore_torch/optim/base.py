@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.fused import has_compiler
+from galore_torch.engine.checks import check_group, check_spelling
+from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, fits, state_spec
-from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_group, check_spelling
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
-from galore_torch.optim.published_state import convert_published
+from galore_torch.optim.state import seal, unseal
 from galore_torch.slots.rules import RULES
 
 
@@ -77,16 +78,6 @@ def _callers_level() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
         frame, level = frame.f_back, level + 1
     return max(level, 1)
-
-
-COUNTERS = {"step", "turn"}  # Python numbers beside the tensors of a parameter's state
-
-
-class _Sealed:
-    """A state tensor hidden from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -177,7 +168,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
-    @torch._disable_dynamo  # as torch's own: a caller's torch.compile would trace every step anew, for its plan is Python
+    @torch._disable_dynamo  # as torch's own: a caller's torch.compile would trace every step anew, for its layout is Python
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss."""
@@ -203,21 +194,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if isinstance(grad, LowRankGrad):
             engine.apply(p, grad.low, state, group, self.rule)
         else:
-            engine.apply(p, engine.compress(p, grad, state, group, self.rule), state, group, self.rule, spare=True)
+            engine.apply(p, engine.compress(p, grad, state, group, self.rule), state, group, self.rule, reuse_low=True)
 
     @torch.no_grad()
     def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
         """Replace ``p.grad`` by its projection, which accumulates further gradients of the same step."""
         self._check(p, group)
-        plan, grad = engine.plan_of(p, group), p.grad
-        if plan.rank is not None and grad is not None and not isinstance(grad, LowRankGrad):
+        layout, grad = engine.layout_of(p, group), p.grad
+        if layout.rank is not None and grad is not None and not isinstance(grad, LowRankGrad):
             low = engine.compress(p, grad, self.state[p], group, self.rule)
 
             def project(more: Tensor, first: bool) -> Tensor:
                 """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
                 if first or not self.state[p]["basis_ready"]:
                     return engine.compress(p, more, self.state[p], group, self.rule)
-                return engine.project(more, self.state[p], plan, group)
+                return engine.project(more, self.state[p], layout, group)
 
             p.grad = LowRankGrad(p, low, project)
 
@@ -239,7 +230,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not self.state.get(p):
             self._adopt(also=p)
         state = self.state[p]
-        spec = state_spec(engine.plan_of(p, group), group, self.rule)
+        spec = state_spec(engine.layout_of(p, group), group, self.rule)
         for key, tensor in spec.items():
             held = state.get(key)
             if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
@@ -277,53 +268,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Refuses, before anything changes, a checkpoint whose tensors do not fit this optimizer's parameters and groups.
         """
         # Registered last, so that it sees what the user's own hooks have made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: self._seal(checkpoint))
+        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: seal(self, checkpoint))
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-
-    def _seal(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Check a checkpoint against the parameters, and hide its tensors from torch's cast."""
-        saved_groups, saved_state = state_dict["param_groups"], dict(state_dict["state"])
-        sealed: dict[Any, Any] = {}
-        groups = []
-        for saved, group in zip(saved_groups, self.param_groups, strict=False):
-            # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
-            merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
-            groups.append(merged)
-            self._check_group(merged)
-            for index, p in zip(saved["params"], group["params"], strict=False):
-                if index in saved_state:
-                    sealed[index] = self._seal_one(index, saved_state.pop(index), p, merged)
-        sealed.update(saved_state)
-        return {**state_dict, "param_groups": groups if len(groups) == len(saved_groups) else saved_groups, "state": sealed}
-
-    def _seal_one(self, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        plan = engine.plan_of(p, group)
-        saved = convert_published(saved, plan, group, self.rule)
-        spec = state_spec(plan, group, self.rule)
-        if not saved:
-            return {}
-        if saved.keys() - COUNTERS != spec.keys():
-            raise ValueError(
-                f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)}) has {sorted(saved.keys() - COUNTERS)}, but "
-                f"{type(self).__name__} with this group needs {sorted(spec)}: load it into the optimizer class and groups that wrote it"
-            )
-        for key, tensor in spec.items():
-            if tuple(saved[key].shape) != tensor.shape:
-                raise ValueError(
-                    f"the checkpoint's {key} of parameter {index} has shape {tuple(saved[key].shape)}, but a parameter of shape "
-                    f"{tuple(p.shape)} with rank={group['rank']} needs {tensor.shape}: it belongs to another model or rank"
-                )
-        if "step" not in saved:
-            raise ValueError(f"the checkpoint's state of parameter {index} has no step: it is not a whole checkpoint")
-        out: dict[str, Any] = {"step": int(saved["step"]), "turn": int(saved.get("turn", self.state[p].get("turn", 0)))}
-        for key, tensor in spec.items():
-            device = torch.device("cpu") if tensor.host else p.device
-            # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.
-            out[key] = _Sealed(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(saved[key]))
-        return out
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}  # torch lists what a copy keeps
@@ -333,8 +282,5 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        for entry in self.state.values():
-            for key, value in entry.items():
-                if isinstance(value, _Sealed):
-                    entry[key] = value.value
+        unseal(self)
         self._adopt()

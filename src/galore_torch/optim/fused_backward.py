@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_torch.engine.recipe import one_of
+from galore_torch.choices import one_of
 from galore_torch.optim.base import LowRankOptimizer
 
 

@@ -16,7 +16,7 @@ MARKS = {"projector", "state1", "RMS"}  # keys only the published package (or bi
 NESTED = "__bnb_optimizer_quant_state__"  # where later releases of bitsandbytes keep theirs
 
 
-def convert_published(saved: Mapping[str, Any], plan: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, Any]:
+def convert_published(saved: Mapping[str, Any], layout: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, Any]:
     """One parameter's state in our keys; state that is already ours is returned as it is.
 
     The published projector holds its basis as ``ortho_matrix``: U (m x r), Vh (r x n), or both in a list; 8-bit moments are
@@ -26,22 +26,22 @@ def convert_published(saved: Mapping[str, Any], plan: Layout, group: Mapping[str
     if isinstance(rule, BaseRule) or not MARKS & saved.keys():
         return dict(saved)
     projector = saved.get("projector")
-    if (projector is not None) != (plan.rank is not None):
+    if (projector is not None) != (layout.rank is not None):
         warnings.warn(
-            f"the checkpoint's state of a parameter of shape {plan.shape} was made at another rank than this group's {group['rank']}; "
+            f"the checkpoint's state of a parameter of shape {layout.shape} was made at another rank than this group's {group['rank']}; "
             "it starts afresh",
             stacklevel=2,
         )
         return {}
-    state: dict[str, Any] = {key: tensor.allocate(torch.device("cpu")) for key, tensor in state_spec(plan, group, rule).items()}
+    state: dict[str, Any] = {key: tensor.allocate(torch.device("cpu")) for key, tensor in state_spec(layout, group, rule).items()}
     state["step"] = int(saved["step"])
     if projector is not None:
         matrices = projector.ortho_matrix if isinstance(projector.ortho_matrix, list | tuple) else [projector.ortho_matrix]
-        for matrix, (mode, stored) in zip(matrices, stored_bases(plan, group["basis_codec"]).items(), strict=True):
-            stored.encode(state, (matrix if mode == 0 else matrix.mT).to("cpu", plan.real), None)
+        for matrix, (mode, stored) in zip(matrices, stored_bases(layout, group["basis_codec"]).items(), strict=True):
+            stored.encode(state, (matrix if mode == 0 else matrix.mT).to("cpu", layout.compute_dtype), None)
         state["basis_ready"].fill_(True)
-    for stored, _ in stored_moments(plan, group, rule):
-        stored.encode(state, _published_moment(saved, stored.name).to("cpu", plan.real).view(stored.shape), None)
+    for stored, _ in stored_moments(layout, group, rule):
+        stored.encode(state, _published_moment(saved, stored.name).to("cpu", layout.compute_dtype).view(stored.shape), None)
     return state
 
 

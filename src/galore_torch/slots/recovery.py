@@ -1,6 +1,6 @@
-"""Slot 4: how does the update reach the weights? ``recover(W, N, bases, scale, shrink, seed)`` changes W in place.
+"""Slot 4: how does the update reach the weights? ``recover(W, N, bases, scale, decay_factor, seed)`` changes W in place.
 
-N (r x n, m x r or r x r) carries the learning rate; ``scale`` is a number; ``shrink`` = 1 - lr * weight decay, the decay folded
+N (r x n, m x r or r x r) carries the learning rate; ``scale`` is a number; ``decay_factor`` = 1 - lr * weight decay, the decay folded
 into the GEMM, is a float, or where `fits_gemm` says no also a 0-d tensor; ``seed`` is None, or that of stochastic rounding to bf16 or INT8;
 ``subtract`` does the elementwise end of it for 16-bit and INT8 weights.
 """
@@ -12,34 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_torch.ops.codecs import Seed, stochastic_round
-from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, rows_of
+from galore_torch.ops.codecs import Seed
+from galore_torch.ops.int8_weight import row_parts, rows_of
 from galore_torch.ops.linalg import mode_product, product_dtype
+from galore_torch.ops.write import fits_gemm, subtract
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
 Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None, Subtract], None]
-
-
-def fits_gemm(weight: Tensor) -> bool:
-    """Whether a product may be added into the weight as it lies in memory: not where the result has to be rounded."""
-    return weight.dtype.itemsize > 2 and not isinstance(weight, Int8Weight)
-
-
-def subtract(weight: Tensor, update: Tensor, scale: Any, shrink: Any, seed: Seed | None) -> None:
-    """W <- shrink W - scale update, elementwise and in place. Any shape; update in any float dtype, and used up.
-
-    ``scale`` and ``shrink`` are floats or 0-d tensors.
-    """
-    if isinstance(weight, Int8Weight):
-        move(*weight.stored, update, scale, shrink, seed)
-        return
-    if fits_gemm(weight):
-        if isinstance(shrink, Tensor) or shrink != 1.0:
-            weight.mul_(shrink)
-        weight.sub_(update.mul_(scale))
-        return
-    new = weight.float().mul_(shrink).sub_(update.float().mul_(scale))
-    weight.copy_(new if seed is None else stochastic_round(new, seed))
 
 
 def project_back(
@@ -47,23 +26,24 @@ def project_back(
     update: Tensor,
     bases: Mapping[int, Tensor],
     scale: float,
-    shrink: Any,
+    decay_factor: Any,
     seed: int | None,
     subtract: Subtract = subtract,
 ) -> None:
-    """W <- shrink W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv 2403.03507, eq. 11 and Alg. 2).
+    """W <- decay_factor W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv
+    2403.03507, eq. 11 and Alg. 2).
 
     weight (m x n), any strides; update and bases in fp32 or fp64. The product for a rounded weight runs in its `product_dtype`.
     """
     left, right = factors(update, bases)
     if fits_gemm(weight):
-        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=shrink, alpha=-scale)
+        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=decay_factor, alpha=-scale)
         return
     dtype = product_dtype(weight.dtype, weight.device.type)
     right = right.to(dtype)
     for stream, rows in enumerate(row_parts(weight)):
         product = left[rows].to(dtype) @ right  # a few rows at a time: no full-size temporary
-        subtract(rows_of(weight, rows), product, scale, shrink, None if seed is None else seed + stream)
+        subtract(rows_of(weight, rows), product, scale, decay_factor, None if seed is None else seed + stream)
 
 
 def factors(update: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from galore_torch import cli
+from galore_torch.train.checkpoint import lock
 from galore_torch.train.checkpoint.lock import run_lock
-from galore_torch.train.checkpoint.storage import lock
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from support.whole_runs import command

@@ -12,7 +12,7 @@ from galore_torch import cli
 from galore_torch.train.commands.plan import COMPARED
 from galore_torch.train.config.flags import config_from
 from galore_torch.train.errors import UserError
-from galore_torch.train.plan.answer import planned, question_of
+from galore_torch.train.plan.answer import plan_request, planned
 from galore_torch.train.plan.cards import CARDS, card
 from galore_torch.train.plan.search import best_that_fits
 from galore_torch.train.plan.show import parts
@@ -67,7 +67,7 @@ def test_rows_of_a_plan_add_up(capsys: Out) -> None:
     for name in ("weights", "gradients", "basis", "moments", "activations", "logits", "transient", "reserve", "needed"):
         assert name in shown
     config = config_from({"model_config": "60m", "batch_size": 4, "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16"})
-    plan = planned(question_of(config, device="cuda"), traced=True)
+    plan = planned(plan_request(config, device="cuda"), traced=True)
     assert sum(parts(plan).values()) == plan.peak
     assert gb(plan.needed) in shown
 
@@ -77,7 +77,7 @@ def test_best_recipe_for_a_card_is_a_config_that_pretrain_takes(tmp_path: Path, 
     assert "fits in 24.00 GB" in capsys.readouterr().out
     config = config_from({"config": "recipe.json"})
     assert (config.model_name, config.torch_dtype, config.rank) == ("llama_7b", "bfloat16", 1024)
-    assert planned(question_of(config, device="cuda"), traced=False).needed <= 24e9
+    assert planned(plan_request(config, device="cuda"), traced=False).needed <= 24e9
     assert cli.main(["plan", "--model", "llama_7b", "--memory", "24GB", "-o", "recipe.json"]) == 2  # never over a file
     assert "already exists" in capsys.readouterr().err
 
@@ -92,7 +92,7 @@ def test_best_recipe_leaves_nothing_on_the_table() -> None:
 
     def needed(**changes: Any) -> int:
         settings = {"rank": chosen.rank, "batch_size": chosen.batch_size, "activation_checkpointing": chosen.activation_checkpointing}
-        return planned(question_of(config_from({**given, **settings, **changes}), device="cuda"), traced=False).needed
+        return planned(plan_request(config_from({**given, **settings, **changes}), device="cuda"), traced=False).needed
 
     assert chosen.rank == 1024  # half the width, the largest that is tried
     assert needed(batch_size=2 * chosen.batch_size, activation_checkpointing=True) > 10e9
@@ -124,7 +124,7 @@ def test_compare_and_sweep_print_and_draw(tmp_path: Path, capsys: Out) -> None:
 def test_memory_grows_with_the_rank_and_falls_with_every_saving() -> None:
     def needed(**settings: Any) -> int:
         config = config_from({"model_config": "1b", "dtype": "bfloat16", "batch_size": 1, **settings})
-        return planned(question_of(config, device="cuda"), traced=False).needed
+        return planned(plan_request(config, device="cuda"), traced=False).needed
 
     ranks = [needed(optimizer="galore_adamw", rank=rank) for rank in (64, 128, 256, 512, 1024)]
     assert ranks == sorted(ranks)

@@ -15,8 +15,8 @@ import pytest
 from galore_torch import cli
 from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.data import sources as source
 from galore_torch.train.data.loader import check_data, load_data
-from galore_torch.train.data.loader import sources as source
 from galore_torch.train.data.sampler import Documents, Place
 from galore_torch.train.data.sources import hub_source
 from galore_torch.train.errors import UserError

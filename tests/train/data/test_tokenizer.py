@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from galore_torch.train.data.loader import tokenizer as module
+from galore_torch.train.data import tokenizer as module
 from galore_torch.train.data.tokenizer import TextTokenizer, _wrap, cache_folder, load_tokenizer, trained_tokenizer
 from galore_torch.train.errors import UserError
 

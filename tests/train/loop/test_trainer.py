@@ -243,7 +243,7 @@ def test_clipped_per_layer_updates_are_plain_ones_of_scaled_gradients(
         square = 0.0
         owned = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         for (p, own), grad in zip(owned, whole, strict=True):
-            stored = stored_bases(engine.plan_of(p, own), own["basis_codec"])
+            stored = stored_bases(engine.layout_of(p, own), own["basis_codec"])
             for mode, basis in stored.items():
                 grad = basis.decode(optimizer.state[p]).mT @ grad.movedim(mode, 0)
             square += grad.square().sum().item()

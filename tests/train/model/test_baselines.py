@@ -16,8 +16,9 @@ from galore_torch.train.commands.pretrain import pretrain
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.flags import config_from
 from galore_torch.train.errors import UserError
+from galore_torch.train.model import baselines
 from galore_torch.train.model.baselines import LowRankLinear, to_dense
-from galore_torch.train.model.llama import baselines, build_model, model_shape
+from galore_torch.train.model.llama import build_model, model_shape
 from galore_torch.train.optimizers.registry import build_optimizer
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

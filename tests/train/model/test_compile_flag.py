@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.engine import fused as elementwise
+from galore_torch.engine import inductor
 from galore_torch.train.checkpoint.resume import identity
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.trainer import train
+from galore_torch.train.model import compile as compiled
 from galore_torch.train.model.llama import ModelShape, build_model
-from galore_torch.train.model.llama import compile as compiled
 from support.whole_runs import Silent, command
 
 Make = Callable[..., PretrainConfig]
-needs_compiler = pytest.mark.skipif(not elementwise.has_compiler("cpu"), reason="torch.compile finds no C++ compiler here")
+needs_compiler = pytest.mark.skipif(not inductor.has_compiler("cpu"), reason="torch.compile finds no C++ compiler here")
 
 
 @pytest.fixture(autouse=True)

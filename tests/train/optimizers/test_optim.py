@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from galore_torch.engine.recipe import Recipe
-from galore_torch.ops.codecs import CODECS
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.settings import BASIS_CODECS, STATE_CODECS
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.llama import build_model, model_shape
 from galore_torch.train.optimizers.registry import (
@@ -165,13 +162,6 @@ def test_readme_has_the_sizes_of_the_published_60m_run(parsed: Callable[[str], P
             held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
         assert float(size) == pytest.approx(held / 1e6, abs=0.05)
         assert (float(of_bf16), float(of_fp32)) == pytest.approx((25 * held / elements, 12.5 * held / elements), abs=0.51)
-
-
-def test_codecs_that_are_offered_are_those_of_the_library() -> None:
-    for state_codec in STATE_CODECS:
-        for basis_codec in BASIS_CODECS:
-            Recipe(state_codec=state_codec, basis_codec=basis_codec)
-    assert set(STATE_CODECS) == set(CODECS)
 
 
 def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:

@@ -21,8 +21,8 @@ from galore_torch.train.loop import trainer
 from galore_torch.train.model.llama import PRESETS, ModelShape, build_model, model_shape
 from galore_torch.train.model.loss import TokenLoss
 from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, per_layer_updates, state_bytes
-from galore_torch.train.plan.answer import planned, planned_peak_bytes, question_of
-from galore_torch.train.plan.optimizer_bytes import held
+from galore_torch.train.plan.answer import plan_request, planned, planned_peak_bytes
+from galore_torch.train.plan.optimizer_bytes import param_bytes
 from galore_torch.train.plan.sizes import llama_sizes, sizes_of
 from support.memory import peak_bytes
 from support.whole_runs import Silent
@@ -81,9 +81,9 @@ def test_weights_and_state_equal_what_a_real_run_holds(name: str, dtype: str, be
     optimizer = build_optimizer(name, model, lr=1e-3, settings=config.optimizer_settings)
     with per_layer_updates(name, model, optimizer, deferred=False):
         update(config, model, optimizer)
-    question = question_of(config, device="cpu")
-    assert question.total("weight") == sum(p.nbytes for p in model.parameters())
-    assert question.total("basis") + question.total("moments") == state_bytes(optimizer)
+    request = plan_request(config, device="cpu")
+    assert request.total("weight") == sum(p.nbytes for p in model.parameters())
+    assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "tied", "biased"])
@@ -140,7 +140,7 @@ def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, trac
     static = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
     with per_layer_updates(name, model, optimizer, deferred=config.accumulation > 1):
         measured = static + peak_bytes(lambda: [update(config, model, optimizer) for _ in range(2)])
-    assert planned(question_of(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
+    assert planned(plan_request(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.usefixtures("_tables")
@@ -155,7 +155,7 @@ def test_what_a_step_takes_for_a_moment_is_the_engines(cls: Any, dtype: torch.dt
     for _ in range(2):
         W.grad = torch.randn_like(W)
         peaks.append(peak_bytes(optimizer.step))
-    found = held(tuple(W.shape), dtype, optimizer.param_groups[0], optimizer.rule)
+    found = param_bytes(tuple(W.shape), dtype, optimizer.param_groups[0], optimizer.rule)
     assert found.transient == pytest.approx(max(peaks), abs=0.1 * W.numel() * W.element_size())
 
 
@@ -173,4 +173,4 @@ def test_planned_peak_of_a_whole_run_of_the_trainer(
 
 def test_an_optimizer_without_a_row_is_refused(tiny: str) -> None:
     with pytest.raises(UserError, match="not known"):
-        planned(question_of(PretrainConfig(model_config=tiny, max_length=64), device="cpu", optimizer="adamm"), traced=False)
+        planned(plan_request(PretrainConfig(model_config=tiny, max_length=64), device="cpu", optimizer="adamm"), traced=False)

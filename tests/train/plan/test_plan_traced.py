@@ -8,7 +8,7 @@ import pytest
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.plan import traced as tracing
-from galore_torch.train.plan.answer import planned, question_of
+from galore_torch.train.plan.answer import plan_request, planned
 from support.memory import peak_bytes
 
 BF16 = {"dtype": "bfloat16"}
@@ -29,8 +29,8 @@ RUNS: list[dict[str, Any]] = [
 def test_a_trace_and_the_formulas_agree_within_3_percent(run: dict[str, Any], device: str) -> None:
     if run["optimizer"] == "lora" and device == "cuda":
         pytest.skip("a trace takes the CPU's dropout, whose masks are floating; on a GPU they are bytes, as in the formulas")
-    question = question_of(PretrainConfig(**run), device=device)
-    trace, formulas = planned(question, traced=True), planned(question, traced=False)
+    request = plan_request(PretrainConfig(**run), device=device)
+    trace, formulas = planned(request, traced=True), planned(request, traced=False)
     assert trace.traced
     assert not formulas.traced
     assert formulas.peak == pytest.approx(trace.peak, rel=0.03)
@@ -38,24 +38,24 @@ def test_a_trace_and_the_formulas_agree_within_3_percent(run: dict[str, Any], de
 
 def test_phases_agree_too_not_only_their_largest() -> None:
     """Every phase of a backward pass, where the peak of one hides the others."""
-    question = question_of(PretrainConfig(model_config="60m", optimizer="galore_adamw", batch_size=4), device="cuda")
-    lasting = question.total("weight") + question.total("basis") + question.total("moments")
-    formulas = tracing.by_phase(planned(question, traced=False).all_moments)
-    for phase, moment in tracing.by_phase(planned(question, traced=True).all_moments).items():
+    request = plan_request(PretrainConfig(model_config="60m", optimizer="galore_adamw", batch_size=4), device="cuda")
+    lasting = request.total("weight") + request.total("basis") + request.total("moments")
+    formulas = tracing.by_phase(planned(request, traced=False).all_moments)
+    for phase, moment in tracing.by_phase(planned(request, traced=True).all_moments).items():
         assert lasting + max(each.total for each in formulas[phase]) == pytest.approx(lasting + moment[0].total, rel=0.03)
 
 
 def test_without_torchs_tracker_the_formulas_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    question = question_of(PretrainConfig(model_config="9m"), device="cuda")
+    request = plan_request(PretrainConfig(model_config="9m"), device="cuda")
     monkeypatch.setattr(tracing, "MemTracker", None)
-    plan = planned(question, traced=True)
+    plan = planned(request, traced=True)
     assert not plan.traced
-    assert plan.peak == planned(question, traced=False).peak
+    assert plan.peak == planned(request, traced=False).peak
 
 
 def test_planning_7b_makes_no_model() -> None:
-    question = question_of(PretrainConfig(model_config="7b", optimizer="galore_adamw8bit_per_layer", dtype="bfloat16"), device="cuda")
-    assert peak_bytes(lambda: planned(question, traced=True)) < 10 * 2**20
+    request = plan_request(PretrainConfig(model_config="7b", optimizer="galore_adamw8bit_per_layer", dtype="bfloat16"), device="cuda")
+    assert peak_bytes(lambda: planned(request, traced=True)) < 10 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,6 @@ def test_planning_7b_makes_no_model() -> None:
 def test_published_memory_of_7b(optimizer: str, run: dict[str, Any], published: float, at_most: bool) -> None:
     """In GB of 10**9 bytes, the stricter reading of the papers' "G" for an upper bound; tensors alone, as an allocator counts them."""
     config = PretrainConfig(model_config="7b", rank=1024, dtype="bfloat16", **{"batch_size": 1, **run})
-    peak = planned(question_of(config, device="cuda", optimizer=optimizer), traced=False).peak / 1e9
+    peak = planned(plan_request(config, device="cuda", optimizer=optimizer), traced=False).peak / 1e9
     assert (peak <= published) is at_most
     assert peak > 10

@@ -14,7 +14,7 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.llama import preset_name
 from galore_torch.train.optimizers.registry import OPTIMIZERS
-from galore_torch.train.plan.answer import Plan, planned, question_of
+from galore_torch.train.plan.answer import Plan, plan_request, planned
 from galore_torch.train.plan.cards import card
 from galore_torch.train.plan.methods import Q_GALORE
 from galore_torch.train.plan.picture import draw_bars
@@ -60,7 +60,7 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     if arguments.get("picture"):
         raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
     if budget is None:
-        show_plan(console, planned(question_of(config, device=device), traced=True), None, world_size)
+        show_plan(console, planned(plan_request(config, device=device), traced=True), None, world_size)
         return EXIT_FITS
     return _for_a_card(console, arguments, given, config, device, budget, world_size)
 
@@ -93,7 +93,7 @@ def _for_a_card(
 ) -> int:
     best = best_that_fits(given, budget, device, traced=True)
     if best is None:
-        least = planned(question_of(config, device=device), traced=True)
+        least = planned(plan_request(config, device=device), traced=True)
         show_plan(console, least, budget, world_size)
         console.print("nothing that was left open to choose makes it fit", highlight=False)
         if "optimizer" in given and (
@@ -137,7 +137,7 @@ def _side_by_side(console: Console, arguments: Mapping[str, Any], config: Pretra
     rows: Sequence[tuple[str, Plan]]
     if arguments.get("compare"):
         names = COMPARED.items()
-        rows = [(label, planned(question_of(config, device=device, optimizer=name), traced=False)) for label, name in names]
+        rows = [(label, planned(plan_request(config, device=device, optimizer=name), traced=False)) for label, name in names]
         title, first, kind = f"{setting}, rank {config.resolved_rank}", "optimizer", "compare"
     else:
         width = config.shape.hidden_size
@@ -154,5 +154,5 @@ def _side_by_side(console: Console, arguments: Mapping[str, Any], config: Pretra
 
 
 def _with_rank(config: PretrainConfig, rank: int, device: str) -> Plan:
-    question = question_of(config, device=device)
-    return planned(replace(question, settings={**question.settings, "rank": rank}), traced=False)
+    request = plan_request(config, device=device)
+    return planned(replace(request, settings={**request.settings, "rank": rank}), traced=False)

@@ -9,15 +9,13 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from galore_torch.choices import BASIS_CODECS, PROJ_TYPES, STATE_CODECS
 from galore_torch.train.config.compare import contenders, run_names
 from galore_torch.train.model.llama import ModelShape, model_shape, preset_name
 from galore_torch.train.model.pretrained import HFShape, hf_shape
 from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
 from galore_torch.train.optimizers.schedule import SCHEDULERS, Schedule
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-# As galore_torch.ops.codecs has them, which imports torch.
-STATE_CODECS, BASIS_CODECS = ("fp32", "bf16", "int8"), ("fp32", "bf16", "int4")
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("tensorboard", "wandb", "trackio")

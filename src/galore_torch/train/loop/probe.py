@@ -131,7 +131,7 @@ class Probe:
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
                     state = self.optimizer.state.get(p)
-                    if state and engine.plan_of(p, group).rank is not None:
+                    if state and engine.layout_of(p, group).rank is not None:
                         yield _Matrix(self._names[p], p, state, group)
 
     def _synchronize(self) -> None:
@@ -150,9 +150,9 @@ class _Matrix(NamedTuple):
     group: dict[str, Any]
 
     def is_due(self) -> bool:
-        from galore_torch.engine import step as engine
+        from galore_torch.engine.refresh import refresh_is_due
 
-        return engine.refresh_is_due(self.state, self.group)
+        return refresh_is_due(self.state, self.group)
 
     def ready(self) -> bool:
         return bool(self.state["basis_ready"])
@@ -161,7 +161,7 @@ class _Matrix(NamedTuple):
         from galore_torch.engine import step as engine
         from galore_torch.engine.layout import stored_bases
 
-        stored_in = stored_bases(engine.plan_of(self.parameter, self.group), self.group["basis_codec"])
+        stored_in = stored_bases(engine.layout_of(self.parameter, self.group), self.group["basis_codec"])
         found = {mode: stored.decode(self.state) for mode, stored in stored_in.items()}
         return {mode: basis.clone() for mode, basis in found.items()} if copy else found
 

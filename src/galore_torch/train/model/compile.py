@@ -15,7 +15,7 @@ _NEEDS = {"cpu": "a C++ compiler (install g++ or clang)", "cuda": "Triton (pip i
 
 def check_compiler(device: str) -> None:
     """UserError where torch.compile cannot write code for `device`."""
-    from galore_torch.engine.fused import has_compiler
+    from galore_torch.engine.inductor import has_compiler
 
     if not has_compiler(device):
         raise UserError(f"--compile needs {_NEEDS[device]}, which torch does not find here; install it, or leave --compile out")

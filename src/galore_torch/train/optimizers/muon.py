@@ -12,7 +12,7 @@ from galore_torch import galore_param_groups
 from galore_torch.train.errors import UserError
 
 
-class Together:
+class CombinedOptimizer:
     """Several optimizers as one: `param_groups` are theirs, so that setting a learning rate there reaches them."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
@@ -61,7 +61,7 @@ class Together:
             first += sum(len(group["params"]) for group in part.param_groups)
 
 
-def muon_with_adamw(model: nn.Module, settings: Mapping[str, Any], *, lr: float, weight_decay: float) -> Together:
+def muon_with_adamw(model: nn.Module, settings: Mapping[str, Any], *, lr: float, weight_decay: float) -> CombinedOptimizer:
     """torch.optim.Muon where `galore_param_groups` would project, torch.optim.AdamW elsewhere, at one learning rate.
 
     Muon's update is scaled to the size of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that one rate suits both.
@@ -73,4 +73,4 @@ def muon_with_adamw(model: nn.Module, settings: Mapping[str, Any], *, lr: float,
         torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         *(torch.optim.AdamW(group, lr=lr, weight_decay=weight_decay) for group in rest),
     ]
-    return Together(parts)
+    return CombinedOptimizer(parts)

@@ -19,7 +19,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """One run, as far as its memory goes. ``settings``: what `build_optimizer` takes; ``deferred``: accumulation or clipping is on."""
 
     sizes: Sizes
@@ -94,7 +94,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Phase:
     """What is held at one point of an update, in bytes, beside weights and state."""
 
     name: str
@@ -109,9 +109,9 @@ class Moment:
         return self.gradients + self.activations + self.logits + self.transient
 
 
-def moments(question: Question) -> Iterator[Moment]:
+def moments(request: PlanRequest) -> Iterator[Phase]:
     """The points of an update at which most can be held, in order."""
-    q, layers = question, question.sizes.layers
+    q, layers = request, request.sizes.layers
     tokens, b, D, I = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate
     own, rows = layer_activations(q), tokens * D * b
     saved = rows if q.checkpointing else own  # of a layer, from the forward pass
@@ -125,7 +125,7 @@ def moments(question: Question) -> Iterator[Moment]:
 
     yield from _loss_moments(q, before, layers * saved + end, head)
     if q.per_layer:
-        yield Moment("the head's update", before + head.gradient, layers * saved + end, 0, rows + _passing(q, head))
+        yield Phase("the head's update", before + head.gradient, layers * saved + end, 0, rows + _passing(q, head))
     for index, name in ((layers - 1, "the last layer's backward pass"), (0, "the first layer's backward pass")):
         done = before or q.kept(head) + (layers - 1 - index) * inner
         pending = max(each.gradient for _, each in q.layer)
@@ -133,37 +133,37 @@ def moments(question: Question) -> Iterator[Moment]:
         unpacked = max(each.unpacked for _, each in q.layer)  # and not while a gradient is widened
         pair = tokens * I * b  # the gradient of one of the MLP's products
         widest = max(prod(part.shape) for part, _ in q.layer) * q.widened
-        yield Moment(name, done + pending, held, 0, rows + max(2 * pair, pair + max(widest, unpacked)), max(0, unpacked - widest))
+        yield Phase(name, done + pending, held, 0, rows + max(2 * pair, pair + max(widest, unpacked)), max(0, unpacked - widest))
         if q.per_layer:
             worst = max((each for _, each in q.layer), key=lambda each: each.gradient + _passing(q, each))
-            yield Moment(name.replace("backward pass", "updates"), done + worst.gradient, held, 0, rows + _passing(q, worst))
+            yield Phase(name.replace("backward pass", "updates"), done + worst.gradient, held, 0, rows + _passing(q, worst))
     everything = outer + layers * inner
     done = everything if again else everything - q.kept(embedding)
-    yield Moment("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (_passing(q, embedding) if q.per_layer else 0))
-    yield Moment("the optimizer's step", everything, 0, 0, step_transient(q))
+    yield Phase("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (_passing(q, embedding) if q.per_layer else 0))
+    yield Phase("the optimizer's step", everything, 0, 0, step_transient(q))
 
 
-def _loss_moments(q: Question, before: int, activations: int, head: Cost) -> Iterator[Moment]:
+def _loss_moments(q: PlanRequest, before: int, activations: int, head: Cost) -> Iterator[Phase]:
     """Of the loss and the head's gradient, which a loss in chunks makes in the forward pass, and sums in fp32."""
     b, D, V, C = q.itemsize, q.sizes.hidden, q.sizes.vocabulary, q.chunk
     rows, matrix = q.tokens * D * b, V * D
     if not C:
-        yield Moment("the loss", before, activations, 12 * q.tokens * V, 0)
-        yield Moment("the head's backward pass", before + head.gradient, activations, q.tokens * V * b, rows + matrix * q.widened)
+        yield Phase("the loss", before, activations, 12 * q.tokens * V, 0)
+        yield Phase("the head's backward pass", before + head.gradient, activations, q.tokens * V * b, rows + matrix * q.widened)
         return
     sums = 4 * matrix if head.gradient else 0
     product = matrix * (b + q.widened) if b == 2 else 0  # 16-bit products are added to the fp32 sums
-    yield Moment("the loss", before, activations, 8 * C * V, rows + sums)
-    yield Moment("the loss's gradient", before, activations, C * V * (6 if b == 2 else 4), rows + sums + product)
-    yield Moment("the head's backward pass", before + head.gradient, activations, 0, rows + (sums if b == 2 else 0))
+    yield Phase("the loss", before, activations, 8 * C * V, rows + sums)
+    yield Phase("the loss's gradient", before, activations, C * V * (6 if b == 2 else 4), rows + sums + product)
+    yield Phase("the head's backward pass", before + head.gradient, activations, 0, rows + (sums if b == 2 else 0))
 
 
-def _passing(q: Question, each: Cost) -> int:
+def _passing(q: PlanRequest, each: Cost) -> int:
     """What a hook on this gradient needs: the whole update, or in the deferred mode a projection and perhaps a refresh."""
     return each.transient if not q.deferred or each.low else 0
 
 
-def step_transient(q: Question) -> int:
+def step_transient(q: PlanRequest) -> int:
     """Of `optimizer.step()`: one parameter after the other; torch's own handle all at once on a GPU (foreach)."""
     if q.per_layer and not q.deferred:
         return 0
@@ -174,7 +174,7 @@ def step_transient(q: Question) -> int:
     return max(each.transient for _, each in costs)
 
 
-def layer_activations(q: Question) -> int:
+def layer_activations(q: PlanRequest) -> int:
     """Bytes that a layer's forward pass keeps for its backward pass.
 
     A norm keeps its input, the normalised rows and its output, and in bf16 an fp32 copy of the input; attention keeps q, k, v, its
@@ -187,7 +187,7 @@ def layer_activations(q: Question) -> int:
     return q.tokens * (norms + attention + mlp + 8 + _adapters(q))
 
 
-def _adapters(q: Question) -> int:
+def _adapters(q: PlanRequest) -> int:
     """Bytes a token that two thin factors beside, or in place of, each matrix add."""
     if q.optimizer not in FACTORED:
         return 0
@@ -202,7 +202,7 @@ def _adapters(q: Question) -> int:
     return thin + inputs * (b + mask) - unneeded
 
 
-def final_activations(q: Question) -> int:
+def final_activations(q: PlanRequest) -> int:
     """Of the last norm, and cosines and sines of the positions."""
     s, b = q.sizes, q.itemsize
     return q.tokens * (s.hidden * (4 if b == 2 else b) + 2 * s.hidden * b + 4) + 2 * q.length * s.attention // s.heads * b

@@ -1,4 +1,4 @@
-"""From a checked config to a plan: the question, its moments, and their peak."""
+"""From a checked config to a plan: the request, its moments, and their peak."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, build_model, model_shape
-from galore_torch.train.plan.analytic import Moment, Question, moments
+from galore_torch.train.plan.analytic import Phase, PlanRequest, moments
 from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
 
 # What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
@@ -21,15 +21,15 @@ RESERVE = {"cuda": (700 * 10**6, 0.03), "cpu": (500 * 10**6, 0.02)}
 class Plan:
     """Bytes: what lasts, the moment of the peak, and the reserve."""
 
-    question: Question
+    request: PlanRequest
     weights: int
     basis: int
     moments: int
-    all_moments: tuple[Moment, ...]
+    all_moments: tuple[Phase, ...]
     traced: bool
 
     @property
-    def at_peak(self) -> Moment:
+    def at_peak(self) -> Phase:
         return max(self.all_moments, key=lambda moment: moment.total)
 
     @property
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def reserve(self) -> int:
-        constant, share = RESERVE[self.question.device]
+        constant, share = RESERVE[self.request.device]
         return constant + round(share * self.peak)
 
     @property
@@ -47,16 +47,16 @@ class Plan:
         return self.peak + self.reserve
 
     def largest(self, field: str) -> int:
-        """The most that a field of Moment reaches at any moment."""
+        """The most that a field of Phase reaches at any moment."""
         return max(getattr(moment, field) for moment in self.all_moments)
 
 
-def question_of(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> Question:
+def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> PlanRequest:
     """The memory side of a config, for its first optimizer or for another."""
     from galore_torch.train.model.loss import settled_chunk
 
     sizes = _sizes(config, vocab_size)
-    return Question(
+    return PlanRequest(
         sizes=sizes,
         optimizer=(optimizer or config.contenders[0][0]).lower(),
         dtype=config.torch_dtype,
@@ -84,14 +84,14 @@ def _llama(name: str, vocabulary: int) -> Sizes:
     return llama_sizes(model_shape(name), vocabulary)
 
 
-def planned(question: Question, *, traced: bool) -> Plan:
+def planned(request: PlanRequest, *, traced: bool) -> Plan:
     """The plan by formulas, or with the model's passes traced where this torch can."""
     if traced:
         from galore_torch.train.plan.traced import can_trace, traced_moments
 
         traced = can_trace()
-    found = traced_moments(question, _builder(question)) if traced else moments(question)
-    return Plan(question, question.total("weight"), question.total("basis"), question.total("moments"), tuple(found), traced)
+    found = traced_moments(request, _builder(request)) if traced else moments(request)
+    return Plan(request, request.total("weight"), request.total("basis"), request.total("moments"), tuple(found), traced)
 
 
 def planned_peak_bytes(config: PretrainConfig, vocab_size: int, name: str) -> int | None:
@@ -101,11 +101,11 @@ def planned_peak_bytes(config: PretrainConfig, vocab_size: int, name: str) -> in
     """
     from galore_torch.train.device import pick_device
 
-    question = question_of(config, device=pick_device(config.device), optimizer=name, vocab_size=vocab_size)
-    return planned(question, traced=False).peak if question.sizes.like_llama else None
+    request = plan_request(config, device=pick_device(config.device), optimizer=name, vocab_size=vocab_size)
+    return planned(request, traced=False).peak if request.sizes.like_llama else None
 
 
-def _builder(question: Question) -> Callable[[int], Any]:
+def _builder(request: PlanRequest) -> Callable[[int], Any]:
     """layers -> the model without memory, changed where a baseline changes it."""
     import torch
 
@@ -114,27 +114,27 @@ def _builder(question: Question) -> Callable[[int], Any]:
 
     def build(layers: int) -> Any:
         with torch.device("meta"):
-            model = _hf_model(question, layers) if question.pretrained else _llama_model(question, layers)
-        if question.optimizer in FACTORED:
-            build_optimizer(question.optimizer, model, lr=1e-3, settings=question.settings)
+            model = _hf_model(request, layers) if request.pretrained else _llama_model(request, layers)
+        if request.optimizer in FACTORED:
+            build_optimizer(request.optimizer, model, lr=1e-3, settings=request.settings)
         return model.train()
 
     return build
 
 
-def _llama_model(question: Question, layers: int) -> Any:
-    shape: ModelShape = replace(model_shape(question.model), num_hidden_layers=layers, vocab_size=question.sizes.vocabulary)
+def _llama_model(request: PlanRequest, layers: int) -> Any:
+    shape: ModelShape = replace(model_shape(request.model), num_hidden_layers=layers, vocab_size=request.sizes.vocabulary)
     return build_model(
         shape,
         seed=0,
-        dtype=question.dtype,
+        dtype=request.dtype,
         bos_token_id=None,
         eos_token_id=None,
-        activation_checkpointing=question.checkpointing,
+        activation_checkpointing=request.checkpointing,
     )
 
 
-def _hf_model(question: Question, layers: int) -> Any:
+def _hf_model(request: PlanRequest, layers: int) -> Any:
     from galore_torch.train.model.pretrained import load_model
 
-    return load_model(question.model, dtype=question.dtype, activation_checkpointing=question.checkpointing, layers=layers)
+    return load_model(request.model, dtype=request.dtype, activation_checkpointing=request.checkpointing, layers=layers)

@@ -1,4 +1,4 @@
-"""What an optimizer makes a parameter cost: this package's by `planner.held`, all others by one step on tensors without memory."""
+"""What an optimizer makes a parameter cost: this package's by `param_bytes`, all others by one step on meta tensors."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
         moments, transient = _foreign(part, "adamw" if name in FACTORED else name, kind.itemsize, settings["beta1"])
         return Cost(weight, weight, 0, 0, moments, transient)
     from galore_torch.ops.linalg import product_dtype
-    from galore_torch.train.plan.optimizer_bytes import held
+    from galore_torch.train.plan.optimizer_bytes import param_bytes
 
     quantised = name.removesuffix("_per_layer") == Q_GALORE
     rule, full, projected = _groups(name, frozen(settings))
     group = projected if part.role == "matrix" else full
-    found = held(part.shape, kind, group, rule, device)
+    found = param_bytes(part.shape, kind, group, rule, device)
     if not quantised or part.role != "matrix":
         return Cost(weight, weight, found.low, found.basis, found.moments, found.transient)
     basis = found.basis if group["basis_codec"] == "int4" else round(found.basis / 2 * _INT4_BASIS)

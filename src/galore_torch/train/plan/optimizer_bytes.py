@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from galore_torch.engine.layout import AnyRule, Layout, layout, state_spec
-from galore_torch.ops.linalg import OVERSAMPLING, chunk_elements, product_dtype
+from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec
+from galore_torch.ops.chunks import chunk_elements
+from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
 
 # Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
@@ -21,7 +22,7 @@ _PASSES = {"cpu": {"int8": 29, "bf16": 12, "fp32": 4}, "cuda": {"int8": 31, "bf1
 
 
 @dataclass(frozen=True)
-class Held:
+class ParamBytes:
     """Bytes of one parameter: ``basis`` and ``moments`` last, ``low`` is its gradient R, ``step`` and ``refresh`` pass."""
 
     basis: int
@@ -36,52 +37,52 @@ class Held:
         return max(self.step, self.refresh)
 
 
-def held(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, device: str = "cpu") -> Held:
+def param_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, device: str = "cpu") -> ParamBytes:
     """What one parameter of ``shape`` costs in a parameter group of one of this package's optimizers. ``device``: "cpu" or "cuda"."""
-    plan = layout(shape, dtype, group["rank"], group["proj_type"])
-    spec = state_spec(plan, group, rule)
+    layout = make_layout(shape, dtype, group["rank"], group["proj_type"])
+    spec = state_spec(layout, group, rule)
     basis = sum(tensor.nbytes for key, tensor in spec.items() if key.startswith("basis") and not tensor.host)
     moments = sum(tensor.nbytes for key, tensor in spec.items()) - basis
-    low = prod(plan.low_shape) * plan.real.itemsize if plan.rank is not None else 0
-    step, refresh = _step(plan, group, low, device), _refresh(plan, group, low, basis + moments, device)
-    return Held(basis, moments, low, step, refresh)
+    low = prod(layout.low_shape) * layout.compute_dtype.itemsize if layout.rank is not None else 0
+    step, refresh = _step(layout, group, low, device), _refresh(layout, group, low, basis + moments, device)
+    return ParamBytes(basis, moments, low, step, refresh)
 
 
-def _step(plan: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
+def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
     """An ordinary step: R, the bases in the dtype of the products, and chunks of the elementwise passes.
 
     On a CPU the test for a finite gradient sums a 16-bit one through a copy in fp32.
     """
-    elements = min(prod(plan.low_shape), chunk_elements(torch.device(device)))
-    passes = _PASSES[device][group["state_codec"]] * elements * plan.real.itemsize // 4
-    if plan.rank is None:
-        passes += elements * plan.real.itemsize if plan.dtype != plan.real else 0
-        copied = 4 * prod(plan.shape) if plan.dtype.itemsize == 2 and device == "cpu" else 0
+    elements = min(prod(layout.low_shape), chunk_elements(torch.device(device)))
+    passes = _PASSES[device][group["state_codec"]] * elements * layout.compute_dtype.itemsize // 4
+    if layout.rank is None:
+        passes += elements * layout.compute_dtype.itemsize if layout.dtype != layout.compute_dtype else 0
+        copied = 4 * prod(layout.shape) if layout.dtype.itemsize == 2 and device == "cpu" else 0
         return max(copied, passes)
-    bases = sum(plan.matrix[mode] for mode in plan.modes) * plan.rank
-    needed = product_dtype(plan.dtype, device)
+    bases = sum(layout.matrix[mode] for mode in layout.modes) * layout.rank
+    needed = product_dtype(layout.dtype, device)
     copied = bases * (needed.itemsize if group["basis_codec"] != "fp32" or needed != torch.float32 else 0)
-    rows = min(prod(plan.shape), chunk_elements(torch.device(device)))
-    product = rows * (needed.itemsize + 2 * plan.real.itemsize) if plan.dtype.itemsize == 2 else 0
+    rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
+    product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize) if layout.dtype.itemsize == 2 else 0
     return low + max(passes, copied + product)
 
 
-def _refresh(plan: Layout, group: Mapping[str, Any], low: int, state: int, device: str) -> int:
+def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str) -> int:
     """A refresh: the gradient in fp32, then the largest of the sketch's blocks and of the transport of the moments.
 
     Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
     """
-    if plan.rank is None:
+    if layout.rank is None:
         return 0
-    real, (m, n) = plan.real.itemsize, plan.matrix
+    itemsize, (m, n) = layout.compute_dtype.itemsize, layout.matrix
     blind = device != "cpu"
-    gradient = (m * n * real if plan.dtype != plan.real else 0) + (m * n * plan.dtype.itemsize if blind else 0)
-    width = min(plan.rank + OVERSAMPLING, m, n)
-    found = sum(plan.matrix[mode] for mode in plan.modes) * plan.rank * real
-    sketch = 2 * (m + n) * width * real
+    gradient = (m * n * itemsize if layout.dtype != layout.compute_dtype else 0) + (m * n * layout.dtype.itemsize if blind else 0)
+    width = min(layout.rank + OVERSAMPLING, m, n)
+    found = sum(layout.matrix[mode] for mode in layout.modes) * layout.rank * itemsize
+    sketch = 2 * (m + n) * width * itemsize
     if group["projector"] in ("svd", "gram"):
-        sketch = real * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
+        sketch = itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
     decoded = found if group["basis_codec"] != "fp32" else 0
     moved = low * 25 // 4 if group["state_codec"] == "int8" else 2 * low
-    transport = found + decoded + plan.rank**2 * real + moved + (state if blind else 0)
+    transport = found + decoded + layout.rank**2 * itemsize + moved + (state if blind else 0)
     return max(gradient + decoded + sketch, transport)

@@ -7,7 +7,7 @@ from typing import Any
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.optimizers.registry import OPTIMIZERS, optimizer_spec
-from galore_torch.train.plan.answer import Plan, planned, question_of
+from galore_torch.train.plan.answer import Plan, plan_request, planned
 from galore_torch.train.plan.methods import Q_GALORE
 
 # Q-GaLore's int8 weights cost some quality: it comes last, where nothing else fits.
@@ -21,11 +21,11 @@ def best_that_fits(given: Mapping[str, Any], budget: int, device: str, *, traced
     """The config and its plan, or None. ``given`` are settings that stay as they are; what it leaves out of these four is tried."""
     refused = 0
     for config in _candidates(given):
-        plan = planned(question_of(config, device=device), traced=False)
+        plan = planned(plan_request(config, device=device), traced=False)
         if plan.needed > budget:
             continue
         if traced and refused < _TRACES:
-            plan = planned(plan.question, traced=True)
+            plan = planned(plan.request, traced=True)
             if plan.needed > budget:
                 refused += 1
                 continue

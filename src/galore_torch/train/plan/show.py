@@ -28,7 +28,7 @@ def parts(plan: Plan) -> dict[str, int]:
 
 
 def describe(plan: Plan) -> str:
-    q = plan.question
+    q = plan.request
     words = [q.model, q.optimizer]
     if plan.basis or q.optimizer in ("low_rank", "lora", "relora"):
         words.append(f"rank {q.rank}")
@@ -56,7 +56,7 @@ def show_plan(console: Console, plan: Plan, budget: int | None, world_size: int)
 
 
 def notes(plan: Plan, world_size: int) -> list[str]:
-    q = plan.question
+    q = plan.request
     constant, share = RESERVE[q.device]
     what = "CUDA's context, cuBLAS's workspaces, fragmentation" if q.device == "cuda" else "the process and its libraries"
     how = "activations traced over 2 and 3 layers" if plan.traced else "activations by formulas"
@@ -69,7 +69,7 @@ def notes(plan: Plan, world_size: int) -> list[str]:
     if world_size > 1:
         found.append(
             f"of each of {world_size} processes: weights, gradients and state are replicated, as under DistributedDataParallel, whose "
-            f"buckets hold the gradients once more ({gb(plan.question.total('gradient'))} GB, not counted)"
+            f"buckets hold the gradients once more ({gb(plan.request.total('gradient'))} GB, not counted)"
         )
     return found
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch import galore_param_groups
 from galore_torch.train.model.chunked_loss import head_loss
-from galore_torch.train.plan.analytic import Moment, Question, moments
+from galore_torch.train.plan.analytic import Phase, PlanRequest, moments
 from galore_torch.train.plan.methods import Cost
 
 try:
@@ -37,11 +37,11 @@ def can_trace() -> bool:
     return MemTracker is not None
 
 
-def traced_moments(question: Question, build: Build) -> list[Moment]:
+def traced_moments(request: PlanRequest, build: Build) -> list[Phase]:
     """`analytic.moments`, each phase's largest with the traced total; what the formulas do not see is `transient`."""
-    by_formulas = list(moments(question))  # before anything is fake: the tables of 8-bit codes are made once and kept
-    few, more = _trace(question, build(FEW)), _trace(question, build(MORE))
-    further = question.sizes.layers - FEW
+    by_formulas = list(moments(request))  # before anything is fake: the tables of 8-bit codes are made once and kept
+    few, more = _trace(request, build(FEW)), _trace(request, build(MORE))
+    further = request.sizes.layers - FEW
     found = []
     for phase, group in by_phase(by_formulas).items():
         largest = max(group, key=lambda moment: moment.total)
@@ -54,31 +54,31 @@ def traced_moments(question: Question, build: Build) -> list[Moment]:
     return found
 
 
-def by_phase(all_moments: Iterable[Moment]) -> dict[str, list[Moment]]:
-    groups: dict[str, list[Moment]] = {}
+def by_phase(all_moments: Iterable[Phase]) -> dict[str, list[Phase]]:
+    groups: dict[str, list[Phase]] = {}
     for moment in all_moments:
         phase = next((word for word in _PHASES if word in moment.name), moment.name)
         groups.setdefault("head" if phase == "the loss" else phase, []).append(moment)
     return groups
 
 
-def _trace(question: Question, model: nn.Module) -> dict[str, int]:
+def _trace(request: PlanRequest, model: nn.Module) -> dict[str, int]:
     """The most bytes in each phase of one forward and backward pass, beyond the weights."""
     with FakeTensorMode():
         _materialise(model)
-        tokens = torch.zeros(question.batch, question.length, dtype=torch.long)
+        tokens = torch.zeros(request.batch, request.length, dtype=torch.long)
         tracker = MemTracker()
         tracker.track_external(model)
         peaks = _Peaks(tracker)
         with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")  # the tracker's, of gradients that a hook has consumed
             stack.enter_context(tracker)
-            if question.widened:
+            if request.widened:
                 stack.enter_context(_ThroughFp32())
             peaks.begin()
-            kept = _attach(question, model)
+            kept = _attach(request, model)
             _watch(model, peaks)
-            loss = _loss(model, tokens, question.chunk)
+            loss = _loss(model, tokens, request.chunk)
             loss.backward()
             peaks.end("embedding")
             del kept
@@ -140,24 +140,24 @@ def _materialise(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _attach(question: Question, model: nn.Module) -> dict[Tensor, Tensor]:
+def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
     """Gradients that are there before, and hooks that take and leave what the optimizer's would; returns what the hooks leave."""
-    again, kept = question.accumulation > 1, dict[Tensor, Tensor]()
-    if not question.per_layer:
+    again, kept = request.accumulation > 1, dict[Tensor, Tensor]()
+    if not request.per_layer:
         for p in model.parameters():
             p.grad = torch.empty_like(p) if again and p.requires_grad else None
         return kept
-    costs = {(part.shape, part.role == "matrix"): each for part, each in [*question.outer, *question.layer]}
+    costs = {(part.shape, part.role == "matrix"): each for part, each in [*request.outer, *request.layer]}
     matrices = {p for _, p in galore_param_groups(model, 1)[-1]["params"]}
     mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in matrices] for p in model.parameters()}
 
     def hook(p: Tensor) -> None:
-        if question.deferred and not mine[p].low:
+        if request.deferred and not mine[p].low:
             return
         passing = torch.empty(mine[p].transient, dtype=torch.uint8)
         p.grad = None
         del passing
-        if question.deferred and p not in kept:
+        if request.deferred and p not in kept:
             kept[p] = torch.empty(mine[p].low, dtype=torch.uint8)
 
     for weight, each in mine.items():

@@ -1,0 +1,16 @@
+"""Names that settings choose from, written once. Imports no torch, so that the command line can read them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")  # which side is projected
+STATE_CODECS = ("fp32", "bf16", "int8")  # how moments are stored
+BASIS_CODECS = ("fp32", "bf16", "int4")
+
+
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,114 @@
+"""What a parameter group may hold: every refusal names the value, the bound and the cure."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from galore_torch.choices import PROJ_TYPES, one_of
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe
+
+
+def check_group(group: Mapping[str, Any], row: Recipe) -> None:
+    """Refuse a parameter group that cannot work: ValueError with the value, the bound and the cure."""
+    rank, gap, scale = group["rank"], group["update_proj_gap"], group["scale"]
+    if not (rank is None or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
+        raise ValueError(
+            f"rank={rank!r} is not a rank: give a whole number from 1 (such as 128), a fraction of the short side between 0 and 1 "
+            "(such as 0.25), or None to train the group at full rank"
+        )
+    if not _is_count(gap):
+        raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
+    _check_adaptive(group)
+    if not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"scale={scale!r} is not a finite number: give the factor of the projected update (such as 0.25)")
+    one_of("proj_type", group["proj_type"], PROJ_TYPES)
+    one_of("decay", group["decay"], ("before", "after"))
+    one_of("compile", group["compile"], (None, True, False))
+    Recipe(row.rule, recovery=row.recovery, **{key: group[key] for key in row.group_keys()})
+    dim = group.get("dim", 2)
+    if not isinstance(dim, int) or dim > 2:
+        raise ValueError(
+            f"dim={dim!r} asks for a tensor projection, which is not available yet; leave dim out: tensors are projected as matrices"
+        )
+    if row.rule != "torch":
+        _check_numbers(group)
+    elif group["decay"] != "before":  # a torch.optim class checks its own numbers, and decays where it does
+        raise ValueError(f"decay={group['decay']!r} needs a rule of this package, such as GaLoreAdamW: leave it 'before' for GaLore(base)")
+
+
+def _check_adaptive(group: Mapping[str, Any]) -> None:
+    gap, gaps, overlaps = group["update_proj_gap"], group["gap_range"], group["overlap_range"]
+    if not (_is_pair(overlaps) and all(isinstance(x, int | float) for x in overlaps) and 0 <= overlaps[0] <= overlaps[1] <= 1):
+        raise ValueError(f"overlap_range={overlaps!r} must be a pair of shares between 0 and 1, the lower first, such as (0.4, 0.6)")
+    if gaps is None:
+        if tuple(overlaps) != PROJECTION_DEFAULTS["overlap_range"]:
+            raise ValueError(f"overlap_range={overlaps!r} has no effect without gap_range: give that too, such as gap_range=(50, 1600)")
+        return
+    if not (_is_pair(gaps) and all(_is_count(x) for x in gaps) and gaps[0] <= gap <= gaps[1]):
+        raise ValueError(
+            f"gap_range={gaps!r} must be a pair of whole numbers of steps with update_proj_gap={gap} between them, such as "
+            f"({max(1, gap // 4)}, {8 * gap}), or None for a gap that stays"
+        )
+    if group["projector"] == "random":
+        raise ValueError("gap_range needs a projector that looks at the gradient: random bases overlap by chance alone; leave it None")
+
+
+def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a group key that looks like a slip of a known one; the keys of others, such as schedulers, are left alone."""
+    known = set(known)
+    for key in keys:
+        if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
+            raise ValueError(f"group key {key!r} is not known; did you mean {near[0]!r}?")
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _within(name: str, value: Any, low: float, high: float, bound: str, key: str | None = None) -> None:
+    """Raise ValueError unless ``value`` is a number with low <= value < high; ``bound`` says so in words."""
+    if not (isinstance(value, int | float) and low <= value < high):
+        raise ValueError(f"Invalid {name}: {key or name}={value!r} must be a number {bound}")
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    """The bounds of the inner optimizers' numbers, as torch.optim states them."""
+    lr, inf = group["lr"], math.inf
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {lr.numel()} elements: a tensor lr must be 1-element")
+    elif not (lr is None and group.get("relative_step")):
+        _within("learning rate", lr, 0.0, inf, "from 0, such as 1e-3, or a 1-element tensor", "lr")
+    if "betas" in group:
+        betas = group["betas"]
+        if not _is_pair(betas):
+            raise ValueError(f"betas={betas!r} must be a pair of numbers, such as (0.9, 0.999)")
+        for i, beta in enumerate(betas):
+            _within(f"beta parameter at index {i}", beta, 0.0, 1.0, "in [0, 1)")
+    if "clip_threshold" in group:  # Adafactor
+        if not _is_pair(group["eps"]):
+            raise ValueError(f"eps={group['eps']!r} must be a pair of numbers, such as (1e-30, 1e-3)")
+        if group["beta1"] is not None:
+            _within("beta1", group["beta1"], 0.0, 1.0, "in [0, 1), or None for no first moment")
+        _within("clip_threshold", group["clip_threshold"], math.ulp(0.0), inf, "above 0, such as 1.0")
+        _within("decay_rate", group["decay_rate"], -inf, math.ulp(0.0), "up to 0, such as -0.8")
+    eps = group.get("eps", 0.0)
+    for value in eps if isinstance(eps, tuple | list) else (eps,):
+        _within("eps", value, 0.0, inf, "from 0, such as 1e-8")
+    for key in ("weight_decay", "momentum", "lr_decay", "initial_accumulator_value"):
+        _within(key, group.get(key, 0.0), 0.0, inf, "from 0")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "
+            "Nesterov momentum requires a momentum above 0 and zero dampening"
+        )

@@ -1,0 +1,88 @@
+"""The compiler of torch.compile, Inductor, called without Dynamo in front of it. torch's private compiler API is used here alone.
+
+What may change between steps is an argument of a compiled function, never a constant: it is compiled once for each shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Program = Callable[..., Any]
+programs: dict[Any, Program | None] = {}  # None: what the compiler could not do, and runs as it is
+
+
+@lru_cache(maxsize=8)
+def has_compiler(device: str) -> bool:
+    """Whether torch.compile finds what it needs to write code for this kind of device: a C++ compiler, or Triton."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about parts of it that the import touches
+        try:
+            torch.compile(lambda: None)  # complains of a Python that it does not know
+            if device == "cpu":
+                from torch._inductor.cpp_builder import get_cpp_compiler
+
+                return bool(get_cpp_compiler())
+            from torch.utils._triton import has_triton
+
+            return device == "cuda" and has_triton()
+        except Exception:  # whatever it is, there is nothing to compile with
+            return False
+
+
+def call(function: Callable[..., Any], region: Any, *arguments: Any) -> Any:
+    """``function(region, *arguments)``, compiled once for each region and each size, stride and dtype of the arguments.
+
+    Inductor is called without Dynamo in front of it: the key says all that a guard would ask, in a fifth of the time. A failing
+    compiler is no error: it fails before it has run anything, and the function runs as it is from then on.
+    """
+    tensors: list[Any] = []
+    _flatten(arguments, tensors)
+    key = (function, region, *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors])
+    try:
+        program = programs[key]
+    except KeyError:
+        program = programs[key] = _compiled(function, region, arguments, tensors)
+    return function(region, *arguments) if program is None else program(*tensors)
+
+
+def _compiled(function: Callable[..., Any], region: Any, arguments: Any, tensors: list[Any]) -> Program | None:
+    from torch._inductor import compile as inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def flat(*values: Tensor) -> Any:
+        return function(region, *_filled(arguments, iter(values)))
+
+    try:
+        graph = make_fx(flat, tracing_mode="fake")(*tensors)  # fake tensors: nothing is computed
+        program: Program = inductor(graph, tensors)
+    except Exception:  # whatever a compiler may complain of
+        return None
+    return program
+
+
+def _flatten(value: Any, tensors: list[Any]) -> None:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _flatten(item, tensors)
+    elif isinstance(value, dict):
+        _flatten(tuple(value.values()), tensors)
+
+
+def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same nest with other tensors in their places."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple | list):
+        return [_filled(item, tensors) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    return value

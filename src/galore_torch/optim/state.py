@@ -1,0 +1,78 @@
+"""A checkpoint into an optimizer, exactly: checked as a whole before anything changes, and restored without a cast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from galore_torch.engine import step as engine
+from galore_torch.engine.layout import state_spec
+from galore_torch.optim.published_state import convert_published
+
+if TYPE_CHECKING:
+    from galore_torch.optim.base import LowRankOptimizer
+
+COUNTERS = {"step", "index"}  # Python numbers beside the tensors of a parameter's state
+
+
+class _Sealed:
+    """A state tensor hidden from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def seal(optimizer: LowRankOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Check a checkpoint against the parameters, and hide its tensors from torch's cast."""
+    saved_groups, saved_state = state_dict["param_groups"], dict(state_dict["state"])
+    sealed: dict[Any, Any] = {}
+    groups = []
+    for saved, group in zip(saved_groups, optimizer.param_groups, strict=False):
+        # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
+        merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
+        groups.append(merged)
+        optimizer._check_group(merged)
+        for index, p in zip(saved["params"], group["params"], strict=False):
+            if index in saved_state:
+                sealed[index] = _seal_one(optimizer, index, saved_state.pop(index), p, merged)
+    sealed.update(saved_state)
+    return {**state_dict, "param_groups": groups if len(groups) == len(saved_groups) else saved_groups, "state": sealed}
+
+
+def _seal_one(optimizer: LowRankOptimizer, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    layout = engine.layout_of(p, group)
+    saved = convert_published(saved, layout, group, optimizer.rule)
+    if "turn" in saved:  # as this package called it before 2.0.0
+        saved["index"] = saved.pop("turn")
+    spec = state_spec(layout, group, optimizer.rule)
+    if not saved:
+        return {}
+    if saved.keys() - COUNTERS != spec.keys():
+        raise ValueError(
+            f"the checkpoint's state of parameter {index} (shape {tuple(p.shape)}) has {sorted(saved.keys() - COUNTERS)}, but "
+            f"{type(optimizer).__name__} with this group needs {sorted(spec)}: load it into the optimizer class and groups that wrote it"
+        )
+    for key, tensor in spec.items():
+        if tuple(saved[key].shape) != tensor.shape:
+            raise ValueError(
+                f"the checkpoint's {key} of parameter {index} has shape {tuple(saved[key].shape)}, but a parameter of shape "
+                f"{tuple(p.shape)} with rank={group['rank']} needs {tensor.shape}: it belongs to another model or rank"
+            )
+    if "step" not in saved:
+        raise ValueError(f"the checkpoint's state of parameter {index} has no step: it is not a whole checkpoint")
+    out: dict[str, Any] = {"step": int(saved["step"]), "index": int(saved.get("index", optimizer.state[p].get("index", 0)))}
+    for key, tensor in spec.items():
+        device = torch.device("cpu") if tensor.host else p.device
+        # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.
+        out[key] = _Sealed(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(saved[key]))
+    return out
+
+
+def unseal(optimizer: LowRankOptimizer) -> None:
+    """The tensors that `seal` hid, after Optimizer.load_state_dict."""
+    for entry in optimizer.state.values():
+        for key, value in entry.items():
+            if isinstance(value, _Sealed):
+                entry[key] = value.value
