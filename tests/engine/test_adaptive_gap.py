@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from galore_torch import GaLoreAdamW
+from galore_torch.engine import refresh as refresh_module
 from galore_torch.engine import step as engine
 from galore_torch.engine.refresh import adapted_gap
 from galore_torch.ops.linalg import orthonormalize
@@ -25,13 +26,13 @@ C_OF = {"same": torch.eye(8), "half": torch.diag(torch.tensor([1.0] * 4 + [0.0] 
 def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps at which some parameter refreshed its basis, as they happen."""
     steps: list[int] = []
-    refresh = engine._refresh
+    refresh = engine.refresh
 
     def noted(grad: Tensor, state: dict[str, Any], *rest: Any) -> None:
         steps.append(state["step"])
         refresh(grad, state, *rest)
 
-    monkeypatch.setattr(engine, "_refresh", noted)
+    monkeypatch.setattr(engine, "refresh", noted)
     return steps
 
 
@@ -106,7 +107,8 @@ def test_the_first_gap_staggers_the_parameters_as_a_fixed_one_does(refreshed: li
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_gradient_that_makes_no_basis_changes_no_gap(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if masked:  # the path of a device that the host cannot read
-        monkeypatch.setattr(engine, "readable", lambda tensor: False)
+        for module in (engine, refresh_module):
+            monkeypatch.setattr(module, "readable", lambda tensor: False)
     W = Parameter(torch.zeros(48, 32))
     optimizer = GaLoreAdamW([W], **ADAPTIVE)
     for step in range(9):

@@ -177,7 +177,7 @@ def test_transposed_parameters_are_updated_in_place() -> None:
 
 def test_large_parameters_are_processed_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows at a time or all at once: the same bits, for every codec, projected or not, when blocks run along either axis."""
-    from galore_torch.ops import linalg
+    from galore_torch.ops import chunks
 
     def train(codec: str, rank: int | None, shape: tuple[int, int]) -> torch.Tensor:
         torch.manual_seed(0)
@@ -192,7 +192,7 @@ def test_large_parameters_are_processed_in_pieces_with_the_same_result(monkeypat
         for rank, shape in ((None, (300, 70)), (8, (600, 40)), (8, (40, 600))):
             whole = train(codec, rank, shape)
             with monkeypatch.context() as patch:
-                patch.setattr(linalg, "CACHED", 512)
+                patch.setattr(chunks, "CACHED", 512)
                 assert torch.equal(train(codec, rank, shape), whole)
 
 
@@ -201,6 +201,7 @@ def test_large_parameters_are_processed_in_pieces_with_the_same_result(monkeypat
 def test_the_path_of_devices_the_host_cannot_read_gives_the_same_bits(name: str, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator, decisions are masks on the device. The masked path run here must equal the branching one, bad gradients
     included: at the first step, at a refresh and between refreshes."""
+    from galore_torch.engine import refresh
     from galore_torch.engine import step as engine
 
     cls, hyper = RULES[name]
@@ -223,7 +224,8 @@ def test_the_path_of_devices_the_host_cannot_read_gives_the_same_bits(name: str,
         return trace
 
     branching = train()
-    monkeypatch.setattr(engine, "readable", lambda tensor: False)
+    for module in (engine, refresh):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
     masked = train()
     for x, y in zip(branching, masked, strict=True):
         assert torch.equal(x, y)

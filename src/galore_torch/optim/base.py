@@ -268,7 +268,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Refuses, before anything changes, a checkpoint whose tensors do not fit this optimizer's parameters and groups.
         """
         # Registered last, so that it sees what the user's own hooks have made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: seal(self, checkpoint))
+        handle = self.register_load_state_dict_pre_hook(lambda _, checkpoint: seal(self, self.rule, self._check_group, checkpoint))
         try:
             super().load_state_dict(state_dict)
         finally:

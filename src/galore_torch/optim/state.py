@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.layout import state_spec
+from galore_torch.engine.layout import AnyRule, state_spec
 from galore_torch.optim.published_state import convert_published
-
-if TYPE_CHECKING:
-    from galore_torch.optim.base import LowRankOptimizer
 
 COUNTERS = {"step", "index"}  # Python numbers beside the tensors of a parameter's state
 
@@ -24,8 +22,10 @@ class _Sealed:
         self.value = value
 
 
-def seal(optimizer: LowRankOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Check a checkpoint against the parameters, and hide its tensors from torch's cast."""
+def seal(
+    optimizer: torch.optim.Optimizer, rule: AnyRule, check_group: Callable[[Mapping[str, Any]], None], state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """Check a checkpoint against the parameters and ``check_group``, and hide its tensors from torch's cast."""
     saved_groups, saved_state = state_dict["param_groups"], dict(state_dict["state"])
     sealed: dict[Any, Any] = {}
     groups = []
@@ -33,20 +33,22 @@ def seal(optimizer: LowRankOptimizer, state_dict: dict[str, Any]) -> dict[str, A
         # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
         merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
         groups.append(merged)
-        optimizer._check_group(merged)
+        check_group(merged)
         for index, p in zip(saved["params"], group["params"], strict=False):
             if index in saved_state:
-                sealed[index] = _seal_one(optimizer, index, saved_state.pop(index), p, merged)
+                sealed[index] = _seal_one(optimizer, rule, index, saved_state.pop(index), p, merged)
     sealed.update(saved_state)
     return {**state_dict, "param_groups": groups if len(groups) == len(saved_groups) else saved_groups, "state": sealed}
 
 
-def _seal_one(optimizer: LowRankOptimizer, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+def _seal_one(
+    optimizer: torch.optim.Optimizer, rule: AnyRule, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]
+) -> dict[str, Any]:
     layout = engine.layout_of(p, group)
-    saved = convert_published(saved, layout, group, optimizer.rule)
+    saved = convert_published(saved, layout, group, rule)
     if "turn" in saved:  # as this package called it before 2.0.0
         saved["index"] = saved.pop("turn")
-    spec = state_spec(layout, group, optimizer.rule)
+    spec = state_spec(layout, group, rule)
     if not saved:
         return {}
     if saved.keys() - COUNTERS != spec.keys():
@@ -70,7 +72,7 @@ def _seal_one(optimizer: LowRankOptimizer, index: Any, saved: dict[str, Any], p:
     return out
 
 
-def unseal(optimizer: LowRankOptimizer) -> None:
+def unseal(optimizer: torch.optim.Optimizer) -> None:
     """The tensors that `seal` hid, after Optimizer.load_state_dict."""
     for entry in optimizer.state.values():
         for key, value in entry.items():

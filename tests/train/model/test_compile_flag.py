@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galore_torch.engine import fused as elementwise
 from galore_torch.engine import inductor
 from galore_torch.train.checkpoint.resume import identity
 from galore_torch.train.config.config import PretrainConfig
@@ -39,7 +38,7 @@ def llama(layers: int) -> Any:
 
 
 def test_missing_compiler_is_one_line_before_anything_is_made(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "has_compiler", lambda device: False)
+    monkeypatch.setattr(inductor, "has_compiler", lambda device: False)
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler \(install g\+\+ or clang\), which torch does not find here"):
         command(make_config(compile=True))
     assert not (tmp_path / "run").exists()
