@@ -67,3 +67,11 @@ def test_seven_billion_benchmark_trains_a_small_model_the_same_way(optimizer: st
     steps = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ") and "." in line]
     assert [step[0] for step in steps] == ["| 1, every basis", "| 2", "| 3", "| none: the first text again"]
     assert float(steps[-1][1]) < float(steps[0][1]), "the loss falls"
+
+
+def test_two_trees_are_timed_turn_by_turn(tmp_path: Path) -> None:
+    root = str(BENCHMARKS.parent)
+    printed = run(["two_trees/run.py", root, root, "--rounds", "1", "--cases", "GaLoreAdamW, step, not compiled"], folder=tmp_path)
+    (row,) = [line for line in printed.splitlines() if line.startswith("| GaLoreAdamW, step")]
+    before, after, ratio = (float(cell) for cell in row.split("|")[2:5])
+    assert min(before, after, ratio) > 0
