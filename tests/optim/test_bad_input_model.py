@@ -62,21 +62,21 @@ def test_no_pattern_at_all(targets: Any) -> None:
         galore_param_groups(Block(), 2, targets=targets)
 
 
-def test_a_model_without_layers_of_known_names() -> None:
-    for model in (nn.Sequential(nn.Linear(4, 4)), nn.LayerNorm(4)):
-        with pytest.raises(ValueError, match=r"no attention or MLP layer.*targets"):
-            galore_param_groups(model, 2)
+def test_a_model_without_linear_layers() -> None:
+    tied = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
+    tied[1].weight = tied[0].weight
+    for model in (nn.LayerNorm(4), nn.Sequential(nn.Conv2d(3, 4, 3)), tied):
+        for targets in (None, "all-linear"):
+            with pytest.raises(ValueError, match=rf"{type(model).__name__} has no linear layer beside embeddings and output head"):
+                galore_param_groups(model, 2, targets=targets)
 
 
-def test_frozen_layers() -> None:
-    """Frozen parameters are in no group; nothing left to project is an error."""
+def test_nothing_left_to_project_is_an_error_that_says_how_layers_are_thawed() -> None:
     model = Block()
     model.q_proj.requires_grad_(False)
-    names = [name for group in galore_param_groups(model, 2) for name, _ in group["params"]]
-    assert "up_proj.weight" in names
-    assert not [name for name in names if name.startswith("q_proj")]
+    assert len(galore_param_groups(model, 2)[-1]["params"]) == 2
     model.up_proj.requires_grad_(False)
-    with pytest.raises(ValueError, match="all 2 layers that match are frozen"):
+    with pytest.raises(ValueError, match=r"all 2 layers that match are frozen.*groups first.*thawed later"):
         galore_param_groups(model, 2)
 
 

@@ -8,12 +8,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import galore_torch as g
+from galore_torch.ops.int8_weight import Int8Weight
 from support.q_galore_models import layers, loss, model, optimizer_of
 
 
 def test_what_cannot_be_quantised_is_refused_in_one_line_and_nothing_changes() -> None:
     tied = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
     tied[1].weight = tied[0].weight
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 10)), nn.utils.parametrizations.weight_norm(nn.Linear(10, 8)))
     spoilt = model(quantized=False)
     with torch.no_grad():
         spoilt[2].weight[0, 0] = float("nan")
@@ -25,15 +27,23 @@ def test_what_cannot_be_quantised_is_refused_in_one_line_and_nothing_changes() -
         (model(torch.float64, quantized=False), r"float64"),
         (integers, r"torch\.int8"),
         (tied, r"1\.weight is shared with a layer that stays as it is \(Embedding\)"),
+        (normed, r"0\.weight is computed anew from original1 .*remove_parametrizations"),
         (spoilt, r"2\.weight holds values that are not finite"),
     ):
         before = [(type(p), p.dtype) for p in m.parameters()]
         with pytest.raises(ValueError, match=words) as error:
-            g.quantize_linears(m, targets="all-linear")
+            g.quantize_linears(m, targets=r"^\d$")
         assert "\n" not in str(error.value)
         assert [(type(p), p.dtype) for p in m.parameters()] == before
-    with pytest.raises(ValueError, match="no attention or MLP layer"):
-        g.quantize_linears(model(quantized=False))
+
+
+def test_weights_outside_of_linear_layers_stay_floating_and_are_named() -> None:
+    """Here the fused q, k, v of torch's attention; 3-D weights of experts are of the same kind."""
+    m = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.warns(UserWarning, match=r"1 weights outside of linear layers.*768 elements beside 1,280.*self_attn\.in_proj_weight"):
+        g.quantize_linears(m)
+    coded = [name for name, p in m.named_parameters() if isinstance(p, Int8Weight)]
+    assert coded == ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
 
 
 def test_an_int8_model_is_no_fp16_model_and_no_torch_optimizers() -> None:

@@ -80,10 +80,6 @@ class Int8Weight(torch.Tensor):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.stored)
 
-    def storage(self) -> Any:
-        """None of its own. safetensors asks for it, to see which tensors share memory."""
-        raise NotImplementedError("an INT8 weight has no storage of its own: look at those of its stored tensors")
-
     def rows(self, rows: slice) -> Int8Weight:
         """A view of some rows, which start and, but for the last, end with a block: whole multiples of `row_unit`."""
         n = self.shape[1]
@@ -112,10 +108,15 @@ class Int8Weight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.nn.functional.linear and isinstance(weight := args[1] if len(args) > 1 else kwargs["weight"], Int8Weight):
-            return _linear(weight, *args[:1], *args[2:], **{key: value for key, value in (kwargs or {}).items() if key != "weight"})
+            return _linear(weight, False, *args[:1], *args[2:], **{key: value for key, value in kwargs.items() if key != "weight"})
+        if func is torch.addmm and len(args) == 3 and not kwargs and isinstance(args[2], Int8Weight):  # transformers' Conv1D
+            return _linear(args[2], True, args[1], args[0])
+        if (method := _METHODS.get(func)) is not None and isinstance(args[0], Int8Weight):
+            return method(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,27 +140,151 @@ class Int8Weight(torch.Tensor):
                 "INT8 weights are not sharded yet: train with one process or DistributedDataParallel, or call fully_shard on a model "
                 "without quantize_linears"
             )
-        for place, argument in enumerate(func._schema.arguments):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and _holds_int8(args[place] if place < len(args) else kwargs.get(argument.name)):
-                raise ValueError(
-                    f"{func} would write to an INT8 weight, and rounding would lose what is small: train it with an optimizer of "
-                    "galore_torch, such as QGaLoreAdamW8bit, or call galore_torch.dequantize_linears(model) first"
-                )
-        return func(*_decoded(args), **_decoded(kwargs))
+        return _on_copies(func, args, kwargs)
+
+
+class Int8View(torch.Tensor):
+    """What a view of an INT8 weight is: a decoded copy that can be read like any tensor. Writing would not reach the weight: an error."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Int8View:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device, storage_offset=values.storage_offset()
+        )
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Int8View({self.values!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved, and copied by `copy.deepcopy`, as the ordinary tensor that it reads like."""
+        return self.values.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.values.detach().clone()
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(stored: dict[str, Tensor], _: Any, outer_size: Any, outer_stride: Any) -> Int8View:
+        return Int8View(stored["values"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (method := _READS.get(func)) is not None:
+            return method(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _on_copies(func, args, kwargs or {})
+
+
+def _on_copies(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation on floating copies in the places of INT8 weights and of their views; refused where it writes to one."""
+    for place, argument in enumerate(func._schema.arguments):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and _holds_int8(args[place] if place < len(args) else kwargs.get(argument.name)):
+            raise ValueError(
+                f"{func} would write to an INT8 weight, and rounding would lose what is small: train it with an optimizer of "
+                "galore_torch, such as QGaLoreAdamW8bit, set all of it by weight.copy_(values), or call "
+                "galore_torch.dequantize_linears(model) first"
+            )
+    out = func(*_decoded(args), **_decoded(kwargs))
+    is_view = any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
+    if not is_view:
+        return out
+    return type(out)(map(Int8View, out)) if isinstance(out, list | tuple) else Int8View(out)
 
 
 def _holds_int8(value: Any) -> bool:
-    return isinstance(value, Int8Weight) or (isinstance(value, list | tuple) and any(map(_holds_int8, value)))
+    return isinstance(value, Int8Weight | Int8View) or (isinstance(value, list | tuple) and any(map(_holds_int8, value)))
 
 
 def _decoded(value: Any) -> Any:
-    """The same nest with floating copies in the places of INT8 weights."""
+    """The same nest with floating copies in the places of INT8 weights and their views."""
     if isinstance(value, Int8Weight):
         return value.dequantize()
+    if isinstance(value, Int8View):
+        return value.values
     if isinstance(value, list | tuple):
         return type(value)(map(_decoded, value))
     return {key: _decoded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+# --- methods that torch does not dispatch -----------------------------------------------------------------------------------
+
+
+def _contiguous(weight: Tensor, **_: Any) -> Tensor:
+    """A floating copy: one run of numbers in memory, as safetensors and save_pretrained ask for before they write a file."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return (weight * 1).contiguous()
+
+
+def _on_copy(func: Any) -> Any:
+    """The same method of a floating copy; an array of numpy that shares its memory cannot be written to."""
+
+    def method(weight: Tensor, **options: Any) -> Any:
+        found = func(_decoded(weight.detach()).requires_grad_(weight.requires_grad), **options)
+        if func is torch.Tensor.numpy:
+            found.setflags(write=False)
+        return found
+
+    return method
+
+
+def _share_memory(weight: Int8Weight) -> Int8Weight:
+    for tensor in weight.stored:
+        tensor.share_memory_()
+    return weight
+
+
+def _set_data(weight: Int8Weight, values: Tensor) -> None:
+    """``weight.data = values``: another INT8 weight's codes as they are, or ordinary values, which are rounded to nearest."""
+    if (values.shape, values.device, values.dtype) != (weight.shape, weight.device, weight.dtype):
+        raise ValueError(
+            f"data of shape {tuple(values.shape)}, {values.dtype} on {values.device} cannot become that of an INT8 weight of shape "
+            f"{tuple(weight.shape)}, {weight.dtype} on {weight.device}: convert it first; model.to(...) moves the weight itself"
+        )
+    source = values if isinstance(values, Int8Weight) else Int8Weight.quantize(values.detach())
+    weight.codes, weight.scale, weight.offset = source.stored
+
+
+class _Identity(torch.UntypedStorage):
+    """An empty storage. safetensors and transformers see by the pointer which weights are one, and by the size that no floating numbers
+    lie behind it."""
+
+    codes: Tensor
+
+    def data_ptr(self) -> int:
+        return 0 if self.codes.is_meta else self.codes.data_ptr()
+
+
+def _identity(weight: Int8Weight) -> _Identity:
+    storage = _Identity(0)  # type: ignore[no-untyped-call]
+    storage.codes = weight.codes
+    return storage
+
+
+_READS: dict[Any, Any] = {
+    torch.Tensor.contiguous: _contiguous,
+    torch.Tensor.numpy: _on_copy(torch.Tensor.numpy),
+    torch.Tensor.tolist: _on_copy(torch.Tensor.tolist),
+}
+_METHODS: dict[Any, Any] = {
+    **_READS,
+    torch.Tensor.untyped_storage: _identity,
+    torch.Tensor.is_contiguous: lambda weight, **_: False,  # there is no run of floating numbers that a file could be written from
+    torch.Tensor.share_memory_: _share_memory,
+    torch.Tensor.is_shared: lambda weight: all(tensor.is_shared() for tensor in weight.stored),
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}
 
 
 # --- rows and blocks ------------------------------------------------------------------------------------------------------
@@ -233,32 +358,34 @@ def _store(stored: tuple[Tensor, Tensor, Tensor], above: Tensor, scale: Tensor, 
 # --- the layer ------------------------------------------------------------------------------------------------------------
 
 
-def _linear(weight: Int8Weight, input: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(weight: Int8Weight, transposed: bool, input: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input W^T + bias, or input W + bias where the weight is stored transposed."""
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
         bias = None if bias is None else bias.to(input.dtype)
-    out: Tensor = _Linear.apply(input, weight)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(input, weight, transposed)  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias
 
 
 class _Linear(torch.autograd.Function):
-    """input W^T, decoded for each product: one floating copy of one weight at a time, and none between the passes.
+    """input W^T, or input W, decoded for each product: one floating copy of one weight at a time, and none between the passes.
 
     Products run in the `product_dtype` of the input and come back in its own; the weight's gradient in the weight's. The weight is not
     among the saved tensors, whose hooks, such as `save_on_cpu`, would make floating copies.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Int8Weight) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Int8Weight, transposed: bool) -> Tensor:
         ctx.save_for_backward(input)
-        ctx.weight, ctx.version = weight, weight._version
+        ctx.weight, ctx.version, ctx.transposed = weight, weight._version, transposed
         dtype = product_dtype(input.dtype, input.device.type)
-        return (input.to(dtype) @ weight.dequantize(dtype).mT).to(input.dtype)
+        W = weight.dequantize(dtype)
+        return (input.to(dtype) @ (W if transposed else W.mT)).to(input.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (input,), weight = ctx.saved_tensors, ctx.weight
         if weight._version != ctx.version:
             raise RuntimeError(
@@ -268,8 +395,10 @@ class _Linear(torch.autograd.Function):
         dtype = product_dtype(input.dtype, input.device.type)
         grad, back, grad_weight = grad.to(dtype), None, None
         if ctx.needs_input_grad[0]:
-            back = (grad @ weight.dequantize(dtype)).to(input.dtype)
+            W = weight.dequantize(dtype)
+            back = (grad @ (W.mT if ctx.transposed else W)).to(input.dtype)
         if ctx.needs_input_grad[1]:
             flat = input.reshape(-1, input.shape[-1]).to(dtype)
-            grad_weight = (grad.reshape(-1, grad.shape[-1]).mT @ flat).to(weight.dtype)
-        return back, grad_weight
+            of_out = grad.reshape(-1, grad.shape[-1])
+            grad_weight = (flat.mT @ of_out if ctx.transposed else of_out.mT @ flat).to(weight.dtype)
+        return back, grad_weight, None

@@ -59,6 +59,19 @@ def test_other_families_are_trained_too(tmp_path: Path, make_config: Callable[..
     assert json.loads((tmp_path / "more" / "model" / "config.json").read_text())["model_type"] == "gpt2"
 
 
+def test_gpt2_trains_with_int8_weights(tmp_path: Path, make_config: Callable[..., PretrainConfig], first_run: Path) -> None:
+    """Conv1D layers in INT8 beside a tied head; between the passes no more is kept than with floating weights."""
+    kept = {}
+    for optimizer in ("galore_adamw8bit", "qgalore_adamw8bit", "qgalore_adamw8bit_per_layer"):
+        save_dir, start = tmp_path / optimizer, gpt2(tmp_path / "gpt2")
+        settings: dict[str, Any] = {"optimizer": optimizer, "rank": 4, "save_dir": str(save_dir)}
+        config = make_config(model_config="demo", hf_model=start, tokenizer=str(first_run), **settings)
+        assert pretrain(config) == 0
+        rows = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+        (kept[optimizer],) = [row["memory_mb"]["activations"] for row in rows if "memory_mb" in row]
+    assert len(set(kept.values())) == 1
+
+
 def test_loaded_model_trains_in_its_dtype_with_recomputed_layers(tmp_path: Path) -> None:
     model = load_model(gpt2(tmp_path / "gpt2"), dtype="bfloat16", activation_checkpointing=True)
     assert model.training

@@ -174,6 +174,32 @@ def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize("name", ["muon", "lora", "relora"])
+def test_stacks_of_expert_weights_are_refused_by_what_cannot_take_them(name: str) -> None:
+    """torch.optim.Muon takes matrices, and peft's adapters stand beside linear layers; 98 % of such a model would train otherwise."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    need(name)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+    with pytest.raises(UserError, match=r"2 weights of this model are .*model\.layers\.0\.mlp\.experts\.gate_up_proj.*choose galore_adamw"):
+        build_optimizer(name, mixture, lr=0.01, settings=SETTINGS)
+
+
+def test_int8_weights_and_a_model_that_divides_its_own() -> None:
+    """RWKV rescales its layers in place before an evaluation; without that it trains."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, rescale_every=1)
+    with pytest.raises(UserError, match=r'divided in place.*"rescale_every": 0'):
+        build_optimizer("qgalore_adamw8bit", RwkvForCausalLM(config), lr=0.01, settings=SETTINGS)
+    config.rescale_every = 0
+    model = RwkvForCausalLM(config)
+    build_optimizer("qgalore_adamw8bit", model, lr=0.01, settings=SETTINGS)
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(8).view(1, 8))
+
+
 def test_muons_checkpoint_goes_on_exactly(model: nn.Module) -> None:
     twin = copy.deepcopy(model)
     one = build_optimizer("muon", model, lr=0.01, settings=SETTINGS)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_torch import galore_param_groups
+from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.errors import UserError
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # arXiv 2403.03507, section 5.1
@@ -44,10 +44,9 @@ class LowRankLinear(nn.Module):
 
 def low_rank(model: nn.Module, settings: Mapping[str, Any], **adamw: Any) -> torch.optim.Optimizer:
     """Every attention and MLP matrix is a product of two thin ones."""
-    for name in _targets(model):
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear), "a LLaMA from scratch has no other"
-        _replace(model, name, LowRankLinear(layer, settings["rank"]))
+    for weight in chosen_weights(model):
+        assert isinstance(weight.layer, nn.Linear), "a LLaMA from scratch has no other"
+        _replace(model, weight.name, LowRankLinear(weight.layer, settings["rank"]))
     return torch.optim.AdamW(_trainable(model), **adamw)
 
 
@@ -97,12 +96,6 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def _targets(model: nn.Module) -> list[str]:
-    """Names of the layers whose weights GaLore would project."""
-    projected = galore_param_groups(model, 1)[-1]["params"]
-    return [name.removesuffix(".weight") for name, _ in projected]
-
-
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -118,8 +111,15 @@ def _inject(model: nn.Module, rank: int) -> None:
         raise UserError('lora and relora need peft; install it with: pip install "galore-torch[peft]"')
     from peft import LoraConfig, inject_adapter_in_model
 
-    full = [p for group in galore_param_groups(model, 1)[:-1] for _, p in group["params"]]
-    config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=_targets(model))
+    chosen = chosen_weights(model)
+    matrices = {weight.parameter for weight in chosen}
+    full = [p for p in model.parameters() if p.requires_grad and p not in matrices]
+    if experts := [weight.name for weight in chosen if weight.layer is None]:
+        raise UserError(
+            f"lora and relora put adapters beside linear layers; {len(experts)} weights of this model are outside of them (such as "
+            f"{experts[0]}) and would freeze: choose galore_adamw or adamw"
+        )
+    config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=[weight.name for weight in chosen])
     planned = next(model.parameters()).is_meta  # only looked at, never trained: the adapters need no memory either
     inject_adapter_in_model(config, model, low_cpu_mem_usage=planned)
     for p in full:  # peft froze them too

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from galore_torch import galore_param_groups
+from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.errors import UserError
 
 
@@ -68,9 +68,16 @@ def muon_with_adamw(model: nn.Module, settings: Mapping[str, Any], *, lr: float,
     """
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch.optim.Muon, which came with torch 2.9; this is torch {torch.__version__}")
-    *rest, matrices = [[p for _, p in group["params"]] for group in galore_param_groups(model, 1)]
+    chosen = chosen_weights(model)
+    matrices = {weight.parameter: None for weight in chosen}  # in order, and a shared one once
+    if experts := [weight.name for weight in chosen if weight.parameter.dim() > 2]:
+        raise UserError(
+            f"--optimizer muon takes matrices; {len(experts)} weights of this model are stacks of them (such as {experts[0]}), which "
+            "torch.optim.Muon refuses: choose galore_adamw or adamw"
+        )
+    rest = [p for p in model.parameters() if p.requires_grad and p not in matrices]
     parts: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        *(torch.optim.AdamW(group, lr=lr, weight_decay=weight_decay) for group in rest),
+        torch.optim.Muon(list(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        *([torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)] if rest else []),
     ]
     return CombinedOptimizer(parts)

@@ -126,6 +126,11 @@ def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, An
     from galore_torch import galore_param_groups, quantize_linears
 
     if spec.quantized:
+        if getattr(getattr(model, "config", None), "rescale_every", 0) > 0:  # RWKV
+            raise UserError(
+                "INT8 weights cannot be divided in place, as this model does to its layers before each evaluation: "
+                'set "rescale_every": 0 in its config.json, or choose another optimizer'
+            )
         quantize_linears(model)
     own = {} if spec.quantized and settings["gap_range"] is None else {"gap_range": settings["gap_range"]}  # Q-GaLore adapts its gap
     return galore_param_groups(
