@@ -11,7 +11,7 @@ from torch import Tensor
 from galore_torch.engine.fused import only_if
 from galore_torch.engine.layout import AnyRule, Layout, state_spec, stored_bases, stored_moments
 from galore_torch.ops.codecs import StoredTensor
-from galore_torch.ops.linalg import readable, usable
+from galore_torch.ops.linalg import finite, readable, usable
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.rules import Moment, Rule
 from galore_torch.slots.transport import TRANSPORTS
@@ -57,6 +57,13 @@ def refresh(grad_MN: Tensor, state: State, layout: Layout, group: Group, rule: A
     previous = {mode: stored.decode(state) if ready else None for mode, stored in stored_in.items()}
     seed = state["step"] if ready else 0  # the first basis does not depend on how long its gradient was awaited
     found = PROJECTORS[group["projector"]](grad_MN.to(layout.compute_dtype), layout.rank, previous, seed)
+    for basis in found.values():  # a decomposition of a usable gradient may still overflow: the old basis is the better one
+        is_finite = is_finite & finite(basis)
+    if readable(grad_MN):
+        is_finite = bool(is_finite)
+        if not is_finite:
+            state["basis_ready"].fill_(False)
+            return
     with only_if(is_finite, [state[key] for key, spec in state_spec(layout, group, rule).items() if key in state and not spec.host]):
         C = {}
         for mode, stored in stored_in.items():

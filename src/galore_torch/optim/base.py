@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, TypedDict, overload
 
 import torch
@@ -78,6 +79,16 @@ def _callers_level() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
         frame, level = frame.f_back, level + 1
     return max(level, 1)
+
+
+@contextmanager
+def without_autocast(params: Iterable[Tensor]) -> Iterator[None]:
+    """Arithmetic is fp32 inside, whatever precision the caller's ``torch.autocast`` asks of the model."""
+    with ExitStack() as stack:
+        for kind in {p.device.type for p in params}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -181,11 +192,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, group in pairs:  # every complaint comes before the first change
             self._check(p, group)
-        for p, group in pairs:
-            if isinstance(p.grad, ConsumedGrad):
-                p.grad = None  # updated inside the backward pass: the mark has served
-            else:
-                self._update(p, group)
+        with without_autocast(p for p, _ in pairs):
+            for p, group in pairs:
+                if isinstance(p.grad, ConsumedGrad):
+                    p.grad = None  # updated inside the backward pass: the mark has served
+                else:
+                    self._update(p, group)
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -202,13 +214,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._check(p, group)
         layout, grad = engine.layout_of(p, group), p.grad
         if layout.rank is not None and grad is not None and not isinstance(grad, LowRankGrad):
-            low = engine.compress(p, grad, self.state[p], group, self.rule)
+            with without_autocast([p]):
+                low = engine.compress(p, grad, self.state[p], group, self.rule)
 
             def project(more: Tensor, first: bool) -> Tensor:
                 """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
-                if first or not self.state[p]["basis_ready"]:
-                    return engine.compress(p, more, self.state[p], group, self.rule)
-                return engine.project(more, self.state[p], layout, group)
+                with without_autocast([p]):
+                    if first or not self.state[p]["basis_ready"]:
+                        return engine.compress(p, more, self.state[p], group, self.rule)
+                    return engine.project(more, self.state[p], layout, group)
 
             p.grad = LowRankGrad(p, low, project)
 
@@ -216,7 +230,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         """One step on one parameter, whose gradient is consumed."""
         self._check(p, group)
-        self._update(p, group)
+        with without_autocast([p]):
+            self._update(p, group)
         p.grad = ConsumedGrad(p)
 
     def _check(self, p: Tensor, group: dict[str, Any]) -> None:

@@ -1,0 +1,106 @@
+"""A gradient that is finite but too large to square is skipped: no weight, moment or basis stops being finite, and training goes on.
+
+Oracle: isfinite, and the run that never saw the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import galore_torch as g
+from galore_torch.engine import refresh, step
+
+CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (g.GaLoreAdamW, {}),
+    "adamw, bf16 moments": (g.GaLoreAdamW, {"state_codec": "bf16"}),
+    "adamw8bit": (g.GaLoreAdamW8bit, {"min_8bit_size": 1}),
+    "adafactor": (g.GaLoreAdafactor, {"lr": 1e-2}),
+    "adafactor, beta1": (g.GaLoreAdafactor, {"lr": 1e-2, "beta1": 0.9}),
+    "adagrad": (g.GaLoreAdagrad, {}),
+    "sgd": (g.GaLoreSGD, {"momentum": 0.9}),
+    "any": (lambda params, **settings: g.GaLore(torch.optim.RMSprop, params, **settings), {}),
+}
+HUGE = [1e16, 1e18, 2e19, 1e30, 3e38]
+
+
+def floats(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value) and value.is_floating_point()]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("name", CLASSES)
+def test_all_stays_finite_and_training_goes_on(name: str, rank: int | None, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if masked:  # the path of a device that the host cannot read
+        for module in (step, refresh):
+            monkeypatch.setattr(module, "readable", lambda tensor: False)
+    make, settings = CLASSES[name]
+    for huge in HUGE:
+        for when in (0, 3):
+            torch.manual_seed(0)
+            p = nn.Parameter(torch.randn(32, 64))
+            optimizer = make([{"params": [p], "rank": rank, "update_proj_gap": 3}], **{"compile": False, **settings})
+            for t in range(8):
+                p.grad = torch.randn(32, 64)
+                if t == when:
+                    p.grad[0, 0] = huge
+                before = p.detach().clone()
+                optimizer.step()
+                assert p.isfinite().all()
+                assert all(value.isfinite().all() for value in floats(optimizer))
+                if t != when and (name != "sgd" or huge > 1e19):
+                    assert not torch.equal(p, before), "an ordinary step moves the weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("projector", ["power", "rsvd", "gram", "svd", "random"])
+def test_a_whole_gradient_of_1e37_makes_no_basis_and_the_next_one_does(projector: str, dtype: torch.dtype) -> None:
+    def trained(seen: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(32, 64).to(dtype))
+        optimizer = g.GaLoreAdamW([{"params": [p], "rank": 8, "projector": projector}], compile=False, stochastic_rounding=False)
+        if seen:
+            p.grad = torch.full_like(p, 1e37)
+            optimizer.step()
+            optimizer.state[p]["step"] = 0  # the skipped step counts; all else is as it was
+        p.grad = torch.randn(32, 64).to(dtype)
+        optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("mode", ["project", "update"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "sgd"])
+def test_inside_a_fused_backward_pass(name: str, mode: str) -> None:
+    make, settings = CLASSES[name]
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32)
+    optimizer = make([{"params": [model.weight], "rank": 8, "update_proj_gap": 2}, {"params": [model.bias]}], **settings, compile=False)
+    with g.fused_backward(model, optimizer, mode):
+        for t in range(6):
+            (model(torch.randn(4, 64)).square().mean() * (1e30 if t == 2 else 1.0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(p.isfinite().all() for p in model.parameters())
+            assert all(value.isfinite().all() for value in floats(optimizer))
+
+
+def test_a_basis_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a decomposition makes of a usable gradient, the basis in use stays."""
+    from galore_torch.slots import projectors
+
+    p = nn.Parameter(torch.randn(32, 64))
+    optimizer = g.GaLoreAdamW([{"params": [p], "rank": 8, "update_proj_gap": 1}], compile=False)
+    p.grad = torch.randn(32, 64)
+    optimizer.step()
+    basis = optimizer.state[p]["basis"].clone()
+    good = projectors.PROJECTORS["power"]
+    monkeypatch.setitem(projectors.PROJECTORS, "power", lambda *a: {mode: b * float("nan") for mode, b in good(*a).items()})
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["basis"], basis)
+    assert p.isfinite().all()
