@@ -33,7 +33,7 @@ def params(name: str) -> list[nn.Parameter]:
 
 def make(name: str, weights: list[nn.Parameter]) -> Any:
     cls, settings, _ = CASES[name]
-    return cls([{"params": weights[:2], "rank": 4, "update_proj_gap": 3, **settings}, {"params": weights[2:]}], lr=1e-2, compile=False)
+    return cls([{"params": weights[:2], "rank": 8, "update_proj_gap": 3, **settings}, {"params": weights[2:]}], lr=1e-2, compile=False)
 
 
 def train(optimizer: Any, weights: list[nn.Parameter], steps: range) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from galore_torch.ops import linalg
 from galore_torch.ops.linalg import orthonormalize, power_step
 from galore_torch.slots.projectors import PROJECTORS
 
@@ -86,3 +87,55 @@ def test_random_bases_come_from_their_seed_alone() -> None:
         assert torch.equal(a[mode], b[mode])
         assert not torch.equal(a[mode], c[mode])
         torch.testing.assert_close(a[mode].mT @ a[mode], torch.eye(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rank", [1, 4, 7, 8, 16])
+def test_power_sees_a_gradient_that_left_its_subspace(rank: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that learns other classes: no row of the new gradient has been seen, and A A^T basis is exactly zero. Oracle: a full SVD."""
+    if masked:  # the path of a device that the host cannot read
+        monkeypatch.setattr(linalg, "readable", lambda tensor: False)
+    first, second = torch.zeros(40, 256), torch.zeros(40, 256)
+    first[:20], second[20:] = drifting(20, 256, 0.0)[0].float(), drifting(20, 256, 0.0)[1].float()
+    for G in (first, second, first + 1e-8 * second):
+        bases = PROJECTORS["power"](G, rank, {0: None}, 0)
+        for other in (first, second, second * 1e-20, second * 1e15):
+            found = PROJECTORS["power"](other, rank, bases, 1)[0]
+            torch.testing.assert_close(found.mT @ found, torch.eye(rank), rtol=0, atol=1e-5)
+            assert energy(other.double(), found.double(), 0) > 0.5
+            again = PROJECTORS["power"](other, rank, {0: found}, 2)[0]
+            assert energy(other.double(), again.double(), 0) > (0.9 if rank < 8 else 0.8)
+
+
+def test_power_keeps_the_directions_that_still_see_the_gradient() -> None:
+    """Half of the subspace dies, and is drawn anew from the gradient's range; the other half takes its ordinary step."""
+    G = torch.zeros(64, 96)
+    G[:24] = torch.randn(24, 96)  # rows 24 to 63 are dead units
+    start = torch.eye(64)[:, [*range(8), *range(40, 48)]]
+    basis = power_step(G, start, seed=5)
+    assert basis[24:].abs().max() < 1e-5, "no direction is spent on what is dead"
+    old = orthonormalize(G @ (G.mT @ start[:, :8]))
+    torch.testing.assert_close(basis[:, :8], old, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_power_draws_anew_only_in_the_matrix_of_a_batch_that_is_blind(rank: int) -> None:
+    seeing, other = torch.randn(64, 96), torch.randn(64, 96)
+    other[32:] = 0
+    start = torch.stack([orthonormalize(torch.randn(64, rank)), torch.eye(64)[:, 32 : 32 + rank]])
+    together = power_step(torch.stack([seeing, other]), start, seed=1)
+    random = linalg.gaussian((2, 64, max(1, rank // 32)), 1, seeing)[0]
+    kept = start[0] if rank < 8 else start[0, :, :-1]
+    block = torch.cat([kept, random / 8], dim=1)
+    Q = orthonormalize(seeing @ (seeing.mT @ block))
+    alone = Q if rank >= 8 else linalg.strongest(seeing, Q, rank)
+    torch.testing.assert_close(together[0] @ together[0].mT, alone @ alone.mT, rtol=0, atol=1e-4)
+    assert energy(other.double(), together[1].double(), 0) > 0.6
+
+
+def test_power_on_zeros_and_on_a_rank_below_its_own_stays_orthonormal() -> None:
+    thin = torch.randn(48, 2) @ torch.randn(2, 64)
+    for G in (torch.zeros(48, 64), thin):
+        for rank in (1, 4, 12):
+            basis = power_step(G, orthonormalize(torch.randn(48, rank)), seed=0)
+            torch.testing.assert_close(basis.mT @ basis, torch.eye(rank), rtol=0, atol=1e-5)

@@ -113,6 +113,8 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 OVERSAMPLING = 8  # extra directions of a sketch: Halko et al., arXiv 0909.4061, section 4.2, use 5 or 10
 FRESH = 32  # one direction in so many gives way to a random one at a power step
+FEW = 8  # below so many directions none can be spared: there the random one comes on top, and the weakest goes
+BLIND = 1e-4  # a direction with less than this share of a random one's energy sees nothing of the gradient
 
 
 def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
@@ -124,9 +126,14 @@ def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
     width = min(rank + OVERSAMPLING, *A_MN.shape[-2:])
     block = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
     Q = orthonormalize(A_MN @ unit(A_MN.mT @ block))  # (m, n) @ (n, m) @ (m, l)
-    small = unit(Q.mT @ A_MN)  # (l, m) @ (m, n)
+    return strongest(A_MN, Q, rank)
+
+
+def strongest(A_MN: Tensor, Q_ML: Tensor, rank: int) -> Tensor:
+    """The ``rank`` directions (m x r) of an orthonormal span that hold most of A, strongest first: Rayleigh-Ritz on A A^T."""
+    small = unit(Q_ML.mT @ A_MN)  # (l, m) @ (m, n)
     _, rotation = torch.linalg.eigh(small @ small.mT)  # ascending
-    return Q @ rotation[..., -rank:].flip(-1)
+    return Q_ML @ rotation[..., -rank:].flip(-1)
 
 
 def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
@@ -135,13 +142,20 @@ def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     One step of orthogonal iteration (Golub & Van Loan, Matrix Computations, section 8.2.4; LDAdam, arXiv 2410.16103): two
     thin GEMMs and one QR. It keeps each vector near its old one and orders them by strength, so the last are the weakest:
     one in 32 makes room for a random direction, for nothing orthogonal to both start and A A^T start is ever found without.
+    A direction that has lost the gradient, ``BLIND``, is drawn anew from the gradient's own range, as a sketch draws it.
     """
     rows, rank = start_MR.shape[-2:]
-    fresh = max(rank // FRESH, int(rank >= 8))
-    block = start_MR.clone()
-    block[..., rank - fresh :] = gaussian((*start_MR.shape[:-1], fresh), seed, A_MN) / rows**0.5
-    small = unit(block.mT @ A_MN)  # (r, m) @ (m, n)
-    return orthonormalize((small @ A_MN.mT).mT)  # (r, n) @ (n, m), transposed: LAPACK's order of memory
+    fresh = max(1, rank // FRESH)
+    kept = rank - fresh if rank >= FEW else rank
+    random = gaussian((*start_MR.shape[:-1], fresh), seed, A_MN) / rows**0.5
+    block = torch.cat([start_MR[..., :kept], random], dim=-1)
+    small = unit(block.mT @ A_MN)  # (l, m) @ (m, n)
+    energy = small.square().sum(-1)
+    blind = energy <= BLIND * energy[..., kept:].amax(-1, keepdim=True)
+    if not readable(A_MN) or bool(blind.any()):
+        small = torch.where(blind.unsqueeze(-1), gaussian(small.shape, seed + 1, A_MN), small)
+    Q = orthonormalize((small @ A_MN.mT).mT)  # (l, n) @ (n, m), transposed: LAPACK's order of memory
+    return Q if rank >= FEW else strongest(A_MN, Q, rank)
 
 
 def unit(matrix: Tensor) -> Tensor:
