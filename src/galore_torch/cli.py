@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from galore_torch import __version__
+from galore_torch.choices import BASIS_CODECS, STATE_CODECS
 from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError
@@ -256,6 +257,8 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--gradient_accumulation", type=int, metavar="N", help="forward passes in one update (default: 1)")
     plan.add_argument("--optimizer", metavar="NAME", help="one of the names below (default: galore_adamw8bit_per_layer)")
     plan.add_argument("--rank", type=int, metavar="N", help="rank of the subspace (default: width / 4)")
+    plan.add_argument("--state_codec", metavar="NAME", help=f"moments: {', '.join(STATE_CODECS)} (default: the optimizer's own)")
+    plan.add_argument("--basis_codec", metavar="NAME", help=f"the basis: {', '.join(BASIS_CODECS)} (default: the optimizer's own)")
     plan.add_argument("--dtype", metavar="NAME", help="weights: bfloat16 or float32 (default: bfloat16)")
     plan.add_argument("--vocab_size", type=int, metavar="N", help="rows of the embedding (default: the model's)")
     plan.add_argument(

@@ -11,9 +11,7 @@ import pytest
 from galore_torch import cli
 from galore_torch.train.commands.plan import COMPARED
 from galore_torch.train.config.flags import config_from
-from galore_torch.train.errors import UserError
 from galore_torch.train.plan.answer import plan_request, planned
-from galore_torch.train.plan.cards import CARDS, card
 from galore_torch.train.plan.search import best_that_fits
 from galore_torch.train.plan.show import parts
 from galore_torch.train.plan.units import gb, parse_memory
@@ -47,6 +45,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("--model 7b --card T4 --device cpu", "leave one of them out"),
         ("--model 7b --optimizer adamv", "is not known; choose one of"),
         ("--model 7b --dtype int3", "is not known; choose one of"),
+        ("--model 7b --state_codec int3", "is not known; choose one of"),
         ("--model 7b -o recipe.json", "give --memory or --card"),
         ("--model 7b --picture a.png", "has no effect alone"),
         ("--model 7b --sweep rank --optimizer adamw", "has no rank"),
@@ -106,6 +105,21 @@ def test_what_is_given_stays(capsys: Out) -> None:
     assert {name: getattr(best[0], name) for name in given} == given
 
 
+def test_codecs_change_the_plan_and_go_into_the_recipe(tmp_path: Path, capsys: Out) -> None:
+    words = "--model 60m --optimizer galore_adamw --rank 128 --state_codec bf16 --basis_codec bf16"
+    assert cli.main(["plan", *words.split(), "--memory", "2GB", "-o", "recipe.json"]) == 0
+    chosen = config_from({"config": "recipe.json"})
+    assert (chosen.state_codec, chosen.basis_codec) == ("bf16", "bf16")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert cli.main(["plan", "--model", "60m", "--optimizer", "galore_adamw", "--rank", "128"]) == 0
+    plain = [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    def basis(lines: list[list[str]]) -> float:
+        return float(next(words for words in lines if words[:1] == ["basis,"])[-2])
+
+    assert basis(rows) == pytest.approx(basis(plain) / 2, rel=1e-2)
+
+
 def test_what_cannot_fit_says_so_and_leaves_with_1(capsys: Out) -> None:
     assert cli.main(["plan", "--model", "7b", "--optimizer", "adamw", "--card", "T4"]) == 1
     assert "does not fit" in capsys.readouterr().out
@@ -154,24 +168,3 @@ def test_units_are_told_apart() -> None:
     assert parse_memory("24 GiB") == 24 * 2**30
     assert parse_memory("22.8G") == 22_800_000_000
     assert parse_memory("512mib") == 2**29
-
-
-@pytest.mark.parametrize(
-    ("name", "mib"),
-    [
-        ("RTX 4090", 24564),
-        ("rtx4090", 24564),
-        ("4090", 24564),
-        ("NVIDIA GeForce RTX 4090", 24564),
-        ("a100", 40960),
-        ("A100-SXM4-80GB", 81920),
-    ],
-)
-def test_cards_go_by_many_names(name: str, mib: int) -> None:
-    assert card(name).mib == mib
-
-
-def test_every_card_is_found_by_its_own_name_and_no_other_is() -> None:
-    assert [card(item.name) for item in CARDS] == list(CARDS)
-    with pytest.raises(UserError, match="not known"):
-        card("")

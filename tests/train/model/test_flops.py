@@ -15,7 +15,8 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.trainer import train
-from galore_torch.train.model.flops import flops_per_token, known_peak, peak_flops
+from galore_torch.train.model.flops import flops_per_token, peak_flops
+from galore_torch.train.model.gpus import find_gpu
 from galore_torch.train.model.llama import ModelShape, build_model
 from galore_torch.train.optimizers.registry import build_optimizer
 from support.whole_runs import Silent
@@ -95,7 +96,8 @@ def test_sixty_million_by_hand() -> None:
     ],
 )
 def test_peak_is_of_that_very_device_or_none(name: str, dtype: str, tflops: float | None) -> None:
-    peak = known_peak(name, dtype)
+    gpu = find_gpu(name)
+    peak = gpu and gpu.peak_flops(dtype)
     assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 

@@ -86,6 +86,22 @@ def test_weights_and_state_equal_what_a_real_run_holds(name: str, dtype: str, be
     assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
 
 
+@pytest.mark.parametrize("basis_codec", [None, "fp32", "bf16", "int4"])
+@pytest.mark.parametrize("state_codec", [None, "fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw8bit", "qgalore_adamw8bit"])
+def test_codecs_that_are_given_are_planned(name: str, state_codec: str | None, basis_codec: str | None, tiny: str) -> None:
+    """Basis and moments, each against the storages of a real optimizer."""
+    codecs = {"state_codec": state_codec, "basis_codec": basis_codec}
+    settings = {"model_config": tiny, "optimizer": name, "dtype": "bfloat16", "rank": 16, "max_length": 8, "device": "cpu", **codecs}
+    config = PretrainConfig(**settings)
+    optimizer = build_optimizer(name, build(config), lr=1e-3, settings=config.optimizer_settings)
+    request = plan_request(config, device="cpu")
+    state = {(id(p), key): value for p, held in optimizer.state.items() for key, value in held.items() if isinstance(value, torch.Tensor)}
+    basis = sum(value.untyped_storage().nbytes() for (_, key), value in state.items() if key.startswith("basis") and key != "basis_ready")
+    assert request.total("basis") == basis
+    assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
+
+
 @pytest.mark.parametrize("name", [*PRESETS, "tied", "biased"])
 def test_sizes_by_arithmetic_equal_those_of_the_model_itself(name: str) -> None:
     extras: dict[str, tuple[tuple[str, Any], ...]] = {

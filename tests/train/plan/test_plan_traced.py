@@ -37,12 +37,12 @@ def test_a_trace_and_the_formulas_agree_within_3_percent(run: dict[str, Any], de
 
 
 def test_phases_agree_too_not_only_their_largest() -> None:
-    """Every phase of a backward pass, where the peak of one hides the others."""
+    """Every stage of a backward pass, where the peak of one hides the others."""
     request = plan_request(PretrainConfig(model_config="60m", optimizer="galore_adamw", batch_size=4), device="cuda")
     lasting = request.total("weight") + request.total("basis") + request.total("moments")
-    formulas = tracing.by_phase(planned(request, traced=False).all_moments)
-    for phase, moment in tracing.by_phase(planned(request, traced=True).all_moments).items():
-        assert lasting + max(each.total for each in formulas[phase]) == pytest.approx(lasting + moment[0].total, rel=0.03)
+    formulas = tracing.by_stage(planned(request, traced=False).phases)
+    for stage, phase in tracing.by_stage(planned(request, traced=True).phases).items():
+        assert lasting + max(each.total for each in formulas[stage]) == pytest.approx(lasting + phase[0].total, rel=0.03)
 
 
 def test_without_torchs_tracker_the_formulas_answer(monkeypatch: pytest.MonkeyPatch) -> None:

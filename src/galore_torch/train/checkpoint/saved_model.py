@@ -12,9 +12,9 @@ from typing import Any
 
 from galore_torch.train.checkpoint.resume import METRICS, TRAINER, read_trainer
 from galore_torch.train.checkpoint.storage import MANIFEST, newest_whole, verify
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import finish
-from galore_torch.train.model.pretrained import first_line, quiet_transformers
+from galore_torch.train.model.pretrained import quiet_transformers
 from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
 
 _BASELINES = "galore_torch.train.model.baselines"  # their checkpoints hold layers that transformers does not know

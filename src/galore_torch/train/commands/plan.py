@@ -12,11 +12,9 @@ from rich.console import Console
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError
+from galore_torch.train.model.gpus import GPUS, find_gpu
 from galore_torch.train.model.llama import preset_name
-from galore_torch.train.optimizers.registry import OPTIMIZERS
 from galore_torch.train.plan.answer import Plan, plan_request, planned
-from galore_torch.train.plan.cards import card
-from galore_torch.train.plan.methods import Q_GALORE
 from galore_torch.train.plan.picture import draw_bars
 from galore_torch.train.plan.search import SHARES, best_that_fits
 from galore_torch.train.plan.show import describe, show_plan, show_rows
@@ -31,9 +29,13 @@ COMPARED = {
     "GaLore": "galore_adamw",
     "8-bit GaLore": "galore_adamw8bit",
     "8-bit GaLore, per layer": "galore_adamw8bit_per_layer",
-    "Q-GaLore, per layer": f"{Q_GALORE}_per_layer",
+    "Q-GaLore, per layer": "qgalore_adamw8bit_per_layer",
 }
-_SETTINGS = ("max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype", "activation_checkpointing", "vocab_size")
+_CODECS = ("state_codec", "basis_codec")
+_SETTINGS = (
+    *("max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype", "activation_checkpointing", "vocab_size"),
+    *_CODECS,
+)
 _CYCLE = 200  # updates between relora's merges: they cost no memory, but it has no default
 _DEFAULTS = {"dtype": "bfloat16", "batch_size": 1, "optimizer": "galore_adamw8bit_per_layer"}
 
@@ -50,8 +52,6 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     given["dtype"] = given.get("dtype", _DEFAULTS["dtype"])
     name = given.get("optimizer", "").lower()
     given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
-    if name.removesuffix("_per_layer") == Q_GALORE and name not in OPTIMIZERS:
-        raise UserError(f"--optimizer {name} cannot be trained yet; --compare plans it beside the others")
     config = PretrainConfig(**{**_DEFAULTS, **given}, given=frozenset(given))
     if arguments.get("output") and (budget is None or arguments.get("compare") or arguments.get("sweep")):
         raise UserError("-o writes the best recipe that fits: give --memory or --card, and neither --compare nor --sweep")
@@ -71,7 +71,10 @@ def _budget(arguments: Mapping[str, Any]) -> int | None:
     if "card" in arguments:
         if arguments.get("device") == "cpu":
             raise UserError(f"--card {arguments['card']} is a GPU, and --device is cpu; leave one of them out")
-        return card(arguments["card"]).bytes
+        gpu = find_gpu(arguments["card"])
+        if gpu is None:
+            raise UserError(f"--card {arguments['card']!r} is not known; give --memory, or one of: {', '.join(item.name for item in GPUS)}")
+        return gpu.bytes
     return parse_memory(arguments["memory"]) if "memory" in arguments else None
 
 
@@ -114,7 +117,7 @@ def _for_a_card(
 
 def _recipe(config: PretrainConfig, found: Plan, budget: int) -> dict[str, Any]:
     names = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
-    settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size", "cycle_length")}
+    settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size", "cycle_length", *_CODECS)}
     if config.hf_model:
         del settings["model_config"]
     about = f"planned: {describe(found)}; needs {gb(found.needed)} of {gb(budget)} GB"

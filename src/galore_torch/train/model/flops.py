@@ -6,27 +6,12 @@ of the optimizer count for nothing, so that a method that needs fewer of them ha
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
+
+from galore_torch.train.model.gpus import find_gpu
 
 if TYPE_CHECKING:
     from torch import nn
-
-# TFLOP/s from NVIDIA's data sheets: dense bfloat16 with float32 sums (None: no such units), and float32 without TF32, torch's default.
-_PEAKS: tuple[tuple[str, float | None, float], ...] = (
-    ("H200", 989.4, 66.9),
-    ("H100 PCIe", 756.0, 51.2),
-    ("H100 80GB HBM3", 989.4, 66.9),
-    ("A100", 312.0, 19.5),
-    ("A10", 125.0, 31.2),
-    ("L40S", 362.0, 91.6),
-    ("L4", 121.0, 30.3),
-    ("V100", None, 15.7),
-    ("T4", None, 8.1),
-    ("RTX A6000", 154.8, 38.7),
-    ("RTX 4090", 165.2, 82.6),
-    ("RTX 3090", 71.0, 35.6),
-)
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:
@@ -54,14 +39,5 @@ def peak_flops(device: str, dtype: str) -> float | None:
         return None
     import torch
 
-    return known_peak(torch.cuda.get_device_name(), dtype)
-
-
-def known_peak(name: str, dtype: str) -> float | None:
-    """`peak_flops` by the name that CUDA gives a device: "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"."""
-    for words, bfloat16, float32 in _PEAKS:
-        # A whole name: an A100 is no A10, a 3090 Ti no 3090, a laptop's 4090 another chip.
-        if re.search(rf"(?<![\w]){re.escape(words)}(?![\w])(?! Ti| Laptop| D\b)", name):
-            peak = bfloat16 if dtype == "bfloat16" else float32
-            return None if peak is None else peak * 1e12
-    return None
+    gpu = find_gpu(torch.cuda.get_device_name())
+    return None if gpu is None else gpu.peak_flops(dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import finish
 
 # Keys of a config that are written anew at each saving, or do not change what the layers compute.
@@ -76,7 +76,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The memory of an update, moment by moment, by arithmetic: when is most held, and of what?
+"""The memory of an update, phase by phase, by arithmetic: when is most held, and of what?
 
 For transformers' LLaMA on torch's flash attention. N tokens in a forward pass, D the width, I the MLP's, V the vocabulary;
 b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once, or over a chunk of tokens' (head_loss.py).
@@ -12,7 +12,8 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from galore_torch.train.plan.methods import FACTORED, Cost, cost, known_optimizer, trained_parts
+from galore_torch.train.optimizers.registry import optimizer_spec
+from galore_torch.train.plan.methods import FACTORED, Cost, cost, trained_parts
 from galore_torch.train.plan.sizes import Part, Sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -74,7 +75,7 @@ class PlanRequest:
 
     @property
     def per_layer(self) -> bool:
-        return known_optimizer(self.optimizer).per_layer
+        return optimizer_spec(self.optimizer).per_layer
 
     def total(self, field: str) -> int:
         """Of the whole model: a field of Cost, added up."""
@@ -109,7 +110,7 @@ class Phase:
         return self.gradients + self.activations + self.logits + self.transient
 
 
-def moments(request: PlanRequest) -> Iterator[Phase]:
+def phases(request: PlanRequest) -> Iterator[Phase]:
     """The points of an update at which most can be held, in order."""
     q, layers = request, request.sizes.layers
     tokens, b, D, I = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate
@@ -123,7 +124,7 @@ def moments(request: PlanRequest) -> Iterator[Phase]:
     again = q.accumulation > 1  # the gradients of earlier forward passes are there from the start
     before = outer + layers * inner if again else 0
 
-    yield from _loss_moments(q, before, layers * saved + end, head)
+    yield from _loss_phases(q, before, layers * saved + end, head)
     if q.per_layer:
         yield Phase("the head's update", before + head.gradient, layers * saved + end, 0, rows + _passing(q, head))
     for index, name in ((layers - 1, "the last layer's backward pass"), (0, "the first layer's backward pass")):
@@ -143,7 +144,7 @@ def moments(request: PlanRequest) -> Iterator[Phase]:
     yield Phase("the optimizer's step", everything, 0, 0, step_transient(q))
 
 
-def _loss_moments(q: PlanRequest, before: int, activations: int, head: Cost) -> Iterator[Phase]:
+def _loss_phases(q: PlanRequest, before: int, activations: int, head: Cost) -> Iterator[Phase]:
     """Of the loss and the head's gradient, which a loss in chunks makes in the forward pass, and sums in fp32."""
     b, D, V, C = q.itemsize, q.sizes.hidden, q.sizes.vocabulary, q.chunk
     rows, matrix = q.tokens * D * b, V * D
@@ -168,7 +169,7 @@ def step_transient(q: PlanRequest) -> int:
     if q.per_layer and not q.deferred:
         return 0
     costs = [*q.outer, *q.layer]
-    if q.device == "cuda" and known_optimizer(q.optimizer).home in ("torch.optim", "galore_torch.train.model.baselines"):
+    if q.device == "cuda" and optimizer_spec(q.optimizer).home in ("torch.optim", "galore_torch.train.model.baselines"):
         roots = q.optimizer in ("adam", "adamw", "adagrad") or q.optimizer in FACTORED
         return q.total("gradient") if roots else 0
     return max(each.transient for _, each in costs)

@@ -1,4 +1,4 @@
-"""From a checked config to a plan: the request, its moments, and their peak."""
+"""From a checked config to a plan: the request, its phases, and their peak."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, build_model, model_shape
-from galore_torch.train.plan.analytic import Phase, PlanRequest, moments
+from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
 
 # What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
@@ -19,18 +19,18 @@ RESERVE = {"cuda": (700 * 10**6, 0.03), "cpu": (500 * 10**6, 0.02)}
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes: what lasts, the moment of the peak, and the reserve."""
+    """Bytes: what lasts, the phases of an update, and the reserve."""
 
     request: PlanRequest
     weights: int
     basis: int
     moments: int
-    all_moments: tuple[Phase, ...]
+    phases: tuple[Phase, ...]
     traced: bool
 
     @property
     def at_peak(self) -> Phase:
-        return max(self.all_moments, key=lambda moment: moment.total)
+        return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def peak(self) -> int:
@@ -47,8 +47,8 @@ class Plan:
         return self.peak + self.reserve
 
     def largest(self, field: str) -> int:
-        """The most that a field of Phase reaches at any moment."""
-        return max(getattr(moment, field) for moment in self.all_moments)
+        """The most that a field of Phase reaches in any phase."""
+        return max(getattr(phase, field) for phase in self.phases)
 
 
 def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> PlanRequest:
@@ -87,10 +87,10 @@ def _llama(name: str, vocabulary: int) -> Sizes:
 def planned(request: PlanRequest, *, traced: bool) -> Plan:
     """The plan by formulas, or with the model's passes traced where this torch can."""
     if traced:
-        from galore_torch.train.plan.traced import can_trace, traced_moments
+        from galore_torch.train.plan.traced import can_trace, traced_phases
 
         traced = can_trace()
-    found = traced_moments(request, _builder(request)) if traced else moments(request)
+    found = traced_phases(request, _builder(request)) if traced else phases(request)
     return Plan(request, request.total("weight"), request.total("basis"), request.total("moments"), tuple(found), traced)
 
 

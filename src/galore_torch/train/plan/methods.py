@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.train.optimizers.registry import OPTIMIZERS, OptimizerSpec, optimizer_spec
+from galore_torch.train.optimizers.registry import optimizer_spec
 from galore_torch.train.plan.sizes import Part
 
 if TYPE_CHECKING:
     import torch
 
-Q_GALORE = "qgalore_adamw8bit"
-# Q-GaLore's storage (arXiv 2407.08296): int8 weights with a bf16 scale and offset a block; two int4 codes a byte and their scales.
-_BLOCK, _BLOCK_BYTES, _INT4_BASIS = 256, 4, 0.53
+_BLOCK, _BLOCK_BYTES = 256, 4  # Q-GaLore's int8 weights (arXiv 2407.08296): a bf16 scale and offset a block
 _COUNTER = 4  # a 0-d fp32 tensor: the count of steps, or a root mean square
 FACTORED = {"low_rank": False, "lora": True, "relora": True}  # baselines whose matrices get two factors: do the matrices stay, frozen?
 
@@ -33,14 +31,6 @@ class Cost:
     moments: int
     transient: int
     unpacked: int = 0  # a floating copy of a quantised weight, while a product needs it
-
-
-def known_optimizer(name: str) -> OptimizerSpec:
-    """The row for `name`; Q-GaLore can be planned where this version cannot train it."""
-    lower = name.lower()
-    if lower.removesuffix("_per_layer") == Q_GALORE and lower not in OPTIMIZERS:
-        return replace(OPTIMIZERS["galore_adamw8bit"], per_layer=lower.endswith("_per_layer"))
-    return optimizer_spec(name)
 
 
 def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[Part, bool]]:
@@ -66,21 +56,19 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     weight = size * kind.itemsize
     if not trained:
         return Cost(weight, 0, 0, 0, 0, 0)
-    if known_optimizer(name).home != "galore_torch":
+    if optimizer_spec(name).home != "galore_torch":
         moments, transient = _foreign(part, "adamw" if name in FACTORED else name, kind.itemsize, settings["beta1"])
         return Cost(weight, weight, 0, 0, moments, transient)
     from galore_torch.ops.linalg import product_dtype
     from galore_torch.train.plan.optimizer_bytes import param_bytes
 
-    quantised = name.removesuffix("_per_layer") == Q_GALORE
     rule, full, projected = _groups(name, frozen(settings))
     group = projected if part.role == "matrix" else full
     found = param_bytes(part.shape, kind, group, rule, device)
-    if not quantised or part.role != "matrix":
+    if not optimizer_spec(name).quantized or part.role != "matrix":
         return Cost(weight, weight, found.low, found.basis, found.moments, found.transient)
-    basis = found.basis if group["basis_codec"] == "int4" else round(found.basis / 2 * _INT4_BASIS)
     coded, unpacked = size + _BLOCK_BYTES * -(-size // _BLOCK), size * product_dtype(kind, device).itemsize
-    return Cost(coded, weight, found.low, basis, found.moments, found.transient, unpacked)
+    return Cost(coded, weight, found.low, found.basis, found.moments, found.transient, unpacked)
 
 
 def frozen(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -96,13 +84,16 @@ def _groups(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[Any, Any,
     import galore_torch
     from galore_torch.slots.rules import RULES
 
-    spec, given = known_optimizer(name), dict(settings)
+    spec, given = optimizer_spec(name), dict(settings)
     made = getattr(galore_torch, spec.class_name)
     group = {key: parameter.default for key, parameter in inspect.signature(made).parameters.items()} | dict(spec.extra)
     if given["beta1"] is not None:
         group |= {"momentum": given["beta1"], "beta1": given["beta1"] or None}
-    projection = {key: given[key] for key in ("rank", "update_proj_gap", "gap_range", "proj_type")} if spec.low_rank else {}
-    if group["basis_codec"] == "int4" and not projection["gap_range"]:
+    if not spec.low_rank:
+        return RULES[made.row.rule], group, group
+    group |= {key: given[key] for key in ("state_codec", "basis_codec") if given[key] is not None}
+    projection = {key: given[key] for key in ("rank", "update_proj_gap", "gap_range", "proj_type")}
+    if spec.quantized and not projection["gap_range"]:
         projection["gap_range"] = (1, 1)  # Q-GaLore's gap adapts unless it is told otherwise, and so is state
     return RULES[made.row.rule], group, group | projection
 

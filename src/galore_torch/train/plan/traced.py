@@ -1,4 +1,4 @@
-"""The same moments traced: forward and backward of the model with two and with three layers, on tensors without memory.
+"""The same phases traced: forward and backward of the model with two and with three layers, on tensors without memory.
 
 torch's own MemTracker counts; what a third layer adds goes on for all others. Per-layer updates are traced as the memory that their
 hooks take and leave. MemTracker is private to torch: where it is missing there is no trace, and the formulas stand alone.
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch import galore_param_groups
 from galore_torch.train.model.chunked_loss import head_loss
-from galore_torch.train.plan.analytic import Phase, PlanRequest, moments
+from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 from galore_torch.train.plan.methods import Cost
 
 try:
@@ -28,7 +28,7 @@ except ImportError:  # another torch
     MemTracker = None  # type: ignore[assignment,misc]
 
 FEW, MORE = 2, 3  # layers
-_PHASES = ("the loss", "head", "last", "first", "embedding")  # in which phase a moment falls, by a word of its name
+_STAGES = ("the loss", "head", "last", "first", "embedding")  # of a backward pass; a phase falls in the one whose word is in its name
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 Build = Callable[[int], nn.Module]  # layers -> the model on the meta device, as the optimizer finds it
 
@@ -37,16 +37,16 @@ def can_trace() -> bool:
     return MemTracker is not None
 
 
-def traced_moments(request: PlanRequest, build: Build) -> list[Phase]:
-    """`analytic.moments`, each phase's largest with the traced total; what the formulas do not see is `transient`."""
-    by_formulas = list(moments(request))  # before anything is fake: the tables of 8-bit codes are made once and kept
+def traced_phases(request: PlanRequest, build: Build) -> list[Phase]:
+    """`analytic.phases`, each stage's largest with the traced total; what the formulas do not see is `transient`."""
+    by_formulas = list(phases(request))  # before anything is fake: the tables of 8-bit codes are made once and kept
     few, more = _trace(request, build(FEW)), _trace(request, build(MORE))
     further = request.sizes.layers - FEW
     found = []
-    for phase, group in by_phase(by_formulas).items():
-        largest = max(group, key=lambda moment: moment.total)
-        if phase in few:
-            total = few[phase] + further * (more[phase] - few[phase]) + largest.unpacked
+    for stage, group in by_stage(by_formulas).items():
+        largest = max(group, key=lambda phase: phase.total)
+        if stage in few:
+            total = few[stage] + further * (more[stage] - few[stage]) + largest.unpacked
             known = largest.gradients + largest.logits
             activations = max(0, min(largest.activations, total - known))
             largest = replace(largest, activations=activations, transient=total - known - activations)
@@ -54,16 +54,16 @@ def traced_moments(request: PlanRequest, build: Build) -> list[Phase]:
     return found
 
 
-def by_phase(all_moments: Iterable[Phase]) -> dict[str, list[Phase]]:
+def by_stage(phases: Iterable[Phase]) -> dict[str, list[Phase]]:
     groups: dict[str, list[Phase]] = {}
-    for moment in all_moments:
-        phase = next((word for word in _PHASES if word in moment.name), moment.name)
-        groups.setdefault("head" if phase == "the loss" else phase, []).append(moment)
+    for phase in phases:
+        stage = next((word for word in _STAGES if word in phase.name), phase.name)
+        groups.setdefault("head" if stage == "the loss" else stage, []).append(phase)
     return groups
 
 
 def _trace(request: PlanRequest, model: nn.Module) -> dict[str, int]:
-    """The most bytes in each phase of one forward and backward pass, beyond the weights."""
+    """The most bytes in each stage of one forward and backward pass, beyond the weights."""
     with FakeTensorMode():
         _materialise(model)
         tokens = torch.zeros(request.batch, request.length, dtype=torch.long)
@@ -86,7 +86,7 @@ def _trace(request: PlanRequest, model: nn.Module) -> dict[str, int]:
 
 
 class _Peaks:
-    """The tracker's peak, read and begun anew at the end of each phase."""
+    """The tracker's peak, read and begun anew at the end of each stage."""
 
     def __init__(self, tracker: Any):
         self.tracker, self.found, self.start = tracker, {}, 0  # type: tuple[Any, dict[str, int], int]
@@ -95,8 +95,8 @@ class _Peaks:
         self.start = self._now()
         self._reset()
 
-    def end(self, phase: str) -> None:
-        self.found[phase] = max(peak for peak in self.tracker._peak_mem.values()) - self.start
+    def end(self, stage: str) -> None:
+        self.found[stage] = max(peak for peak in self.tracker._peak_mem.values()) - self.start
         self._reset()
 
     def _now(self) -> int:
@@ -170,14 +170,14 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def _watch(model: Any, peaks: _Peaks) -> None:
-    """End a phase where a gradient leaves the head, the last layer, all but the first, and the first."""
+    """End a stage where a gradient leaves the head, the last layer, all but the first, and the first."""
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
-    def at(phase: str) -> Any:
+    def at(stage: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             if torch._C._current_graph_task_id() == -1:  # not where a checkpoint computes it again
-                tensor.register_hook(lambda _: peaks.end(phase))
+                tensor.register_hook(lambda _: peaks.end(stage))
 
         return hook
 
