@@ -176,6 +176,8 @@ class Int8View(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.untyped_storage:
+            return args[0].values.untyped_storage()
         if (method := _READS.get(func)) is not None:
             return method(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():

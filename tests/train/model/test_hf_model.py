@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from galore_torch.train.commands.export import export
 from galore_torch.train.commands.pretrain import pretrain
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import load_data
@@ -70,6 +72,33 @@ def test_gpt2_trains_with_int8_weights(tmp_path: Path, make_config: Callable[...
         rows = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
         (kept[optimizer],) = [row["memory_mb"]["activations"] for row in rows if "memory_mb" in row]
     assert len(set(kept.values())) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lora"])
+def test_a_run_goes_on_where_transformers_renames_weights_on_their_way_to_a_file(
+    tmp_path: Path, make_config: Callable[..., PretrainConfig], first_run: Path, optimizer: str
+) -> None:
+    """GPT-NeoX's head is lm_head in the model and embed_out on the hub. Oracle: the run's own weights, bit for bit, and as exported."""
+    if optimizer == "lora":
+        pytest.importorskip("peft", reason="lora needs the extra peft")
+    from safetensors.torch import load_file
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=48)).save_pretrained(tmp_path / "neox")
+    settings: dict[str, Any] = {"model_config": "demo", "hf_model": str(tmp_path / "neox"), "tokenizer": str(first_run)}
+    settings |= {"optimizer": optimizer, "num_training_steps": 3, "save_every": 2, "save_dir": str(tmp_path / "more")}
+    assert pretrain(make_config(**settings)) == 0
+    file = tmp_path / "more" / "model" / "model.safetensors"
+    trained = load_file(file)
+    assert "embed_out.weight" in trained
+    shutil.rmtree(tmp_path / "more" / "checkpoints" / "step-000003")
+    shutil.rmtree(file.parent)
+    assert pretrain(make_config(**settings, resume="auto")) == 0
+    export(str(tmp_path / "more"), str(tmp_path / "exported"))
+    for found in (load_file(file), load_file(tmp_path / "exported" / "model.safetensors")):
+        assert found.keys() == trained.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
 
 
 def test_loaded_model_trains_in_its_dtype_with_recomputed_layers(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def fill(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any, trainer: dict[str, Any], metrics: Path, device: str
 ) -> None:
     """Write the files of a checkpoint; `trainer` is what the loop wants back, plain values only."""
-    save_weights(model, folder, max_shard_size="100TB")  # one file, which `restore` reads
+    save_weights(model, folder, max_shard_size="100TB", **_own_names(model))  # one file, which `restore` reads
     if coded := _int8_weights(model):
         save_tree(folder / _INT8, {name: weight.stored for name, weight in coded.items()})
     tokenizer.save_pretrained(folder)
@@ -188,6 +188,14 @@ def fill(
     shutil.copyfile(metrics, folder / METRICS)
     record = trainer | {"random": _random_state(device), "made_with": made_with(device)}
     (folder / TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_names(model: Any) -> dict[str, bool]:
+    """Names of weights as the model has them, not as they were on the hub before transformers 5: `restore` knows no others."""
+    import inspect
+
+    knows = "save_original_format" in inspect.signature(model.save_pretrained).parameters
+    return {"save_original_format": False} if knows else {}
 
 
 def save_weights(model: Any, folder: Path, **options: Any) -> None:

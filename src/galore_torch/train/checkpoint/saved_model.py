@@ -94,6 +94,8 @@ def load_weights(folder: Path) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}") from error
+    if trained is not None:
+        vars(model).pop("_weight_conversions", None)  # a checkpoint has the model's own names; a file written from it those of the hub
     if absent := sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]):
         raise UserError(f"{folder} is no whole model: {len(absent)} weights are missing or of another shape, such as {absent[0]}")
     return model.eval()

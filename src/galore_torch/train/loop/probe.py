@@ -57,9 +57,10 @@ class Probe:
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            for part in _stored(tensor):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # a node that held its own output would never be freed
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -117,7 +118,7 @@ class Probe:
 
     def _weights(self) -> list[Tensor]:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return [part for tensor in tensors for part in getattr(tensor, "stored", (tensor,))]  # a weight in INT8 has no storage of its own
+        return [part for tensor in tensors for part in _stored(tensor)]
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._names if p.grad is not None]
@@ -170,6 +171,15 @@ def subspace_overlap(new: Bases, old: Bases) -> float:
     """||new^T old||_F^2 / r, the share of the old subspace that the new one kept: 1 the same, about r / m unrelated; mean over modes."""
     shares = [(new[mode].mT @ basis).square().sum().item() / basis.shape[-1] for mode, basis in old.items()]  # (r, m) @ (m, r)
     return round(sum(shares) / len(shares), 6)
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold its memory: a weight in INT8, or another of several parts, has no storage of its own."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def _is_stand_in(grad: Tensor) -> bool:
