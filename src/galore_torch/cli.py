@@ -16,6 +16,7 @@ from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.distributed import launched
+from galore_torch.train.model.known_models import KNOWN_MODELS
 from galore_torch.train.model.llama import PRESETS
 from galore_torch.train.optimizers.registry import OPTIMIZERS
 
@@ -233,7 +234,7 @@ def _add_plan(commands: Any) -> None:
         help="the memory of a run before it runs: does it fit, and what is the best recipe that does",
         description="The memory of a training run, with no GPU and without making the model. With --memory or --card: the best recipe that "
         "fits, choosing what is not given of --rank, --batch, --checkpointing and --optimizer. The exit code is 1 where nothing fits.",
-        epilog=f"models: {', '.join(PRESETS)}. optimizers: {', '.join(OPTIMIZERS)}.",
+        epilog=f"models: {', '.join(PRESETS)}; {', '.join(row.name for row in KNOWN_MODELS)}. optimizers: {', '.join(OPTIMIZERS)}.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -243,7 +244,7 @@ def _add_plan(commands: Any) -> None:
         dest="model",
         required=True,
         metavar="NAME",
-        help="preset, a LLaMA config.json, or a local transformers folder",
+        help="preset, a model by its name on the hub (those below), a config.json or the folder of one",
     )
     plan.add_argument(
         "--memory", metavar="24GB", help="what there is: GB is 10**9 bytes, GiB 2**30 (a card sold as 24 GB has 24 GiB: --card)"

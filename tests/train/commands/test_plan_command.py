@@ -29,7 +29,9 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("words", "says"),
     [
         ("--model llama_9b", "neither a preset nor a config file"),
-        ("--model_config llama_9b", "--model_config 'llama_9b' is neither a preset"),
+        ("--model qwen3-8", "did you mean Qwen3-8B"),
+        ("--model 60n", "did you mean 60m"),
+        ("--model nobody/Qwen3-8B", "neither a preset nor a config file"),
         ("--model 7b --batch 0", "--batch_size 0 is out of bounds"),
         ("--model 7b --seq 0", "--max_length 0 is out of bounds"),
         ("--model 7b --seq 4096", "2048 positions"),
@@ -161,6 +163,26 @@ def test_a_json_file_and_a_folder_are_models_too(model_file: Path, tmp_path: Pat
     (tmp_path / "hf" / "config.json").write_text(json.dumps(mistral))
     assert cli.main(["plan", "--model", "hf", "--seq", "32", "--memory", "1GB", "-o", "hf.json"]) == 0
     assert config_from({"config": "hf.json"}).hf_model == "hf"
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "qwen3-8b", "mistral 7b", "Llama-3.1-8B-Instruct"])
+def test_known_names_need_no_network(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    import socket
+
+    monkeypatch.setattr(socket, "socket", None)
+    assert cli.main(["plan", "--model", name, "--card", "4090", "-o", "recipe.json", "--batch", "1", "--rank", "64"]) in (0, 1)
+    assert "weights" in capsys.readouterr().out
+
+
+def test_a_config_file_is_what_its_folder_is(tmp_path: Path, capsys: Out) -> None:
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300, "n_positions": 64}
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps(config))
+    shown = []
+    for name in ("gpt", "gpt/config.json"):
+        assert cli.main(["plan", "--model", name, "--seq", "32"]) == 0
+        shown.append(capsys.readouterr().out.split("GB (10^9", 1)[1])
+    assert shown[0] == shown[1]
 
 
 def test_units_are_told_apart() -> None:

@@ -13,7 +13,9 @@ from rich.console import Console
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.gpus import GPUS, find_gpu
-from galore_torch.train.model.llama import preset_name
+from galore_torch.train.model.known_models import KNOWN_MODELS, did_you_mean, known_model
+from galore_torch.train.model.llama import PRESETS, preset_name
+from galore_torch.train.model.pretrained import quiet_transformers
 from galore_torch.train.plan.answer import Plan, plan_request, planned
 from galore_torch.train.plan.picture import draw_bars
 from galore_torch.train.plan.search import SHARES, best_that_fits
@@ -49,6 +51,8 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     budget = _budget(arguments)
     device = arguments.get("device", "cuda")
     given = _model(arguments["model"]) | {name: arguments[name] for name in _SETTINGS if name in arguments}
+    if "hf_model" in given:
+        quiet_transformers()
     given["dtype"] = given.get("dtype", _DEFAULTS["dtype"])
     name = given.get("optimizer", "").lower()
     given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
@@ -79,16 +83,26 @@ def _budget(arguments: Mapping[str, Any]) -> int | None:
 
 
 def _model(name: str) -> dict[str, Any]:
-    """As settings of `galore pretrain`: a LLaMA's sizes, or a transformers folder with weights or of another family."""
+    """As settings of `galore pretrain`: a LLaMA's sizes, or a model of transformers by its folder, its config file or a known name."""
     path = Path(name)
-    if preset_name(name) or not path.is_dir():
+    if preset_name(name):
         return {"model_config": name}
+    if not path.exists():
+        row = known_model(name)
+        if row is None:
+            close = did_you_mean(name, [*PRESETS, *(known.name for known in KNOWN_MODELS)])
+            raise UserError(
+                f"--model {name!r} is neither a preset nor a config file that exists, nor a model whose sizes are known{close}; "
+                "galore plan --help lists them"
+            )
+        return {"hf_model": name if "/" in name else row.name}
+    file = path / "config.json" if path.is_dir() else path
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--model {name} is a folder without a readable config.json: {error}") from error
-    weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-    return {"hf_model": name} if weights or kind != "llama" else {"model_config": name}
+        raise UserError(f"--model {name}: {file} is no readable config: {error}") from error
+    weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin")))
+    return {"hf_model": name} if weights or kind not in ("llama", None) else {"model_config": name}
 
 
 def _for_a_card(

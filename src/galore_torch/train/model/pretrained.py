@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from galore_torch.train.errors import UserError, first_line
+from galore_torch.train.model.known_models import known_model
 from galore_torch.train.model.llama import finish
 
 # Keys of a config that are written anew at each saving, or do not change what the layers compute.
@@ -26,9 +29,14 @@ class HFShape:
 @lru_cache(maxsize=8)
 def hf_shape(name: str) -> HFShape:
     """Width, positions and vocabulary of the model `name`, from its config alone."""
-    config = _config(name).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize  # some families have no limit
-    return HFShape(config.hidden_size, positions, config.vocab_size)
+    try:
+        config = _sketch(name).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize  # some families have no limit
+        return HFShape(config.hidden_size, positions, config.vocab_size)
+    except (AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--hf_model {name} is not one language model by its config: {first_line(error)}") from error
 
 
 def hf_architecture(name: str) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def load_model(name: str, *, dtype: str, activation_checkpointing: bool, layers:
 
     try:
         if torch.get_default_device().type == "meta":
-            model = AutoModelForCausalLM.from_config(_shortened(_config(name), layers))
+            model = AutoModelForCausalLM.from_config(_shortened(_sketch(name), layers))
         else:
             model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -61,11 +69,25 @@ def _config(name: str) -> Any:
         raise UserError(f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {first_line(error)}") from error
 
 
+def _sketch(name: str) -> Any:
+    """The config; of a model whose sizes are known, from the table and without a network: it gives the same shapes."""
+    row = None if Path(name).exists() else known_model(name)
+    if row is None:
+        return _config(name)
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(row.family, **row.fields)
+
+
 def _shortened(config: Any, layers: int | None) -> Any:
     text = config.get_text_config()
     if layers is not None:
-        if kinds := getattr(text, "layer_types", None):
-            text.layer_types = [kinds[-1]] * layers
+        for field in ("layer_types", "mlp_layer_types", "layers_block_type"):
+            if kinds := getattr(text, field, None):
+                with suppress(AttributeError):  # derived from others in some families
+                    setattr(text, field, [kinds[-1]] * layers)
+        if getattr(text, "first_k_dense_replace", None):  # DeepSeek's first layers have no experts
+            text.first_k_dense_replace = 0
         text.num_hidden_layers = layers
     return config
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, build_model, model_shape
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
@@ -27,6 +28,7 @@ class Plan:
     moments: int
     phases: tuple[Phase, ...]
     traced: bool
+    untraced: str = ""  # why a trace that was asked for is missing
 
     @property
     def at_peak(self) -> Phase:
@@ -85,13 +87,26 @@ def _llama(name: str, vocabulary: int) -> Sizes:
 
 
 def planned(request: PlanRequest, *, traced: bool) -> Plan:
-    """The plan by formulas, or with the model's passes traced where this torch can."""
-    if traced:
-        from galore_torch.train.plan.traced import can_trace, traced_phases
+    """The plan by formulas, or with the model's passes traced where this torch and the model let them."""
+    found, untraced = _traced(request) if traced else (None, "")
+    weights, basis, moments = (request.total(each) for each in ("weight", "basis", "moments"))
+    return Plan(request, weights, basis, moments, found or tuple(phases(request)), found is not None, untraced)
 
-        traced = can_trace()
-    found = traced_phases(request, _builder(request)) if traced else phases(request)
-    return Plan(request, request.total("weight"), request.total("basis"), request.total("moments"), tuple(found), traced)
+
+def _traced(request: PlanRequest) -> tuple[tuple[Phase, ...] | None, str]:
+    """The phases by a trace; or None, and why there is none."""
+    from galore_torch.train.plan.traced import can_trace, traced_phases
+
+    if not can_trace():
+        return None, "this torch has no MemTracker"
+    if request.sizes.recurrent:  # and take minutes, token by token
+        return None, f"the reference code of {request.model}'s recurrent layers does not hold what their kernels hold"
+    try:
+        return tuple(traced_phases(request, _builder(request))), ""
+    except UserError:
+        raise
+    except Exception as error:  # a model's own code, on two layers and on tensors without values
+        return None, f"the passes of {request.model} cannot be traced, {first_line(error)}"
 
 
 def planned_peak_bytes(config: PretrainConfig, vocab_size: int, name: str) -> int | None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from galore_torch.train.errors import UserError
 from galore_torch.train.optimizers.registry import optimizer_spec
 from galore_torch.train.plan.sizes import Part
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 _BLOCK, _BLOCK_BYTES = 256, 4  # Q-GaLore's int8 weights (arXiv 2407.08296): a bf16 scale and offset a block
 _COUNTER = 4  # a 0-d fp32 tensor: the count of steps, or a root mean square
 FACTORED = {"low_rank": False, "lora": True, "relora": True}  # baselines whose matrices get two factors: do the matrices stay, frozen?
+
+
+PROJECTED = ("matrix", "experts")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Cost:
 
 def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[Part, bool]]:
     """The parameters once the optimizer `name` has changed the layers, and whether each is trained."""
+    if experts := [part for part in parts if part.role == "experts" and (name in FACTORED or (name == "muon" and len(part.shape) > 2))]:
+        raise UserError(
+            f"{name} takes the matrices of linear layers; weights of this model are outside of them (such as "
+            f"{' x '.join(map(str, experts[0].shape))}): choose galore_adamw8bit or adamw"
+        )
     out = []
     for part in parts:
         if name not in FACTORED or part.role != "matrix":
@@ -63,7 +72,7 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     from galore_torch.train.plan.optimizer_bytes import param_bytes
 
     rule, full, projected = _groups(name, frozen(settings))
-    group = projected if part.role == "matrix" else full
+    group = projected if part.role in PROJECTED else full
     found = param_bytes(part.shape, kind, group, rule, device)
     if not optimizer_spec(name).quantized or part.role != "matrix":
         return Cost(weight, weight, found.low, found.basis, found.moments, found.transient)
@@ -103,9 +112,9 @@ def _foreign(part: Part, name: str, itemsize: int, beta1: float | None) -> tuple
 
     By arithmetic, as torch's would take seconds to import what a step imports; the tests ask the optimizers themselves.
     """
-    size, matrix = prod(part.shape), len(part.shape) == 2
+    size = prod(part.shape)
     if name == "muon":
-        if part.role == "matrix":
+        if part.role in PROJECTED:
             return size * itemsize, size * (3 * itemsize + 3 * 2)  # Newton-Schulz runs in bf16
         name = "adamw"
     if name in ("adam", "adamw"):
@@ -115,5 +124,6 @@ def _foreign(part: Part, name: str, itemsize: int, beta1: float | None) -> tuple
     if name == "sgd":
         return (size * itemsize if beta1 else 0), 0
     assert name == "adafactor", name
-    second = sum(part.shape) if matrix else size  # in fp32, with copies of a 16-bit gradient and weight
+    # The second moment of rows and of columns, in fp32, with copies of a 16-bit gradient and weight.
+    second = size // part.shape[-1] + size // part.shape[-2] if len(part.shape) > 1 else size
     return 4 * (second + (size if beta1 else 0)) + _COUNTER, size * (12 + (8 if itemsize == 2 else 0))

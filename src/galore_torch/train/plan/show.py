@@ -60,6 +60,7 @@ def notes(plan: Plan, world_size: int) -> list[str]:
     constant, share = RESERVE[q.device]
     what = "CUDA's context, cuBLAS's workspaces, fragmentation" if q.device == "cuda" else "the process and its libraries"
     how = "activations traced over 2 and 3 layers" if plan.traced else "activations by formulas"
+    how += f" ({plan.untraced})" if plan.untraced else ""
     found = [
         f"the peak is in {plan.at_peak.name}; {how}",
         f"the reserve stands for {what}: {gb(constant)} GB and {share:.0%}, an assumption that is not measured here",

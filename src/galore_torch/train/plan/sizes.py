@@ -9,15 +9,26 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+from galore_torch.optim.param_groups import chosen_weights
+from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import ModelShape
 from galore_torch.train.model.pretrained import load_model
 
 _LAYER = re.compile(r"\.\d+\.")  # model.layers.0.mlp..., transformer.h.0....
 
+# Fields of a config that say how large a recurrent state is.
+_RECURRENT = (
+    *("state_size", "ssm_state_size", "mamba_d_state", "mamba_state_dim", "lru_width", "attention_hidden_size", "conv_L_cache"),
+    *("linear_conv_kernel_dim", "slstm_at", "qk_dim_factor"),
+)
+
 
 @dataclass(frozen=True)
 class Part:
-    """``count`` parameters of one shape. ``role``: "matrix" (what GaLore projects), "plain", "embedding" or "head"."""
+    """``count`` parameters of one shape.
+
+    ``role``: "matrix" of a linear layer, which GaLore projects; "experts": what it projects else; "plain", "embedding" or "head".
+    """
 
     shape: tuple[int, ...]
     count: int
@@ -42,6 +53,7 @@ class Sizes:
     layer: tuple[Part, ...]
     outer: tuple[Part, ...]
     like_llama: bool = True  # whether the formulas for activations are those of this family
+    recurrent: bool = False  # whether layers go from token to token: state spaces, linear attention, RWKV
 
     @property
     def parts(self) -> list[Part]:
@@ -76,34 +88,66 @@ def llama_sizes(shape: ModelShape, vocabulary: int) -> Sizes:
 
 @lru_cache(maxsize=4)
 def hf_sizes(name: str) -> Sizes:
-    """Any causal language model of transformers, counted on a model without memory."""
+    """Any causal language model of transformers, counted on a model without memory; UserError for what transformers cannot make."""
     import torch
 
-    with torch.device("meta"):
-        model = load_model(name, dtype="float32", activation_checkpointing=False)
-    return sizes_of(model)
+    try:
+        with torch.device("meta"):
+            model = load_model(name, dtype="float32", activation_checkpointing=False)
+        return sizes_of(model)
+    except UserError:
+        raise
+    except Exception as error:  # a family's own code, on a config that it does not take
+        raise UserError(f"{name} cannot be planned: transformers makes no model of its config ({first_line(error)})") from error
 
 
 def sizes_of(model: Any) -> Sizes:
     """The same of a model that exists, on any device."""
-    from galore_torch import galore_param_groups
-
     config = model.config.get_text_config()
-    projected = {name for name, _ in galore_param_groups(model, 1)[-1]["params"]}
+    roles = _roles(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     layer: Counter[tuple[str, tuple[int, ...]]] = Counter()
     outer = []
     for name, p in model.named_parameters():
         if _LAYER.search(name):
-            layer["matrix" if name in projected else "plain", tuple(p.shape)] += 1
+            layer[roles.get(id(p), "plain"), tuple(p.shape)] += 1
         else:
-            role = "embedding" if p is embedding.weight else "head" if head is not None and p is head.weight else "plain"
+            role = "embedding" if p is embedding.weight else "head" if head is not None and p is head.weight else roles.get(id(p), "plain")
             outer.append(Part(tuple(p.shape), 1, role))
     layers, D = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or D // heads
-    KV = (getattr(config, "num_key_value_heads", None) or heads) * width
-    intermediate = getattr(config, "intermediate_size", None) or 4 * D
-    parts = tuple(Part(shape, count // layers, role) for (role, shape), count in layer.items())
-    like_llama = hasattr(config, "rms_norm_eps") and all(count % layers == 0 for count in layer.values())
-    return Sizes(D, intermediate, layers, heads, heads * width, KV, config.vocab_size, parts, tuple(outer), like_llama)
+    heads = _first(config, "num_attention_heads", "num_heads") or 1  # a state space model has none
+    width = _first(config, "head_dim") or D // heads
+    KV = (_first(config, "num_key_value_heads") or heads) * width
+    parts = tuple(Part(shape, count // layers, role) for (role, shape), count in layer.items() if count >= layers)
+    # What not every layer has: counted, and to the byte, but outside of the pass from layer to layer.
+    outer += [Part(shape, count % layers, role) for (role, shape), count in layer.items() if count % layers]
+    uniform = all(count % layers == 0 for count in layer.values())
+    recurrent = _first(config, *_RECURRENT) is not None
+    like_llama = hasattr(config, "rms_norm_eps") and uniform and "experts" not in roles.values() and not recurrent
+    vocabulary, inner = embedding.weight.shape[0], _intermediate(config)
+    return Sizes(D, inner, layers, heads, heads * width, KV, vocabulary, parts, tuple(outer), like_llama, recurrent)
+
+
+def _roles(model: Any) -> dict[int, str]:
+    """id of a parameter -> what it is: "matrix" of a linear layer, "experts" where it is projected and belongs to none."""
+    try:
+        return {id(weight.parameter): "experts" if weight.layer is None else "matrix" for weight in chosen_weights(model)}
+    except ValueError:  # no linear layer: nothing is projected
+        return {}
+
+
+def _intermediate(config: Any) -> int:
+    """The MLP's width for one token: of a mixture, that of the experts it goes through."""
+    given = _first(config, "intermediate_size", "ffn_dim") or 4 * config.hidden_size
+    own = max(given) if isinstance(given, list | tuple) else given
+    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+    if not isinstance(chosen, int):
+        return int(own)
+    one = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size") or own
+    shared = (_first(config, "n_shared_experts", "num_shared_experts") or 0) * one
+    return int(chosen * one + (shared or _first(config, "shared_expert_intermediate_size") or 0))
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of these fields that has a value; 0, None and no such field are none."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)

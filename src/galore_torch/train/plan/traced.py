@@ -6,6 +6,8 @@ hooks take and leave. MemTracker is private to torch: where it is missing there 
 
 from __future__ import annotations
 
+import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from galore_torch import galore_param_groups
+from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.model.chunked_loss import head_loss
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
-from galore_torch.train.plan.methods import Cost
+from galore_torch.train.plan.methods import PROJECTED, Cost
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,7 +42,12 @@ def can_trace() -> bool:
 def traced_phases(request: PlanRequest, build: Build) -> list[Phase]:
     """`analytic.phases`, each stage's largest with the traced total; what the formulas do not see is `transient`."""
     by_formulas = list(phases(request))  # before anything is fake: the tables of 8-bit codes are made once and kept
-    few, more = _trace(request, build(FEW)), _trace(request, build(MORE))
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True  # where a trace fails the caller says so
+    try:
+        few, more = _trace(request, build(FEW)), _trace(request, build(MORE))
+    finally:
+        log.disabled = silent
     further = request.sizes.layers - FEW
     found = []
     for stage, group in by_stage(by_formulas).items():
@@ -147,9 +154,9 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
         for p in model.parameters():
             p.grad = torch.empty_like(p) if again and p.requires_grad else None
         return kept
-    costs = {(part.shape, part.role == "matrix"): each for part, each in [*request.outer, *request.layer]}
-    matrices = {p for _, p in galore_param_groups(model, 1)[-1]["params"]}
-    mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in matrices] for p in model.parameters()}
+    costs = {(part.shape, part.role in PROJECTED): each for part, each in [*request.outer, *request.layer]}
+    projected = {weight.parameter for weight in chosen_weights(model)}
+    mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in projected] for p in model.parameters()}
 
     def hook(p: Tensor) -> None:
         if request.deferred and not mine[p].low:
@@ -172,6 +179,8 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
 def _watch(model: Any, peaks: _Peaks) -> None:
     """End a stage where a gradient leaves the head, the last layer, all but the first, and the first."""
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    if len(layers) not in (FEW, MORE):
+        raise ValueError(f"its first list of modules has {len(layers)} members where {FEW} or {MORE} layers were asked for")
 
     def at(stage: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
@@ -185,8 +194,15 @@ def _watch(model: Any, peaks: _Peaks) -> None:
     layers[-2].register_forward_hook(at("last"))
     layers[0].register_forward_hook(at("middle"))  # after "last": with two layers both end here
     model.get_input_embeddings().register_forward_hook(at("first"))
-    for layer in layers:  # transformers makes a mask for tensors that it cannot look into, and none for real ones
-        layer.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True)
+    for layer in layers:
+        layer.register_forward_pre_hook(_without_mask, with_kwargs=True)
+
+
+def _without_mask(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """transformers makes a mask for tensors that it cannot look into, and none for real ones; some layers get it by position."""
+    names = list(inspect.signature(layer.forward).parameters)
+    unmasked = tuple(None if name == "attention_mask" else value for name, value in zip(names, args, strict=False))
+    return unmasked + args[len(names) :], {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
 
 
 def _loss(model: Any, tokens: Tensor, chunk: int) -> Tensor:
