@@ -18,7 +18,7 @@ endef
 export FREEZE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-all format import-time constraints clean
+.PHONY: help setup demo lint docs test test-all format import-time constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,7 +26,7 @@ help:  ## list the targets
 # Done once, and again when what is installed could change. Always under the constraints: they hold torch to one release.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,docs]"
 	touch $@
 
 setup: $(STAMP)  ## virtual environment and an editable install of the pinned packages
@@ -39,10 +39,13 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## set-up, lint, the quick tests; ARGS="-k name" picks some
+docs: $(STAMP)  ## the documentation site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+test: lint docs  ## set-up, lint, docs, the quick tests; ARGS="-k name" picks some
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: lint  ## the same with the slow tests
+test-all: lint docs  ## the same with the slow tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 format: $(STAMP)  ## rewrite the files in the house's layout
@@ -56,7 +59,7 @@ import-time: $(STAMP)  ## median of 7 of what `import galore_torch` adds to `imp
 
 constraints:  ## write constraints.txt anew from a fresh install
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	build/constraints/bin/python -m pip install --disable-pip-version-check torch==$(TORCH) ".[train,test]"
+	build/constraints/bin/python -m pip install --disable-pip-version-check torch==$(TORCH) ".[train,test,docs]"
 	(sed -n '/^#/p' constraints.txt; build/constraints/bin/python -c "$$FREEZE") > build/constraints.txt
 	mv build/constraints.txt constraints.txt && rm -rf build/constraints
 

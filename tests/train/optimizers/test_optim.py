@@ -144,11 +144,11 @@ def test_codecs_reach_every_group_and_are_the_size_of_the_state(model: nn.Module
     assert state("galore_adamw8bit")[0] == {"int8 bf16"}
 
 
-def test_readme_has_the_sizes_of_the_published_60m_run(parsed: Callable[[str], PretrainConfig]) -> None:
+def test_docs_have_the_sizes_of_the_published_60m_run(parsed: Callable[[str], PretrainConfig]) -> None:
     """Every row of its table, from tensors without memory; shares are those of AdamW's moments, twice the weights."""
     config = parsed("--config 60m")
     shape: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "activation_checkpointing": False, "seed": 0}
-    lines = (Path(__file__).parents[3] / "README.md").read_text().partition("| `--optimizer` |")[2].splitlines()[2:]
+    lines = (Path(__file__).parents[3] / "docs" / "memory.md").read_text().partition("| `--optimizer` |")[2].splitlines()[2:]
     table = [[cell.strip().split(" ")[0] for cell in line.strip("|").split("|")] for line in itertools.takewhile(str.strip, lines)]
     assert len(table) == 5
     for name, state_codec, basis_codec, size, of_bf16, of_fp32 in table:
