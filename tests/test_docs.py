@@ -29,9 +29,14 @@ def blocks(page: str, python: bool) -> list[str]:
     return [block["code"] for block in found if block["language"] == ("python" if python else "") and not block["mark"]]
 
 
-def model() -> torch.nn.Module:
-    """What `model` is in a page that does not make one."""
-    return torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+def model(page: str) -> torch.nn.Module:
+    """What `model` is in a page that does not make one: torch's own layer, and where the page saves it a Hugging Face model."""
+    if "save_pretrained" not in TEXTS[page]:
+        return torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def hooks() -> Any:
@@ -47,7 +52,7 @@ def hooks() -> Any:
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in one namespace, at small sizes; a warning fails."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"model": model(), "torch": torch}
+    names: dict[str, Any] = {"model": model(page), "torch": torch}
     for code in blocks(page, python=True):
         for large, small in SMALL.items():
             code = code.replace(large, small)
