@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from galore_torch.ops.codecs import BLOCK, StoredTensor, block_length, levels, nearest_codes, stochastic_round, zero_code
+from galore_torch.ops.codecs import BLOCK, StoredTensor, TensorSpec, block_length, levels, nearest_codes, noise, stochastic_round, zero_code
 
 CPU = torch.device("cpu")
 
@@ -108,6 +108,42 @@ def test_stochastic_rounding_keeps_what_bf16_holds_and_what_is_not_finite() -> N
     x = torch.randn(64, 64).bfloat16().float()
     x[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
     torch.testing.assert_close(stochastic_round(x, 3).float(), x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_stochastic_rounding_of_every_kind_of_number_lands_on_a_neighbour_in_bf16() -> None:
+    """Oracle: the two bf16 numbers around a value, by its bits; NaN stays NaN whatever its payload, Inf stays Inf with its sign.
+
+    All 2^16 upper halves of an fp32 number: every sign, exponent and bf16 mantissa, zeros, subnormals, both Infs and all NaNs.
+    """
+    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0xFFFF):
+        x = (upper + lower).view(torch.float32)
+        nan, infinite = x.isnan(), x.isinf()
+        below, above = upper.view(torch.float32), (upper + (0x10000 if lower else 0)).view(torch.float32)
+        for seed in range(8):
+            got = stochastic_round(x.view(256, 256), seed).float().view(-1)
+            assert torch.equal(got.isnan(), nan)
+            assert torch.equal(got[infinite], x[infinite])
+            bits = got.view(torch.int32)
+            right = (bits == below.view(torch.int32)) | (bits == above.view(torch.int32))  # bits: the sign of a zero counts
+            assert (right | nan).all()
+
+
+def test_noise_is_kept_for_small_matrices_and_made_anew_for_large_ones() -> None:
+    """64 vectors of noise for a flat parameter would weigh 128 times as much as it does in bf16. Same seed, same numbers either way."""
+    device = torch.device("cpu")
+    assert noise(64, 96, 5, device)[1] is noise(64, 96, 5, device)[1]
+    large = noise(1, 1 << 16, 5, device)
+    assert noise(1, 1 << 16, 5, device)[1] is not large[1]
+    assert torch.equal(large[1], noise(1, 1 << 16, 5, device)[1])
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_state_is_made_on_the_device_it_names(host: bool) -> None:
+    """Not on the default device, which torch.set_default_device and torch.device("meta") change."""
+    with torch.device("meta"):
+        made = TensorSpec((3,), torch.float32, 2.0, host).allocate(torch.device("cpu"))
+    assert made.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_rounding_noise_of_neighbours_is_uncorrelated() -> None:

@@ -78,9 +78,11 @@ def refresh(grad_MN: Tensor, state: State, layout: Layout, group: Group, rule: A
     if group["gap_range"] is not None:
         if ready:
             gap = adapted_gap(C, int(state["gap"]), group["gap_range"], group["overlap_range"])
-            state["gap"].copy_(torch.where(torch.as_tensor(is_finite), gap, state["gap"].to(gap.device)), non_blocking=True)
+            state["gap"].copy_(
+                torch.where(torch.as_tensor(is_finite, device=gap.device), gap, state["gap"].to(gap.device)), non_blocking=True
+            )
         state["gap_start"].fill_(state["step"] + (0 if ready else (_shift(state, group) or state["gap"]) - state["gap"]))
-    state["basis_ready"].copy_(torch.as_tensor(is_finite), non_blocking=True)
+    state["basis_ready"].copy_(torch.as_tensor(is_finite, device=grad_MN.device), non_blocking=True)
 
 
 def adapted_gap(C: Mapping[int, Tensor], gap: int, gap_range: Sequence[int], overlap_range: Sequence[float]) -> Tensor:

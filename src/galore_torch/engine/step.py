@@ -75,7 +75,7 @@ def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule
         is_finite = bool(is_finite)
     step = state["step"] + 1
     if isinstance(rule, BaseRule):
-        low = low if is_finite is True else torch.where(torch.as_tensor(is_finite), low, 0.0)
+        low = low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0)
         _apply_base(weight, low, state, group, rule, layout)
     else:
         _apply_rule(weight, low, is_finite, state, group, rule, layout, step, reuse_low)

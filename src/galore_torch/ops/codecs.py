@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.ops import affine
+from galore_torch.ops.chunks import chunk_elements, parts
 
 Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
@@ -38,8 +39,8 @@ class TensorSpec:
 
     def allocate(self, device: torch.device) -> Tensor:
         """A new tensor with a storage of exactly ``nbytes``."""
-        if self.host:
-            return torch.full(self.shape, self.fill, dtype=self.dtype, pin_memory=device.type == "cuda")
+        if self.host:  # "cpu" by name: the default device may be another, as under torch.set_default_device or torch.device("meta")
+            return torch.full(self.shape, self.fill, dtype=self.dtype, device="cpu", pin_memory=device.type == "cuda")
         return torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
 
 
@@ -67,8 +68,8 @@ class StoredTensor:
     @property
     def keys(self) -> tuple[str, ...]:
         """The state keys of the storage tensors."""
-        parts = {"int8": ("_codes", "_scale"), "int4": ("_codes", "_scale", "_offset")}.get(self.codec, ("",))
-        return tuple(self.name + part for part in parts)
+        suffixes = {"int8": ("_codes", "_scale"), "int4": ("_codes", "_scale", "_offset")}.get(self.codec, ("",))
+        return tuple(self.name + suffix for suffix in suffixes)
 
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
@@ -228,10 +229,25 @@ def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
 # --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
+KEPT = 1 << 15  # numbers of noise that are kept for the next matrix of the shape: 64 times 128 KiB, 8 MiB at most
+
+
 def noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """a (rows x 1) and b (columns) of `stochastic_round`, int32. All matrices of one shape share them in a step."""
+    """a (rows x 1) and b (columns) of `stochastic_round`, int32. All matrices of one shape share them in a step.
+
+    Those of large tensors are made when they are asked for: kept, the noise of a flat parameter would outweigh it many times.
+    """
+    make = _kept_noise if rows + columns <= KEPT else _new_noise
+    return make(rows, columns, seed, device)
+
+
+def _new_noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _new_noise(rows, columns, seed, device)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -244,19 +260,26 @@ def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
 
     Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
     with a and b hashed from the seed: uniform, pairwise independent, and m + n random numbers instead of m x n.
+    Inf stays Inf and NaN stays NaN. Numbers above bf16's largest go to it or to Inf, as those between two others do.
     """
     if not value.numel():
         return value.to(torch.bfloat16)
-    rows = value.reshape(matrix_shape(value.shape))
-    a, b = noise(*rows.shape, seed, value.device) if isinstance(seed, int) else seed
+    shape = matrix_shape(value.shape)
+    rows = value.reshape(shape)
+    a, b = noise(*shape, seed, value.device) if isinstance(seed, int) else seed
     bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
-    return bits.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)
+    rounded = bits.bitwise_and_(-65536).view(torch.float32)
+    # The carry turns some NaNs into numbers. A maximum with -Inf, or with NaN where the value is NaN, undoes that.
+    return torch.maximum(rounded, rows.clamp(max=-torch.inf)).view(value.shape).to(torch.bfloat16)
 
 
 def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
     """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
     mask = 0xFFFFFFFF
-    x = (torch.arange(count, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
-    return ((x ^ (x >> 16)) & 0xFFFF).int()
+    out = torch.empty(count, dtype=torch.int32, device=device)
+    for some in parts(count, chunk_elements(device)):  # int64 inside: four times the size, and more than once
+        x = (torch.arange(some.start, some.stop, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+        out[some] = (x ^ (x >> 16)) & 0xFFFF
+    return out

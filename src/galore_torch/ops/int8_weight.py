@@ -345,7 +345,7 @@ def move(codes: Tensor, scale: Tensor, offset: Tensor, update: Tensor, factor: A
 
 def _uniform(like: Tensor, seed: Seed) -> Tensor:
     """Random numbers in (0, 1), fp32: the middles of 2^14 cells. At 255 fp32 resolves no more, and of a block's range a cell is 2^-22."""
-    a, b = noise(*like.shape, seed, like.device) if isinstance(seed, int) else seed
+    a, b = noise(like.shape[0], like.shape[1], seed, like.device) if isinstance(seed, int) else seed
     return ((a + b).bitwise_and_(0xFFFC) + 2).float().mul_(2.0**-16)
 
 

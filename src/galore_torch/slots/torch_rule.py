@@ -7,6 +7,7 @@ coordinates x = basis^T W of the weight inside the subspace, whose gradient is e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ class BaseRule:
         self.base, self.kwargs = base, kwargs
         self._specs: dict[Any, dict[str, TensorSpec]] = {}
         try:
-            self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2))], **kwargs).defaults)
+            self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))], **kwargs).defaults)
             self.spec((2, 2), torch.float32, self.defaults)
         except Exception as error:
             raise ValueError(
@@ -52,7 +53,7 @@ class BaseRule:
 
     def _observe(self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, TensorSpec]:
         """Step a scratch parameter and see what it left."""
-        x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
         x.grad = torch.zeros_like(x)
         optimizer = self._new(x, settings)
         _bare_step(optimizer)
@@ -89,6 +90,11 @@ class BaseRule:
 
 
 def _bare_step(optimizer: torch.optim.Optimizer) -> None:
-    """The class's step without the hooks that torch wraps around it: those belong to the optimizer the user sees."""
+    """The class's step without the hooks that torch wraps around it: those belong to the optimizer the user sees.
+
+    A class that makes a tensor without naming a device, as torch's make their counters, means the host, whatever the default device.
+    """
     step: Any = type(optimizer).step
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+    bare = step.__wrapped__ if getattr(step, "hooked", False) else step
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        bare(optimizer)
