@@ -1,10 +1,13 @@
 # `make demo` and `make test` do all set-up on a fresh machine. Everything lives in $(VENV); `make clean` removes it.
-VENV   ?= .venv
-PYTHON ?= python3
-TORCH  ?= 2.13.0
+VENV    ?= .venv
+PYTHON  ?= python3
+TORCH   ?= 2.13.0
+WORKERS ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Each worker begins with its own half of the files, so that what a file shares is made once, and takes from the other at the end.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # name==version of what is installed; a release that does not run on Python 3.10 is pinned for the newer ones only.
 define FREEZE
@@ -42,11 +45,11 @@ lint: $(STAMP)  ## ruff and mypy
 docs: $(STAMP)  ## the documentation site, in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-test: lint docs  ## set-up, lint, docs, the quick tests; ARGS="-k name" picks some
-	$(BIN)/python -m pytest $(ARGS)
+test: lint docs  ## set-up, lint, docs, the quick tests; ARGS="-k name" picks some, WORKERS=0 runs them in one process
+	$(PYTEST) $(ARGS)
 
 test-all: lint docs  ## the same with the slow tests
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 format: $(STAMP)  ## rewrite the files in the house's layout
 	$(BIN)/ruff check --fix .

@@ -1,20 +1,41 @@
-"""What every test shares: one seed, one thread, and the folder of real data where there is one."""
+"""What every test shares: one seed, one thread, the device it needs, and the folder of real data where there is one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from support.forked import Forked
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """One thread: the matrices here are too small to share, and sums then have one order. No network: the hub is read at import."""
+    """One thread, here and in processes that tests start: the matrices are too small to share, and sums then have one order.
+
+    No network: the hub is read at import.
+    """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (mark := item.get_closest_marker("gpu")) is not None:
+        needed, found = (*mark.args, 1)[0], torch.cuda.device_count()
+        if found < needed:
+            pytest.skip(f"needs {needed} CUDA device{'s' * (needed > 1)}, {found} found")
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of this session, the same for all of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +50,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}: set GALORE_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    with Forked(tmp_path_factory.mktemp("forked")) as server:
+        yield server

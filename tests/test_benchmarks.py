@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from support.forked import Forked
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
-# Several commands in one process: importing torch takes longer than all of them.
-RUN = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]): runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def run(*commands: list[str], folder: Path) -> str:
-    """What the commands print, one after the other. Peers are looked for in an empty folder, and caches stay in the test's."""
-    env = {**os.environ, "GALORE_PEERS": str(folder / "peers"), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    calls = json.dumps([[str(BENCHMARKS / script), *arguments] for script, *arguments in commands])
-    done = subprocess.run([sys.executable, "-c", RUN, calls], capture_output=True, text=True, check=False, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(*command: str, forked: Forked, folder: Path) -> str:
+    """What a command prints. Peers are looked for in an empty folder, and caches stay in the test's."""
+    script, *arguments = command
+    own = {"GALORE_PEERS": str(folder / "peers"), "XDG_CACHE_HOME": str(folder / "cache")}
+    code, said = forked.run(str(BENCHMARKS / script), *arguments, **own)
+    assert code == 0, said
+    return said
 
 
-def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path) -> None:
+def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path, forked: Forked) -> None:
     pictures = [str(tmp_path / f"{name}.png") for name in ("run", "gap", "memory")]
     common = ["--shapes", "demo", "--peers", "galore-torch", "torch"]
     (tmp_path / "text.txt").write_text("Of a gradient, a few directions hold nearly all. " * 100, encoding="utf-8")
     text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt")]
-    printed = run(
+    commands = [
         ["step_time/run.py", *common, "--rounds", "1", "--dtype", "bfloat16", "--picture", pictures[0]],
         ["step_time/gap.py", *common, "--steps", "3", "--gap", "2", "--skip", "1", "--picture", pictures[1]],
         ["step_time/memory.py", *common, "--picture", pictures[2]],
         ["step_time/parts.py", "--shapes", "demo", "--rounds", "1"],
         ["loss/run.py", "--cases", "100:20", "--chunks", "8", "--width", "8", "--rounds", "1"],
         ["refresh/energy.py", "--layers", "1", "--steps", "2", "--gaps", "1", "--batch", "1", *text],
-        folder=tmp_path,
-    )
+    ]
+    printed = "".join(run(*command, forked=forked, folder=tmp_path) for command in commands)
     assert printed.count("| GaLoreAdamW8bit |") == 4
     assert "| 1 | power, first |" in printed
     assert "| 100 | 20 | chunks of 8 |" in printed
@@ -46,32 +43,34 @@ def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path) -
     assert all(Path(picture).exists() for picture in pictures)
 
 
-def test_end_to_end_benchmark_runs_in_the_trainers_loop(tmp_path: Path) -> None:
+def test_end_to_end_benchmark_runs_in_the_trainers_loop(tmp_path: Path, forked: Forked) -> None:
     for name in ("train.txt", "held_out.txt"):
         (tmp_path / name).write_text("Of a gradient, a few directions hold nearly all. " * 60, encoding="utf-8")
     data = ["--data", str(tmp_path / "train.txt"), "--eval_data", str(tmp_path / "held_out.txt")]
     smallest = ["--layers", "1", "--steps", "2", "--block", "1", "--tokens", "128", "--threads", "1", "--grad_clipping", "1"]
-    printed = run(["end_to_end/run.py", *data, *smallest], folder=tmp_path)
+    printed = run("end_to_end/run.py", *data, *smallest, forked=forked, folder=tmp_path)
     assert "| galore_adamw |" in printed
     assert "Without galore-torch 1.0 AdamW: not installed" in printed
 
 
 @pytest.mark.parametrize("optimizer", ["galore", "qgalore"])
-def test_seven_billion_benchmark_trains_a_small_model_the_same_way(optimizer: str, tmp_path: Path) -> None:
+def test_seven_billion_benchmark_trains_a_small_model_the_same_way(optimizer: str, tmp_path: Path, forked: Forked) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
     (tmp_path / "tiny.json").write_text(json.dumps({"model_type": "llama", **shape}), encoding="utf-8")
     (tmp_path / "text.txt").write_text("Of a gradient, a few directions hold nearly all. " * 100, encoding="utf-8")
     text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt")]
     smallest = ["--model_config", str(tmp_path / "tiny.json"), "--rank", "16", "--length", "32", "--steps", "3", "--threads", "1"]
-    printed = run(["seven_billion/run.py", "--optimizer", optimizer, *smallest, *text], folder=tmp_path)
+    printed = run("seven_billion/run.py", "--optimizer", optimizer, *smallest, *text, forked=forked, folder=tmp_path)
     steps = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ") and "." in line]
     assert [step[0] for step in steps] == ["| 1, every basis", "| 2", "| 3", "| none: the first text again"]
     assert float(steps[-1][1]) < float(steps[0][1]), "the loss falls"
 
 
-def test_two_trees_are_timed_turn_by_turn(tmp_path: Path) -> None:
+def test_two_trees_are_timed_turn_by_turn(tmp_path: Path, forked: Forked) -> None:
     root = str(BENCHMARKS.parent)
-    printed = run(["two_trees/run.py", root, root, "--rounds", "1", "--cases", "GaLoreAdamW, step, not compiled"], folder=tmp_path)
+    printed = run(
+        "two_trees/run.py", root, root, "--rounds", "1", "--cases", "GaLoreAdamW, step, not compiled", forked=forked, folder=tmp_path
+    )
     (row,) = [line for line in printed.splitlines() if line.startswith("| GaLoreAdamW, step")]
     before, after, ratio = (float(cell) for cell in row.split("|")[2:5])
     assert min(before, after, ratio) > 0

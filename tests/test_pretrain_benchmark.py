@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 
 from galore_torch.train.config.recipes import recipe_text
 from galore_torch.train.model.llama import model_shape
+from support.forked import Forked
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
@@ -157,23 +157,21 @@ def test_the_search_ends_between_worse_neighbours_or_at_the_grids_end(command: M
     assert command.best_on_grid(lambda lr: math.nan, 5.0, grid)[0] == 5.0
 
 
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def call(forked: Forked, folder: Path, *arguments: str) -> tuple[int, str]:
     text = folder / "text.txt"
     text.write_text("Of a gradient, a few directions hold nearly all. " * 100, encoding="utf-8")
     sizes = {"layers": 1, "length": 16, "batch": 2, "micro": 2, "steps": 4, "rank": 4, "gap": 2, "cycle": 2, "eval_tokens": 64}
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     out = ["--results", str(folder / "runs.jsonl"), "--out", str(folder / "table"), "--data", str(text), "--eval_data", str(text)]
-    command = [sys.executable, str(BENCHMARKS / "pretrain" / "run.py"), *out, *flags, *arguments]
-    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
+    return forked.run(str(BENCHMARKS / "pretrain" / "run.py"), *out, *flags, *arguments, XDG_CACHE_HOME=str(folder / "cache"))
 
 
 def test_the_table_is_made_of_the_runs_lines_and_a_second_call_runs_nothing(
-    command: ModuleType, contest: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: ModuleType, contest: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked
 ) -> None:
     given = ["--methods", "adamw", "--seeds", "3", "--lr", "0.001", "--rest_lr", "0.002"]
-    done = call(tmp_path, *given)
-    assert done.returncode == 0, done.stderr
+    code, said = call(forked, tmp_path, *given)
+    assert code == 0, said
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["run"] for line in lines] == [{"method": "adamw", "seed": 3, "lr": 0.001, "rest_lr": 0.002}]
     written = (tmp_path / "table" / "results.md").read_text(encoding="utf-8")

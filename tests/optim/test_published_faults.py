@@ -270,7 +270,7 @@ def test_b12_state_lives_where_its_parameter_lives(cls: type[Optimizer], own: di
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_b12_a_device_index_is_kept() -> None:
     p = Parameter(torch.randn(12, 8, device="cuda:1"))
     optimizer = GaLoreAdamW([p], rank=2)

@@ -135,7 +135,7 @@ def test_b25_no_step_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None
         train(cls([{"params": [p], "rank": 8, "update_proj_gap": 2}]), [p], 3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
 def test_b25_no_step_between_refreshes_waits_for_the_gpu(cls: type[Optimizer]) -> None:
     """Oracle: torch.cuda.set_sync_debug_mode, which makes every hidden wait an error."""

@@ -16,9 +16,9 @@ from support.texts import document
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path_factory.getbasetemp() / "cache"  # shared: the same text is tokenised by the same file
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+def _own_cache(session_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text's tokenizer is trained once a session: the command writes its cache so that no other process reads half a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(session_folder / "cache"))
 
 
 @pytest.fixture(autouse=True)

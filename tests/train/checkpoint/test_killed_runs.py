@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,67 +19,21 @@ from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.model.loss import TokenLoss
 from galore_torch.train.report.progress import Display
+from support.forked import Forked
 from support.whole_runs import assert_same_run, command, rows
 
 Make = Callable[..., PretrainConfig]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-# Imports once what a run needs, then makes a process of its own for each command it reads: (words, log, cache). A killed process,
-# unlike a lost machine, loses nothing that it gave to the system, so none of them waits for the disk; none draws the picture.
-FORKER = """
-import json, os, sys
-import torch, transformers.models.llama.modeling_llama
-import galore_torch.train.commands.pretrain
-from galore_torch import cli
-os.fsync = lambda descriptor: None
-galore_torch.train.commands.pretrain.draw = lambda *_: None
-for line in sys.stdin:
-    words, log, os.environ["XDG_CACHE_HOME"] = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        code = cli.main(words)
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forker:
-    """`galore` in processes that can be killed, without seconds of imports for each."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, words: list[str], kill_at: Callable[[], bool] | None = None) -> int:
-        """The exit code; SIGKILL as soon as `kill_at` says so."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([words, str(self.log), os.environ["XDG_CACHE_HOME"]]) + "\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if kill_at is not None:
-            deadline = time.monotonic() + 120
-            while not kill_at() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
-    forker = Forker(tmp_path_factory.mktemp("forker") / "log")
-    with forker.process:  # closes its standard input, which ends it, and waits
-        yield forker
+def killed(forked: Forked, words: list[str], at: Callable[[], bool], with_signal: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
+    """(exit code, what it said) of a `galore` that gets the signal as soon as `at` says so."""
+    (process,) = forked.start(words)
+    deadline = time.monotonic() + 120
+    while not at() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process, with_signal)
+    (code,), (said,) = forked.wait()
+    return code, said
 
 
 def has_lines(folder: Path, lines: int) -> bool:
@@ -105,7 +56,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_and_resumed_is_the_uninterrupted_run(
-    case: str, text_file: Path, model_file: Path, tmp_path: Path, forker: Forker
+    case: str, text_file: Path, model_file: Path, tmp_path: Path, forked: Forked
 ) -> None:
     """SIGKILL at a random line of each folder's metrics, by another process; then to the end. Curves and weights are bit-equal."""
     folders, own = CASES[case]
@@ -118,30 +69,23 @@ def test_killed_at_random_and_resumed_is_the_uninterrupted_run(
     places = random.Random(seed)
     for last, folder in zip([*[False] * (len(folders) - 1), True], folders, strict=True):
         line = places.randint(10 if last else 1, 40)  # also before the first checkpoint, but not every time
-        assert forker.run(resumable, lambda: has_lines(tmp_path / "parts" / folder, line)) == -signal.SIGKILL, forker.log.read_text()  # noqa: B023
-    assert forker.run(resumable) == 0, forker.log.read_text()
-    assert "resumed" in forker.log.read_text()
+        code, said = killed(forked, resumable, lambda: has_lines(tmp_path / "parts" / folder, line))  # noqa: B023
+        assert code == -signal.SIGKILL, said
+    code, said = forked.run(*resumable)
+    assert code == 0, said
+    assert "resumed" in said
     for folder in folders:
         assert_same_run(tmp_path / "parts" / folder, tmp_path / "whole" / folder)
         saved = [path.name for path in checkpoints_in(tmp_path / "parts" / folder / "checkpoints")]
         assert saved == ["step-000056", "step-000060"]
 
 
-def test_sigterm_saves_and_leaves_with_143(text_file: Path, model_file: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_leaves_with_143(text_file: Path, model_file: Path, tmp_path: Path, forked: Forked) -> None:
     run = tmp_path / "run"
     words = ["pretrain", "--model_config", str(model_file), "--data", str(text_file), "--device", "cpu", "--max_length", "16"]
     words = [*words, "--batch_size", "4", "--num_training_steps", "100000", "--save_dir", str(run)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "galore_torch.cli", *words], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        while process.poll() is None and not has_lines(run, 5):
-            time.sleep(0.01)
-        process.terminate()
-        output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 143, output
+    code, output = killed(forked, words, lambda: has_lines(run, 5), signal.SIGTERM)
+    assert code == 143, output
     last = rows(run)[-1]["step"]
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == [f"step-{last:06d}"]
     assert (

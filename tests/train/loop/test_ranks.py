@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,80 +16,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from galore_torch import cli
 from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import batches, load_data, windows_in_order
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.distributed import Ranks, launched
+from support.forked import Forked
 from support.whole_runs import command, rows
 
 Make = Callable[..., PretrainConfig]
-SRC = str(Path(cli.__file__).resolve().parents[1])
 
 
-# Imports once what a run needs, then makes the processes of each command it reads, as torchrun does: [(environment, words, log), ...].
-FORKER = """
-import json, os, sys
-import torch.distributed, transformers.models.llama.modeling_llama
-import galore_torch.train.commands.pretrain
-from galore_torch import cli
-galore_torch.train.commands.pretrain.draw = lambda *_: None
-for line in sys.stdin:
-    pids = []
-    for environment, words, log in json.loads(line):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(environment)
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-            os.dup2(1, 2)
-            code = cli.main(words)
-            sys.stdout.flush()
-            os._exit(code)
-        pids.append(pid)
-    print(json.dumps(pids), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
-"""
-
-
-class Launcher:
-    """`galore pretrain` in several processes that find each other, without seconds of imports for each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        environment = {**os.environ, "PYTHONPATH": SRC, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, processes: int, words: list[str]) -> list[int]:
-        """The ids of the processes."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
-        shared["XDG_CACHE_HOME"] = os.environ["XDG_CACHE_HOME"]
-        self.logs = [self.folder / str(rank) for rank in range(processes)]
-        group = [(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, words, str(log)) for rank, log in enumerate(self.logs)]
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(group) + "\n")
-        self.process.stdin.flush()
-        return list(self._line())
-
-    def wait(self) -> tuple[list[int], list[str]]:
-        """(exit codes, what each said)."""
-        return list(self._line()), [log.read_text() for log in self.logs]
-
-    def _line(self) -> list[int]:
-        assert self.process.stdout is not None
-        return list(json.loads(self.process.stdout.readline()))
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("ranks"))
-    with launcher.process:  # closes its standard input, which ends it, and waits
-        yield launcher
+def start(forked: Forked, processes: int, words: list[str]) -> list[int]:
+    """`galore pretrain` in several processes that find each other, as torchrun makes them; their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return forked.start(*[words] * processes, environments=environments)
 
 
 def words(config: PretrainConfig) -> list[str]:
@@ -124,15 +67,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "padded in" in case else []) for case in CASES])
-def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, launcher: Launcher) -> None:
+def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, forked: Forked) -> None:
     """The same documents in every update: the same losses, norms, weights, held-out loss and number of tokens."""
     settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]
     two = make_config(**settings, save_dir=str(tmp_path / "two"))
     one = make_config(**(settings | {"batch_size": 8}), save_dir=str(tmp_path / "one"))
-    launcher.start(2, words(two))
+    start(forked, 2, words(two))
     assert command(one)[0] == 0
-    codes, (said, other_said) = launcher.wait()
+    codes, (said, other_said) = forked.wait()
     assert codes == [0, 0], said + other_said
     assert "held-out perplexity" in said
     assert not other_said, "the second process prints nothing"
@@ -140,20 +84,21 @@ def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make
     assert json.loads((tmp_path / "two" / "config.json").read_text())["resolved"]["processes"] == 2
 
 
-def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Make, tmp_path: Path, launcher: Launcher) -> None:
+@pytest.mark.dist
+def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Make, tmp_path: Path, forked: Forked) -> None:
     """Streamed and packed: each process has a place of its own in the text, and gets it back."""
     settings = {"stream": True, "num_training_steps": 40, "batch_size": 2, "optimizer": "galore_adamw", "eval_every": 20}
-    launcher.start(2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
-    codes, said = launcher.wait()
+    start(forked, 2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
+    codes, said = forked.wait()
     assert codes == [0, 0], said
     config = make_config(**settings)
-    first, _ = launcher.start(2, [*words(config), "--resume", "auto"])
+    first, _ = start(forked, 2, [*words(config), "--resume", "auto"])
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 6) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(first, signal.SIGTERM)
-    codes, said = launcher.wait()
+    codes, said = forked.wait()
     assert codes == [143, 1], said
     (saved,) = checkpoints_in(tmp_path / "run" / "checkpoints")
     positions = json.loads((saved / "trainer.json").read_text())["positions"]
@@ -161,15 +106,15 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
     assert positions[0] != positions[1]
     with pytest.raises(UserError, match=r"was written by 2 processes, .* and 1 run now; give torchrun --nproc_per_node 2"):
         command(make_config(**(settings | {"batch_size": 4}), resume="auto"))
-    launcher.start(2, [*words(config), "--resume", "auto"])
-    codes, said = launcher.wait()
+    start(forked, 2, [*words(config), "--resume", "auto"])
+    codes, said = forked.wait()
     assert codes == [0, 0], said
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     weights = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     for key, value in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
         assert torch.equal(weights[key], value), key
-    launcher.start(2, [*words(config), "--resume", "auto"])
-    assert launcher.wait()[0] == [0, 0], "nothing is left to do, and nobody waits for another"
+    start(forked, 2, [*words(config), "--resume", "auto"])
+    assert forked.wait()[0] == [0, 0], "nothing is left to do, and nobody waits for another"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
