@@ -36,6 +36,7 @@ from galore_torch.train.model.baselines import to_dense
 from galore_torch.train.model.compile import check_compiler
 from galore_torch.train.model.pretrained import quiet_transformers
 from galore_torch.train.optimizers.registry import build_optimizer
+from galore_torch.train.plan.at_hand import check_memory
 from galore_torch.train.report.progress import Display, make_console, show_table
 from galore_torch.train.report.summary import (
     check_save_dir,
@@ -73,6 +74,7 @@ def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Rank
         held.enter_context(run_lock(starts.folder, note))
     ranks.wait()  # before the first one makes a folder there
     check_trackers(config.tracker)
+    check_memory(config, device)
     quiet_transformers()
     if config.compile:
         check_compiler(device)

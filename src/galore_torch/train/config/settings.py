@@ -127,6 +127,7 @@ class Settings:
     keep: int = _setting(2, "run", "checkpoints to keep, the newest")
     resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
     max_bad_steps: int = _setting(5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite")
+    force: bool = _setting(False, "run", "start although the plan needs more memory than there is")
     # -- flags of the published script that have nothing to set here: accepted, and a note says why
     use_hf_model: bool | None = _published("the model is transformers' LlamaForCausalLM in any case")
     single_gpu: bool | None = _published("one process is how this command runs in any case")

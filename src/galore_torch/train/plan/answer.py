@@ -112,12 +112,15 @@ def _traced(request: PlanRequest) -> tuple[tuple[Phase, ...] | None, str]:
 def planned_peak_bytes(config: PretrainConfig, vocab_size: int, name: str) -> int | None:
     """The most bytes of tensors that a run of `config` with the optimizer `name` holds at once, by formulas, within milliseconds.
 
-    None for a model whose layers the formulas do not know. A process holds its libraries beside them.
+    None for a model whose layers the formulas do not know, or that cannot be planned. A process holds its libraries beside them.
     """
     from galore_torch.train.device import pick_device
 
-    request = plan_request(config, device=pick_device(config.device), optimizer=name, vocab_size=vocab_size)
-    return planned(request, traced=False).peak if request.sizes.like_llama else None
+    try:
+        request = plan_request(config, device=pick_device(config.device), optimizer=name, vocab_size=vocab_size)
+        return planned(request, traced=False).peak if request.sizes.like_llama else None
+    except UserError:
+        return None
 
 
 def _builder(request: PlanRequest) -> Callable[[int], Any]:
