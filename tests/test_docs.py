@@ -114,6 +114,36 @@ def test_links_to_a_heading_have_it() -> None:
             assert anchor in anchors, f"{page}: {name} has no heading #{anchor}"
 
 
+def test_bytes_a_parameter_are_those_of_the_shapes() -> None:
+    """Every number of the README's table and every row of the memory page, from the benchmark that adds up `state_spec`."""
+    spec = importlib.util.spec_from_file_location("state_bytes", ROOT / "benchmarks" / "state_bytes" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = list(module.rows("7b", "bfloat16"))
+    parameters = rows[0][2] / 8  # AdamW's two fp32 moments
+    found = [(name, how, state / parameters) for name, how, state in rows]
+    page = [[cell.strip() for cell in row.strip("| ").split("|")] for row in TEXTS["docs/memory.md"].splitlines()]
+    listed = [(row[0], row[1], float(row[2])) for row in page if len(row) == 5 and re.fullmatch(r"[\d.]+", row[2])]
+    assert listed == [(name, how, pytest.approx(each, abs=0.005)) for name, how, each in found]
+    bytes_of = {f"{name} {how}": f"{each:.2f}" if each > 0.01 else f"{each:.1g}" for name, how, each in found}
+    table = TEXTS["README.md"].partition("## Which optimizer")[2].partition("\n##")[0]
+    for row, names in {
+        "**`GaLoreAdamW8bit`**": ("GaLore, r = n/4 8-bit moments, bf16 basis", "GaLore, r = n/8 8-bit moments, bf16 basis"),
+        "`QGaLoreAdamW8bit`": [f"Q-GaLore, r = n/{share} 8-bit moments, 4-bit basis; int8 weights" for share in (4, 8)],
+        "`GaLoreAdamW`": ("GaLore, r = n/4 fp32 moments", "GaLore, r = n/8 fp32 moments"),
+        "beside: APOLLO": ("APOLLO, r = n/4 moments in bfloat16", "APOLLO, r = n/8 moments in bfloat16"),
+        "AdamW fp32, bf16, 8-bit, 4-bit": [f"AdamW {how} moments" for how in ("fp32", "bf16", "8-bit", "4-bit")],
+        "Muon; Adafactor without momentum": (
+            "Muon a momentum in bfloat16; AdamW outside of the layers",
+            "Adafactor rows and columns, no first moment",
+        ),
+    }.items():
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {row} |")]
+        assert re.findall(r"\d+\.\d+", line.replace(row, "")) == [bytes_of[name] for name in names]
+
+
 def test_readme_is_read_in_a_minute() -> None:
     """At most 120 lines, and links that work on the package index as well: none is relative."""
     text = TEXTS["README.md"]
@@ -130,6 +160,15 @@ def test_options_page_lists_every_setting() -> None:
         assert f"## galore {command}\n" in page
     for name in ("rank", "update_proj_gap", "projector", "compile"):
         assert f"- **{name}**: " in page
+
+
+def test_contributing_lists_the_folders_of_the_law() -> None:
+    """In the law's order, none left out."""
+    table = TEXTS["CONTRIBUTING.md"].partition("| folder of")[2].partition("\n\n")[0]
+    listed = [row.split("|")[1].strip(" `").removeprefix("train/").removesuffix(".py") for row in table.splitlines()[2:]]
+    law = re.search(r'^LAW = "(.*?)"', (ROOT / "tests" / "test_import_law.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert law is not None
+    assert [{"the package's own files": "root"}.get(name, name) for name in listed] == law[1].split(" < ")
 
 
 def test_every_page_is_in_the_navigation() -> None:
