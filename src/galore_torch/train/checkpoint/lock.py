@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from galore_torch.train.checkpoint.storage import plain_failures
 from galore_torch.train.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 
@@ -25,38 +18,25 @@ LOCK = ".lock"
 def run_lock(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Keep every other process out of `folder`; UserError names the process that is in it.
 
-    Where the system has no locks, as on some network disks, `warn` is told so, and nothing is kept out.
+    Where the disk has no locks, as some network disks, `warn` is told so, and nothing is kept out.
     """
+    from filelock import FileLock, Timeout
+
     path = folder / LOCK
+    lock = FileLock(path, timeout=0.2, poll_interval=0.02, fallback_to_soft=False)  # time to see that a holder has left
     with plain_failures("the run", folder):
-        file = _locked(path, warn)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    with file:
+        path.open("a").close()  # what a folder refuses is said here; a failure below is one of the lock
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, warn: Callable[[str], None]) -> IO[str]:
-    """The open file at `path`, which no other process has locked."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-            # The lock of a process, not of a file: workers that outlive a killed run do not hold it on.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                with file:
-                    file.seek(0)
-                    holder = file.read() or "another process"
-                raise UserError(f"{path.parent} is being written by {holder}; wait for it or stop it, or give another --save_dir") from None
-            warn(f"{path.parent} cannot be locked ({error.strerror}): make sure that no other run writes into it")
-            return file
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # whoever held it has just left, and taken the file away
+            lock.acquire()
+        except Timeout:
+            holder = path.read_text(encoding="utf-8") or "another process"
+            raise UserError(f"{folder} is being written by {holder}; wait for it or stop it, or give another --save_dir") from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            warn(f"{folder} cannot be locked ({reason}): make sure that no other run writes into it")
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: who waits for it finds that the file has gone, and takes a new one
+        lock.release()
