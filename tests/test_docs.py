@@ -144,6 +144,26 @@ def test_bytes_a_parameter_are_those_of_the_shapes() -> None:
         assert re.findall(r"\d+\.\d+", line.replace(row, "")) == [bytes_of[name] for name in names]
 
 
+def test_plan_of_llama_7b_is_what_the_command_prints() -> None:
+    """Every number of the table beside the picture, from the plan itself, by formulas."""
+    from galore_torch.train.commands.plan import COMPARED
+    from galore_torch.train.config.config import PretrainConfig
+    from galore_torch.train.plan.answer import plan_request, planned
+    from galore_torch.train.plan.show import parts
+
+    text = TEXTS["docs/plan.md"].partition("| | weights | gradients |")[2].partition("\n\n")[0]
+    listed = {row.split("|")[1].strip(): re.findall(r"\d+\.\d\d", row) for row in text.splitlines()[2:]}
+    found = {}
+    for label, name in COMPARED.items():
+        config = PretrainConfig(model_config="7b", dtype="bfloat16", batch_size=1, rank=1024, optimizer=name)
+        plan = planned(plan_request(config, device="cuda"), traced=False)
+        at = parts(plan)
+        sizes = [at[key] for key in ("weights", "gradients", "basis", "moments")]
+        sizes += [at["activations"] + at["logits"], at["transient"], plan.reserve, plan.needed]
+        found[label] = [f"{size / 1e9:.2f}" for size in sizes]
+    assert listed == found
+
+
 def test_readme_is_read_in_a_minute() -> None:
     """At most 120 lines, and links that work on the package index as well: none is relative."""
     text = TEXTS["README.md"]
