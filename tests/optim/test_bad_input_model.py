@@ -150,7 +150,7 @@ USES: dict[str, Callable[[nn.Parameter], Any]] = {
     "abs": lambda p: p.grad.abs(),
     "isnan": lambda p: p.grad.isnan(),
     "sign": lambda p: p.grad.sign_(),
-    "float64": lambda p: p.grad.double(),
+    "exponential": lambda p: p.grad.exp(),
     "add a number": lambda p: p.grad.add_(1.0),
     "clip_grad_value_": lambda p: nn.utils.clip_grad_value_([p], 0.1),
     "norm 1": lambda p: torch.linalg.vector_norm(p.grad, ord=1),

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, TypedDict, overload
+from typing import Any, ClassVar, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from galore_torch.engine.checks import check_group, check_spelling
 from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, fits, state_spec
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe
-from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
+from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.state import seal, unseal
 from galore_torch.slots.rules import RULES
 
@@ -118,6 +118,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         cls.__signature__ = inspect.Signature([*positional, *shared, *rest])  # type: ignore[attr-defined]
 
     def __init__(self, params: Any, settings: dict[str, Any], projection: Projection, rule: AnyRule | None = None):
+        self.attachments: list[Any] = []  # of `fused_backward`, which alone adds and removes them
         self.rule: AnyRule = RULES[self.row.rule] if rule is None else rule
         if unknown := projection.keys() - Projection.__annotations__.keys():
             raise TypeError(
@@ -217,14 +218,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with without_autocast([p]):
                 low = engine.compress(p, grad, self.state[p], group, self.rule)
 
-            def project(more: Tensor, first: bool) -> Tensor:
-                """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
-                with without_autocast([p]):
-                    if first or not self.state[p]["basis_ready"]:
-                        return engine.compress(p, more, self.state[p], group, self.rule)
-                    return engine.project(more, self.state[p], layout, group)
+            owner, place = owner_of(self), self._places[p]
 
-            p.grad = LowRankGrad(p, low, project)
+            def project(more: Tensor, first: bool) -> Tensor:  # holds neither the parameter nor the optimizer
+                return cast(LowRankOptimizer, owner())._project_more(place, more, first)
+
+            p.grad = LowRankGrad(p, low, owner, project)
+
+    def _project_more(self, place: int, more: Tensor, first: bool) -> Tensor:
+        """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
+        p, group = self._present[place]
+        with without_autocast([p]):
+            if first or not self.state[p]["basis_ready"]:
+                return engine.compress(p, more, self.state[p], group, self.rule)
+            return engine.project(more, self.state[p], engine.layout_of(p, group), group)
+
+    def group_of(self, p: Tensor) -> dict[str, Any]:
+        """The group of one of this optimizer's parameters."""
+        return self._present[self._places[p]][1]
 
     @torch.no_grad()
     def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -232,7 +243,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._check(p, group)
         with without_autocast([p]):
             self._update(p, group)
-        p.grad = ConsumedGrad(p)
+        p.grad = ConsumedGrad(p, owner_of(self))
 
     def _check(self, p: Tensor, group: dict[str, Any]) -> None:
         """Refuse what a step cannot use, and make the state of a parameter that is new here."""
@@ -241,6 +252,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
                 "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
             )
+        if isinstance(p.grad, LowRankGrad | ConsumedGrad):
+            p.grad.check_owner(self)
         self._check_compiler(p, group)
         if not self.state.get(p):
             self._adopt(also=p)
@@ -269,11 +282,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         Frozen parameters get no state until one of them (``also``) meets a gradient.
         """
-        present = [(p, group) for group in self.param_groups for p in group["params"]]
-        kept = {p for p, _ in present}
-        for p in [p for p in self.state if p not in kept]:
+        self._present = [(p, group) for group in self.param_groups for p in group["params"]]
+        self._places = {p: place for place, (p, _) in enumerate(self._present)}
+        for p in [p for p in self.state if p not in self._places]:
             del self.state[p]
-        for turn, (p, group) in enumerate(present):
+        for turn, (p, group) in enumerate(self._present):
             if (p.requires_grad or p is also) and not self.state.get(p):
                 self.state[p] = engine.new_state(p, group, self.rule, turn)
 
@@ -294,6 +307,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("attachments", [])  # a copy has none
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

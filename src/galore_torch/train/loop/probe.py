@@ -26,6 +26,8 @@ class Probe:
     """Measures one update after the other: begin, saving, gradient_norm, stepping, finish, in this order."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str, *, track_subspace: bool) -> None:
+        from galore_torch.optim.fused_backward import attachment_of
+
         self.model, self.optimizer, self.device, self.track_subspace = model, optimizer, device, track_subspace
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._first = True  # sizes do not change from update to update: they are measured in the first
@@ -35,7 +37,7 @@ class Probe:
         self._optimizer_s: float | None = None
         self._finite: Tensor | None = None  # of the gradients that updates inside the backward pass consume, a 0-d bool
         for parameter in self._names:
-            if getattr(parameter, "_galore_fused", False):
+            if attachment_of(parameter) is not None:
                 parameter.register_hook(self._look_at)
 
     def begin(self) -> None:
