@@ -137,10 +137,10 @@ def test_repeated_layers_are_the_body_whatever_their_names() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mix, self.scale = nn.Linear(8, 8), nn.Linear(8, 1)
+            self.mix, self.scale = nn.Linear(16, 16), nn.Linear(16, 1)
 
     for container in (nn.ModuleList, lambda blocks: nn.Sequential(*blocks)):
-        model = nn.ModuleDict({"first": nn.Linear(4, 8), "body": container([Block(), Block()]), "read": nn.Linear(8, 4)})
+        model = nn.ModuleDict({"first": nn.Linear(2, 16), "body": container([Block(), Block()]), "read": nn.Linear(16, 2)})
         with pytest.warns(UserWarning, match="all its 2 linear layers"):
             assert projected(model) == ["body.*.mix.weight"]
     with pytest.warns(UserWarning, match=r"all its 2 linear layers .*\(\*\)"):
@@ -254,6 +254,15 @@ def test_coverage_counts_what_is_left_out_and_the_default_warns_below_80_percent
     by_hand = coverage(model, [{"params": model.parameters(), "rank": 2}])
     assert (str(by_hand), by_hand.enough) == ("4 of 4 matrices, 100 % of the body", True)
     assert str(coverage(model, [{"params": model.parameters()}])) == "0 of 4 matrices, 0 % of the body"
+
+
+def test_coverage_counts_linear_layers_outside_of_the_layers_but_no_head() -> None:
+    """Here a projection of the input; the head is a layer as large as the embedding, where the model does not say which one it is."""
+    block = nn.ModuleDict({"mlp": nn.Linear(16, 16)})
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 16), "project": nn.Linear(4, 16), "layers": nn.ModuleList([block])})
+    model["head"] = nn.Linear(16, 40)
+    found = coverage(model, galore_param_groups(model, 2))
+    assert (str(found), found.left_out) == ("1 of 2 matrices, 80 % of the body", ("project.weight",))
 
 
 def test_a_convolutional_model_hears_that_little_of_it_is_projected() -> None:

@@ -117,8 +117,8 @@ class Coverage:
 def coverage(model: nn.Module, param_groups: Iterable[Mapping[str, Any]]) -> Coverage:
     """What of the model's body is in groups with a rank: ``coverage(model, optimizer.param_groups)``, also before the optimizer is made.
 
-    The body is what `galore_param_groups` takes by default, and matrices inside the layers that it cannot take: weights of unknown names
-    that are as wide as the linear ones, and convolutions that mix channels. An expert weight counts once. Vectors do not count.
+    The body is every linear weight but embeddings, output head and routers, and what `galore_param_groups` cannot take of the layers:
+    weights of unknown names that are as wide as the linear ones, and convolutions that mix channels. An expert weight counts once.
     """
     held = [entry for group in param_groups if group.get("rank") is not None for entry in group["params"]]
     mine = {id(entry[1] if isinstance(entry, tuple) else entry) for entry in held}
@@ -243,19 +243,23 @@ def _body(model: nn.Module) -> dict[str, Tensor]:
         chosen = chosen_weights(model)
     except ValueError:
         chosen = []
-    taken = {id(weight.parameter) for weight in chosen}
-    known = taken | {id(weight.parameter) for weight in _linear_weights(model)} | _embeddings(model) | _heads(model)
+    linear, embeddings, blocks = list(_linear_weights(model)), _embeddings(model), _blocks(model)
+    tables = {p.shape for p in model.parameters() if id(p) in embeddings}  # a model of one's own does not say which layer is its head
+    known = embeddings | _heads(model) | {id(weight.parameter) for weight in linear}
+    counted = {id(weight.parameter) for weight in chosen}
+    for weight in linear:
+        p = weight.parameter
+        if id(p) not in embeddings | _heads(model) and p.shape not in tables and min(p.shape[-2:]) > 1 and not _is_router(model, weight):
+            counted.add(id(p))
     widths = {size for weight in chosen for size in weight.parameter.shape[-2:]}
-    blocks = _blocks(model)
-    unknown = set()
     for name, module in model.named_modules():
         mixes = isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1
         if (_NOT_LINEAR.search(type(module).__name__) and not mixes) or (blocks and not _in_blocks(name, blocks)):
             continue
         for p in module._parameters.values():
             if p is not None and p.dim() > 1 and id(p) not in known and (mixes or {p.shape[0], p[0].numel()} <= widths):
-                unknown.add(id(p))
-    return {name: p for name, p in model.named_parameters() if id(p) in taken | unknown}
+                counted.add(id(p))
+    return {name: p for name, p in model.named_parameters() if id(p) in counted}
 
 
 # --- what is said of it -----------------------------------------------------------------------------------------------------
