@@ -27,7 +27,7 @@ from report import count, heading
 from small_llama import add_data_arguments, loss, steps, text
 
 from galore_torch import GaLoreAdamW, galore_param_groups
-from galore_torch.engine.layout import projected_modes
+from galore_torch.engine.layout import projected_axes
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.train.data.loader import batches
 from galore_torch.train.model.llama import PRESETS
@@ -35,8 +35,8 @@ from galore_torch.train.model.llama import PRESETS
 NAMES = ("power", "rsvd", "gram", "random")
 
 
-def energy(G: torch.Tensor, basis: torch.Tensor, mode: int) -> float:
-    return float((basis.mT @ G if mode == 0 else G @ basis).square().sum())
+def energy(G: torch.Tensor, basis: torch.Tensor, axis: int) -> float:
+    return float((basis.mT @ G if axis == -2 else G @ basis).square().sum())
 
 
 class Chains:
@@ -44,25 +44,25 @@ class Chains:
 
     def __init__(self, gap: int, rank: int):
         self.gap, self.rank = gap, rank
-        self.bases: dict[tuple[str, int], dict[int, torch.Tensor | None]] = {}
+        self.bases: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
         self.own: dict[str, list[float]] = {}
         self.next: dict[str, list[float]] = {}
 
     def refresh(self, matrices: list[torch.Tensor], step: int) -> None:
         for i, G in enumerate(matrices):
-            (mode,) = projected_modes(tuple(G.shape), "std")
+            (axis,) = projected_axes(tuple(G.shape), "std")
             best = float(torch.linalg.svdvals(G)[: self.rank].square().sum())
             if (old := self.bases.get(("gram", i))) is not None:
-                self.own.setdefault("stale", []).append(energy(G, old[mode], mode) / best)  # type: ignore[arg-type]
+                self.own.setdefault("stale", []).append(energy(G, old[axis], axis) / best)
             for name in NAMES:
-                found = PROJECTORS[name](G, self.rank, self.bases.get((name, i), {mode: None}), step)
+                found = PROJECTORS[name].find(G, {axis: self.rank}, self.bases.get((name, i)), step)
                 self.bases[name, i] = dict(found)
-                self.own.setdefault(self.label(name, step), []).append(energy(G, found[mode], mode) / best)
+                self.own.setdefault(self.label(name, step), []).append(energy(G, found[axis], axis) / best)
 
     def look_ahead(self, matrices: list[torch.Tensor], step: int) -> None:
         for i, G in enumerate(matrices):
-            (mode,) = projected_modes(tuple(G.shape), "std")
-            kept = {name: energy(G, self.bases[name, i][mode], mode) for name in NAMES}  # type: ignore[arg-type]
+            (axis,) = projected_axes(tuple(G.shape), "std")
+            kept = {name: energy(G, self.bases[name, i][axis], axis) for name in NAMES}
             for name in NAMES:
                 self.next.setdefault(self.label(name, step - 1), []).append(kept[name] / kept["gram"])
 

@@ -49,19 +49,19 @@ def measure(shape: Shape, device: str, rounds: int) -> tuple[dict[str, float], f
     k = min(m, n)
     U, V = (orthonormalize(torch.randn(size, k, device=device)) for size in (m, n))
     G = (U * torch.arange(1, k + 1, device=device) ** -0.7) @ V.mT
-    mode = 1 if m >= n else 0
-    A = G.mT if mode else G
-    P = orthonormalize((V if mode else U)[:, :rank] + 0.05 * torch.randn(k, rank, device=device))
+    axis = -1 if m >= n else -2
+    A = G.mT if axis == -1 else G
+    P = orthonormalize((V if axis == -1 else U)[:, :rank] + 0.05 * torch.randn(k, rank, device=device))
     calls: dict[str, Callable[[], Any]] = {"gemms": lambda: A @ (A.mT @ P)}
     for name in OURS:
-        calls[name] = lambda name=name: PROJECTORS[name](G, rank, {mode: P}, 0)  # type: ignore[misc]
+        calls[name] = lambda name=name: PROJECTORS[name].find(G, {axis: rank}, {axis: P}, 0)  # type: ignore[misc]
     try:
         refresh = theirs(*shape)
         calls[PUBLISHED] = lambda: refresh(G)
     except NotInstalledError as missing:
         progress(str(missing))
     seconds = medians(calls, rounds if k < 2000 else min(3, rounds), warm_up=1, device=device)
-    basis = PROJECTORS["power"](G, rank, {mode: P}, 0)[mode]
+    basis = PROJECTORS["power"].find(G, {axis: rank}, {axis: P}, 0)[axis]
     return seconds, float((basis.mT @ A).square().sum() / torch.linalg.svdvals(G)[:rank].square().sum())
 
 

@@ -28,7 +28,7 @@ PARTS = {
     "GEMM down": (engine, "project"),
     "sum that finds NaN": (engine, "finite"),
     "pass over R and the moments": (elementwise, "step"),
-    "GEMM back": (engine, "_recover"),
+    "GEMM back": (engine, "project_back"),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")  # which side is projected
 STATE_CODECS = ("fp32", "bf16", "int8")  # how moments are stored
-BASIS_CODECS = ("fp32", "bf16", "int4")
+BASIS_CODECS = ("fp32", "bf16", "int4")  # how a basis is stored; "weight", the default: bf16 where the weight has 16 bits, else fp32
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:

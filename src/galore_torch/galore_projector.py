@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from galore_torch.choices import PROJ_TYPES, one_of
-from galore_torch.engine.layout import projected_modes
+from galore_torch.engine.layout import projected_axes
 from galore_torch.ops.linalg import mode_product, svd_bases
 
 
@@ -31,24 +31,24 @@ class GaLoreProjector:
         shape = tuple(full_rank_grad.shape)
         if full_rank_grad.dim() != 2:
             raise ValueError(f"a gradient of shape {shape} is no matrix: GaLoreProjector takes two dimensions; reshape it")
-        self._modes = projected_modes(shape, self.proj_type)
+        self._axes = projected_axes(shape, self.proj_type)
         if self.ortho_matrix is None or iter % self.update_proj_gap == 0:
             left, right = (basis.to(full_rank_grad.dtype) for basis in svd_bases(full_rank_grad.float(), self.rank))
-            matrices = {0: left, 1: right.mT.contiguous()}
-            kept = [matrices[mode] for mode in self._modes]
+            matrices = {-2: left, -1: right.mT.contiguous()}
+            kept = [matrices[axis] for axis in self._axes]
             self.ortho_matrix = kept if len(kept) == 2 else kept[0]
         low = full_rank_grad
-        for mode, basis in self._bases().items():
-            low = mode_product(low, basis.mT, mode)
+        for axis, basis in self._bases().items():
+            low = mode_product(low, basis.mT, axis)
         return low
 
     def project_back(self, low_rank_grad: Tensor) -> Tensor:
         """The full-size update, times ``scale``."""
         full = low_rank_grad
-        for mode, basis in self._bases().items():
-            full = mode_product(full, basis, mode)
+        for axis, basis in self._bases().items():
+            full = mode_product(full, basis, axis)
         return full * self.scale
 
     def _bases(self) -> dict[int, Tensor]:
         matrices = self.ortho_matrix if isinstance(self.ortho_matrix, list) else [self.ortho_matrix]
-        return {mode: matrix if mode == 0 else matrix.mT for mode, matrix in zip(self._modes, matrices, strict=True)}
+        return {axis: matrix if axis == -2 else matrix.mT for axis, matrix in zip(self._axes, matrices, strict=True)}

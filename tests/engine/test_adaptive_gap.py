@@ -17,6 +17,7 @@ from galore_torch.engine import refresh as refresh_module
 from galore_torch.engine import step as engine
 from galore_torch.engine.refresh import adapted_gap
 from galore_torch.ops.linalg import orthonormalize
+from galore_torch.slots.projectors import kept_share
 
 ADAPTIVE: dict[str, Any] = {"rank": 8, "update_proj_gap": 8, "gap_range": (2, 32)}
 C_OF = {"same": torch.eye(8), "half": torch.diag(torch.tensor([1.0] * 4 + [0.0] * 4)), "none": torch.zeros(8, 8)}
@@ -28,9 +29,9 @@ def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     refresh = engine.refresh
 
-    def noted(grad: Tensor, state: dict[str, Any], *rest: Any) -> None:
-        steps.append(state["step"])
-        refresh(grad, state, *rest)
+    def noted(view: Any, *rest: Any) -> None:
+        steps.append(view.state["step"])
+        refresh(view, *rest)
 
     monkeypatch.setattr(engine, "refresh", noted)
     return steps
@@ -89,12 +90,12 @@ def test_the_gap_shrinks_again_when_a_steady_subspace_becomes_restless(refreshed
 def test_the_overlap_decides_whatever_signs_and_rotations_the_bases_have(C: str, expected: int) -> None:
     left, right = orthonormalize(torch.randn(8, 8)), orthonormalize(torch.randn(8, 8))
     for turned in (C_OF[C], -C_OF[C], left @ C_OF[C] @ right):
-        assert int(adapted_gap({0: turned}, 8, (2, 32), (0.4, 0.6))) == expected
+        assert int(adapted_gap(kept_share({-2: turned}), 8, (2, 32), (0.4, 0.6))) == expected
 
 
 def test_two_sided_projection_takes_the_mean_overlap_of_its_sides() -> None:
-    assert int(adapted_gap({0: C_OF["same"], 1: C_OF["none"]}, 8, (2, 32), (0.4, 0.6))) == 8
-    assert int(adapted_gap({0: C_OF["same"], 1: C_OF["half"]}, 8, (2, 32), (0.4, 0.6))) == 16
+    assert int(adapted_gap(kept_share({-2: C_OF["same"], -1: C_OF["none"]}), 8, (2, 32), (0.4, 0.6))) == 8
+    assert int(adapted_gap(kept_share({-2: C_OF["same"], -1: C_OF["half"]}), 8, (2, 32), (0.4, 0.6))) == 16
 
 
 def test_the_first_gap_staggers_the_parameters_as_a_fixed_one_does(refreshed: list[int]) -> None:
@@ -151,7 +152,7 @@ def bad_settings() -> Iterator[tuple[dict[str, Any], str]]:
     for value in ((0.6, 0.4), (-0.1, 0.5), (0.4, 1.1), (0.5,), 0.5, None, ("a", "b")):
         yield {"overlap_range": value}, r"overlap_range=.*between 0 and 1.*\(0.4, 0.6\)"
     yield {"gap_range": None, "overlap_range": (0.2, 0.3)}, "overlap_range=.*no effect without gap_range"
-    yield {"projector": "random"}, "gap_range needs a projector that looks at the gradient"
+    yield {"projector": "random"}, "needs a projector that looks at the gradient: bases of .random."
 
 
 @pytest.mark.parametrize(("setting", "words"), list(bad_settings()), ids=str)

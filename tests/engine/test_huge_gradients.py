@@ -5,6 +5,7 @@ Oracle: isfinite, and the run that never saw the gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,7 +101,8 @@ def test_a_basis_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch)
     optimizer.step()
     basis = optimizer.state[p]["basis"].clone()
     good = projectors.PROJECTORS["power"]
-    monkeypatch.setitem(projectors.PROJECTORS, "power", lambda *a: {mode: b * float("nan") for mode, b in good(*a).items()})
+    bad = replace(good, find=lambda *a: {axis: basis * float("nan") for axis, basis in good.find(*a).items()})
+    monkeypatch.setitem(projectors.PROJECTORS, "power", bad)
     optimizer.step()
     assert torch.equal(optimizer.state[p]["basis"], basis)
     assert p.isfinite().all()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,15 +77,14 @@ def test_b17_refreshes_take_turns_so_that_no_step_carries_all(monkeypatch: pytes
     refreshes: list[list[tuple[int, bool]]] = []
     power = PROJECTORS["power"]
 
-    def spy(G: Tensor, rank: int, previous: Any, seed: int) -> Any:
-        warm = all(basis is not None for basis in previous.values())
-        refreshes[-1].append((G.shape[0] - 10, warm))
-        return power(G, rank, previous, seed)
+    def spy(G: Tensor, ranks: Any, previous: Any, seed: int) -> Any:
+        refreshes[-1].append((G.shape[0] - 10, previous is not None))
+        return power.find(G, ranks, previous, seed)
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a full SVD")
 
-    monkeypatch.setitem(PROJECTORS, "power", spy)
+    monkeypatch.setitem(PROJECTORS, "power", replace(power, find=spy))
     monkeypatch.setattr(torch.linalg, "svd", never)
     params = [weight(10 + i, 6) for i in range(24)]
     optimizer = GaLoreAdamW(params, rank=2, update_proj_gap=48)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from galore_torch.ops.linalg import orthonormalize
-from galore_torch.slots.transport import keep, reset, rotate
+from galore_torch.slots.rules import Moment
+from galore_torch.slots.transport import TRANSPORTS
+
+
+def moved(name: str, C: dict[int, torch.Tensor], value: torch.Tensor, kind: str, mean_over: int | None = None) -> torch.Tensor:
+    """One moment across a change of basis; a moment that the row does not name stays."""
+    moments = {"moment": Moment(kind, mean_over)}  # type: ignore[arg-type]
+    return dict(TRANSPORTS[name].apply(C, {"moment": value}, moments, {})).get("moment", value)
 
 
 def basis(m: int, r: int) -> torch.Tensor:
@@ -16,53 +23,53 @@ def basis(m: int, r: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["first", "second"])
 def test_the_same_basis_is_the_identity(kind: str) -> None:
     moment = torch.rand(4, 7).double()
-    C = {0: torch.eye(4).double()}
-    torch.testing.assert_close(rotate(C, moment, kind, None), moment)
+    C = {-2: torch.eye(4).double()}
+    torch.testing.assert_close(moved("rotate", C, moment, kind), moment)
 
 
 def test_a_full_basis_that_turns_leaves_the_momentum_unchanged() -> None:
     old, new = basis(6, 6), basis(6, 6)
     m = torch.randn(6, 9).double()
-    torch.testing.assert_close(new @ rotate({0: new.mT @ old}, m, "first", None), old @ m)
+    torch.testing.assert_close(new @ moved("rotate", {-2: new.mT @ old}, m, "first"), old @ m)
 
 
-@pytest.mark.parametrize(("mode", "shape"), [(0, (4, 9)), (1, (9, 4))])
-def test_the_sign_of_an_old_basis_vector_never_matters(mode: int, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("axis", "shape"), [(-2, (4, 9)), (-1, (9, 4))])
+def test_the_sign_of_an_old_basis_vector_never_matters(axis: int, shape: tuple[int, int]) -> None:
     """Flipping column j of the old basis flips row j of m and leaves v: the carried moments must not notice."""
     old, new, flip = basis(10, 4), basis(10, 4), torch.tensor([1.0, -1, -1, 1]).double()
-    along = flip.unsqueeze(1 - mode)
+    along = flip.unsqueeze(1 if axis == -2 else 0)
     m, v = torch.randn(shape).double(), torch.rand(shape).double()
-    C, D = {mode: new.mT @ old}, {mode: new.mT @ (old * flip)}
-    torch.testing.assert_close(rotate(D, m * along, "first", None), rotate(C, m, "first", None))
-    torch.testing.assert_close(rotate(D, v, "second", None), rotate(C, v, "second", None))
-    assert (rotate(C, v, "second", None) >= 0).all()
+    C, D = {axis: new.mT @ old}, {axis: new.mT @ (old * flip)}
+    torch.testing.assert_close(moved("rotate", D, m * along, "first"), moved("rotate", C, m, "first"))
+    torch.testing.assert_close(moved("rotate", D, v, "second"), moved("rotate", C, v, "second"))
+    assert (moved("rotate", C, v, "second") >= 0).all()
 
 
 def test_the_second_moment_of_uncorrelated_coordinates_is_carried_exactly() -> None:
     """Oracle: the empirical second moment of the same samples in the turned basis."""
     samples = torch.randn(400_000, 3).double() * torch.tensor([3.0, 1.0, 0.2]).double()
     C = basis(3, 3)
-    carried = rotate({0: C}, samples.square().mean(0).unsqueeze(1), "second", None)
+    carried = moved("rotate", {-2: C}, samples.square().mean(0).unsqueeze(1), "second")
     torch.testing.assert_close(carried.squeeze(1), (samples @ C.T).square().mean(0), rtol=0.02, atol=0)
 
 
 def test_factored_moments_are_carried_on_the_axis_they_have() -> None:
     row, col, C = torch.rand(4).double(), torch.rand(9).double(), basis(4, 4)
-    torch.testing.assert_close(rotate({0: C}, row, "second", -1), C.square() @ row)
-    torch.testing.assert_close(rotate({0: C}, col, "second", -2), col)
-    torch.testing.assert_close(rotate({1: C}, row, "second", -2), C.square() @ row)
+    torch.testing.assert_close(moved("rotate", {-2: C}, row, "second", -1), C.square() @ row)
+    torch.testing.assert_close(moved("rotate", {-2: C}, col, "second", -2), col)
+    torch.testing.assert_close(moved("rotate", {-1: C}, row, "second", -2), C.square() @ row)
 
 
 def test_a_new_direction_without_history_gets_the_mean_of_the_old_second_moments() -> None:
     """Axes 0, 1, 2 give way to 1, 2, 3: two keep their own value, the third never seen gets the mean, and no row is near zero."""
     eye, v = torch.eye(6).double(), torch.tensor([[1.0], [2.0], [6.0]]).double()
     C = eye[:, 1:4].mT @ eye[:, :3]
-    torch.testing.assert_close(rotate({0: C}, v, "second", None), torch.tensor([[2.0], [6.0], [3.0]]).double())
+    torch.testing.assert_close(moved("rotate", {-2: C}, v, "second"), torch.tensor([[2.0], [6.0], [3.0]]).double())
 
 
 def test_both_sides_are_carried_for_two_sided_projections() -> None:
     A, B, m = basis(4, 4), basis(4, 4), torch.randn(4, 4).double()
-    torch.testing.assert_close(rotate({0: A, 1: B}, m, "first", None), A @ m @ B.mT)
+    torch.testing.assert_close(moved("rotate", {-2: A, -1: B}, m, "first"), A @ m @ B.mT)
 
 
 def test_rotate_keeps_the_momentum_that_keep_loses_when_signs_flip() -> None:
@@ -73,14 +80,12 @@ def test_rotate_keeps_the_momentum_that_keep_loses_when_signs_flip() -> None:
     def cosine(after: torch.Tensor) -> float:
         return float(torch.cosine_similarity((old @ m).flatten(), (new @ after).flatten(), dim=0))
 
-    C = {0: new.mT @ old}
-    assert cosine(rotate(C, m, "first", None)) == pytest.approx(1.0)
-    assert cosine(keep(C, m, "first", None)) < 0.9
+    C = {-2: new.mT @ old}
+    assert cosine(moved("rotate", C, m, "first")) == pytest.approx(1.0)
+    assert cosine(moved("keep", C, m, "first")) < 0.9
 
 
 def test_reset_forgets_moments_and_leaves_what_is_no_moment() -> None:
-    C, value = {0: torch.eye(4).double()}, torch.rand(4, 2).double()
-    assert not reset(C, value, "first", None).any()
-    assert not reset(C, value, "second", None).any()
-    assert reset(C, value, "other", None) is value
-    assert rotate(C, value, "other", None) is value
+    C, value = {-2: torch.eye(4).double()}, torch.rand(4, 2).double()
+    assert not moved("reset", C, value, "first").any()
+    assert not moved("reset", C, value, "second").any()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from galore_torch.choices import PROJ_TYPES, one_of
-from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_slots
 
 
 def check_group(group: Mapping[str, Any], row: Recipe) -> None:
@@ -30,7 +30,12 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
     one_of("proj_type", group["proj_type"], PROJ_TYPES)
     one_of("decay", group["decay"], ("before", "after"))
     one_of("compile", group["compile"], (None, True, False))
-    Recipe(row.rule, recovery=row.recovery, **{key: group[key] for key in row.group_keys()})
+    check_slots(group, row)
+    if not (group["batch_dims"] in (None, 0) or _is_count(group["batch_dims"])):
+        raise ValueError(
+            f"batch_dims={group['batch_dims']!r} is not a number of leading dimensions: give a whole number from 0 (1 for the E x m x n "
+            "weights of experts), or None to tell them by their shapes"
+        )
     dim = group.get("dim", 2)
     if not isinstance(dim, int) or dim > 2:
         raise ValueError(
@@ -55,8 +60,6 @@ def _check_adaptive(group: Mapping[str, Any]) -> None:
             f"gap_range={gaps!r} must be a pair of whole numbers of steps with update_proj_gap={gap} between them, such as "
             f"({max(1, gap // 4)}, {8 * gap}), or None for a gap that stays"
         )
-    if group["projector"] == "random":
-        raise ValueError("gap_range needs a projector that looks at the gradient: random bases overlap by chance alone; leave it None")
 
 
 def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Doing: the elementwise region of a step, decode -> rule -> encode -> weight. One function, run as it is or compiled to one pass.
+"""The elementwise region of a step, decode -> rule -> encode -> weight: one function, run as it is or compiled to one pass.
 
 The compiler of torch.compile, Inductor, fuses the region where that pays. What may change between steps is an argument of it,
 never a constant, so that it is compiled once for each shape. Adafactor's means and the classes of GaLore(base) are not elementwise
@@ -8,7 +8,7 @@ and run as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +21,7 @@ from galore_torch.engine.inductor import call, has_compiler
 from galore_torch.ops import write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, matrix_shape, noise
-from galore_torch.ops.int8_weight import Int8Weight, row_unit, rows_of
-from galore_torch.ops.int8_weight import move as move_int8
+from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.rules import Numbers, Rule
 
 # Elements from which a region is compiled unless the group says otherwise. On one core of a 2.8 GHz Xeon an Adam pass takes 10 us and
@@ -42,79 +41,66 @@ class FusedStep:
     compute_dtype: torch.dtype
 
 
-@dataclass
-class WeightUpdate:
-    """The move of a weight: W <- decay_factor W - scale update, ``rounded`` to bf16 or INT8 stochastically, or to nearest."""
+@dataclass(frozen=True)
+class Inputs:
+    """What one step of the rule works on: R in any float dtype, the storage tensors of its moments, its numbers and random streams.
 
-    weight: Tensor
-    scale: Any
-    decay_factor: Any
-    rounded: bool
+    ``is_finite``: whether R is; when not, moments stay and the update is zero.
+    """
+
+    low: Tensor
+    is_finite: Tensor | bool
+    state: Values
+    numbers: Numbers
+    seeds: Iterator[int]
 
 
 def fuses(weight: Tensor, elements: int, wish: bool | None) -> bool:
     """Whether a region of so many elements is compiled: ``wish``, or by its size; never without a compiler, or for others' subclasses."""
     if wish is False or (wish is None and elements < WORTHWHILE):
         return False
-    return type(weight) in (Tensor, torch.nn.Parameter, Int8Weight) and has_compiler(weight.device.type)
+    return (write.is_plain(weight) or write.is_coarse(weight)) and has_compiler(weight.device.type)
 
 
-def step(
-    region: FusedStep,
-    low: Tensor,
-    is_finite: Tensor | bool,
-    state: Values,
-    numbers: Numbers,
-    seeds: Iterator[int],
-    fuse: bool,
-    result: Tensor | WeightUpdate,
-) -> None:
-    """One step of the rule on R and its moments, in place. The update goes into ``result``: a tensor, which may be R, or a weight.
-
-    low: R, any float dtype. ``is_finite``: whether it is finite; when not, moments stay and the update is zero.
-    """
+def step(region: FusedStep, inputs: Inputs, fuse: bool, result: Tensor | WeightUpdate) -> None:
+    """One step of the rule on R and its moments, in place. The update goes into ``result``: a tensor, which may be R, or a weight."""
+    low, is_finite, numbers, seeds = inputs.low, inputs.is_finite, inputs.numbers, inputs.seeds
     change = result if isinstance(result, WeightUpdate) else None
+    factors: tuple[Any, ...] = (change.scale, change.decay_factor) if change else ()
     tables: tuple[Any, ...] | None = None
-    scale_shrink: tuple[Any, ...] = ()
     if fuse := fuse and is_finite is not False:
         tables = tuple(stored.tables(low.device) for stored in region.moments)
-        lifted = _lift((*numbers, change.scale, change.decay_factor) if change else numbers, region.compute_dtype)
-        numbers, scale_shrink = lifted[: len(numbers)], lifted[len(numbers) :]
-    elif change:
-        scale_shrink = change.scale, change.decay_factor
+        lifted = _lift((*numbers, *factors), region.compute_dtype)
+        numbers, factors = lifted[: len(numbers)], lifted[len(numbers) :]
     for rows in _row_chunks(region, low, fuse, change.weight if change else low):
-        views, part = _views(region, state, rows), low if rows is None else low[rows]
+        part = low if rows is None else low[rows]
         drawn: list[Any] = [next(seeds) for _ in region.moments]
         if fuse:
             drawn = [_noise(seed, part) if stored.codec == "bf16" else None for stored, seed in zip(region.moments, drawn, strict=True)]
-        arguments = (part, is_finite, views, numbers, drawn, tables)
+        arguments = (part, is_finite, _views(region, inputs.state, rows), numbers, drawn, tables)
         if change:
-            weight = change.weight.detach() if rows is None else rows_of(change.weight, rows)  # the compiler looks at a plain tensor
-            rounding: Seed | None = next(seeds) if change.rounded else None
+            weight = change.weight.detach() if rows is None else write.rows_of(change.weight, rows)  # a compiler looks at a plain tensor
+            rounding: Seed | None = None if change.seed is None else next(seeds)
             if fuse:
-                rounding = _noise(rounding, part)
-                call(move_weight, region, *arguments, weight, *scale_shrink, rounding)
+                call(move_weight, region, arguments, weight, (*factors, _noise(rounding, part)))
             else:
-                move_weight(region, *arguments, weight, *scale_shrink, rounding)
+                move_weight(region, arguments, weight, (*factors, rounding))
             continue
         assert isinstance(result, Tensor)
         into = None if result is low else result if rows is None else result[rows]
         if fuse:
-            call(move_into, region, *arguments, into)
+            call(move_into, region, arguments, into)
         else:
-            move_into(region, *arguments, into)
+            move_into(region, arguments, into)
 
 
-def move(
-    region: FusedStep,
-    low: Tensor,
-    is_finite: Tensor | bool,
-    views: Values,
-    numbers: Numbers,
-    seeds: Sequence[Seed | None],
-    tables: Sequence[tuple[Tensor, ...] | None] | None,
-) -> Tensor:
-    """decode -> rule -> encode: the update of these rows, a new tensor in the arithmetic dtype."""
+def move(region: FusedStep, arguments: Any) -> Tensor:
+    """decode -> rule -> encode: the update of some rows, a new tensor in the arithmetic dtype.
+
+    ``arguments``: R, whether it is finite, the storage tensors of its moments, the rule's numbers, a seed for each moment, and the
+    codecs' tables.
+    """
+    low, is_finite, views, numbers, seeds, tables = arguments
     if is_finite is False:
         return torch.zeros_like(low, dtype=region.compute_dtype)
     low = low.to(region.compute_dtype)
@@ -124,46 +110,42 @@ def move(
         update = region.rule.update(-low if region.maximize else low, values, numbers)
         for stored, seed, table in zip(region.moments, seeds, tables, strict=True):
             stored.encode(views, values[stored.name], seed, table)
-    return update if is_finite is True else torch.where(torch.as_tensor(is_finite), update, 0.0)
+    return update if is_finite is True else torch.where(torch.as_tensor(is_finite, device=update.device), update, 0.0)
 
 
-def move_into(region: FusedStep, *arguments: Any) -> None:
-    """`move` into the tensor that follows its arguments, or into R itself where that is None: one tensor is handed in once."""
-    into = arguments[0] if arguments[-1] is None else arguments[-1]
-    into.copy_(move(region, *arguments[:-1]))
+def move_into(region: FusedStep, arguments: Any, into: Tensor | None) -> None:
+    """`move` into a tensor, or into R itself where that is None: one tensor is handed in once."""
+    (arguments[0] if into is None else into).copy_(move(region, arguments))
 
 
-def move_weight(region: FusedStep, *arguments: Any) -> None:
-    """`move`, and W <- decay_factor W - scale update. After the arguments of `move`: weight, scale, decay_factor and seed of `subtract`."""
-    weight, scale, decay_factor, seed = arguments[-4:]
-    write.subtract(weight, move(region, *arguments[:-4]), scale, decay_factor, seed)
+def move_weight(region: FusedStep, arguments: Any, weight: Tensor, factors: Any) -> None:
+    """`move`, and W <- decay_factor W - scale update. ``factors``: scale, decay_factor and seed of `write.subtract`."""
+    write.subtract(weight, move(region, arguments), *factors)
 
 
 @contextmanager
 def only_if(condition: Tensor | bool, tensors: list[Tensor]) -> Iterator[None]:
-    """Undo, on the device, what the block does to ``tensors`` unless the 0-d ``condition`` holds; free when it is True."""
+    """Undo, on the device, what the block does to ``tensors`` unless the 0-d ``condition`` holds; free when it is True.
+
+    A condition for each index of their first axis undoes it there.
+    """
     before = [] if condition is True else [tensor.clone() for tensor in tensors]
     yield
     for tensor, old in zip(tensors, before, strict=False):
-        tensor.copy_(torch.where(torch.as_tensor(condition), tensor, old))
+        holds = torch.as_tensor(condition, device=tensor.device)
+        if len(holds.shape):
+            holds = holds.view(-1, *[1] * (tensor.dim() - 1))
+        tensor.copy_(torch.where(holds, tensor, old))
 
 
 def subtract(weight: Tensor, update: Tensor, scale: Any, decay_factor: Any, seed: Seed | None) -> None:
     """`write.subtract`, compiled."""
-    real = torch.promote_types(weight.dtype, torch.float32)
-    scale, decay_factor = _lift((scale, decay_factor), real)
-    if isinstance(weight, Int8Weight):
-        call(_move_int8, None, *weight.stored, update, scale, decay_factor, _noise(seed, update))
-    else:
-        call(_subtract, None, weight.detach(), update, scale, decay_factor, _noise(seed, update))
+    factors = (*_lift((scale, decay_factor), torch.promote_types(weight.dtype, torch.float32)), _noise(seed, update))
+    call(_subtract_stored, None, write.storages(weight), update, factors)
 
 
-def _subtract(_: Any, *arguments: Any) -> None:
-    write.subtract(*arguments)
-
-
-def _move_int8(_: Any, *arguments: Any) -> None:
-    move_int8(*arguments)
+def _subtract_stored(_: Any, stored: Any, update: Tensor, factors: Any) -> None:
+    write.subtract_stored(stored, update, *factors)
 
 
 def _views(region: FusedStep, state: Values, rows: slice | None) -> Values:
@@ -183,7 +165,7 @@ def _row_chunks(region: FusedStep, low: Tensor, fuse: bool, weight: Tensor) -> I
     if whole or not region.rule.elementwise or low.numel() <= limit:
         yield None
         return
-    unit = math.lcm(row_unit(weight), *(stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0))
+    unit = math.lcm(write.row_unit(weight), *(stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0))
     for units in parts(-(-low.shape[0] // unit), limit // (unit * low[0].numel())):
         yield slice(units.start * unit, min(units.stop * unit, low.shape[0]))
 

@@ -1,4 +1,4 @@
-"""Naming: from (shape, dtype, group) to sides and sizes. The ONE source of every state size.
+"""From (shape, dtype, group) to a view, ranks and sizes. The ONE source of every state size.
 
 Recomputed wherever it is needed and never remembered, so a loaded optimizer, a fresh one and a planner agree.
 """
@@ -6,34 +6,44 @@ Recomputed wherever it is needed and never remembered, so a loaded optimizer, a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from galore_torch.ops.codecs import StoredTensor, TensorSpec
+from galore_torch.slots.carry import CARRIES
+from galore_torch.slots.projectors import PROJECTORS, Projector, Stored
+from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import Moment, Rule
 from galore_torch.slots.torch_rule import BaseRule
 
 AnyRule = Rule | BaseRule
+State = dict[str, Any]
+Group = Mapping[str, Any]
+KERNEL = 16  # a 3-D weight with a last or middle axis below this is a convolution's kernel, and not a batch of matrices
 
 
 @dataclass(frozen=True)
 class Layout:
     """How one parameter is seen by the engine.
 
-    ``modes``: the projected axes of its matrix, 0 = rows (basis on the left), 1 = columns (basis on the right), () = full rank.
+    ``view``: (rows, columns), or (matrices, rows, columns) for a batch such as the weights of experts; the shape itself at full rank.
+    ``ranks``: projected axis of the view, -2 = rows and -1 = columns -> rank; empty at full rank.
     ``scaled``: whether the group's scale applies; it does to a matrix whose rank turned out not to be smaller.
-    A tensor of more than two dimensions is the matrix (first, product of the rest).
+    ``basis_codec``: as it is resolved for this parameter's dtype.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    modes: tuple[int, ...]
-    rank: int | None
+    view: tuple[int, ...]
+    ranks: Mapping[int, int] = field(hash=False)
     scaled: bool
+    projector: str
+    basis_codec: str
 
     @cached_property
     def compute_dtype(self) -> torch.dtype:
@@ -41,73 +51,127 @@ class Layout:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @cached_property
-    def matrix(self) -> tuple[int, int]:
-        return self.shape[0], prod(self.shape[1:])
+    def batch(self) -> tuple[int, ...]:
+        """(matrices,) of a projected batch, else ()."""
+        return self.view[:-2] if self.ranks else ()
 
     @cached_property
     def low_shape(self) -> tuple[int, ...]:
         """Shape of the gradient that the rule sees."""
-        if self.rank is None:
-            return self.shape
-        return tuple(self.rank if mode in self.modes else size for mode, size in enumerate(self.matrix))
+        first = len(self.view)
+        return tuple(self.ranks.get(axis - first, size) for axis, size in enumerate(self.view))
 
     @cached_property
-    def basis_keys(self) -> dict[int, str]:
-        """mode -> state key."""
-        if len(self.modes) == 2:
-            return {0: "basis_left", 1: "basis_right"}
-        return dict.fromkeys(self.modes, "basis")
+    def bases(self) -> dict[int, Stored]:
+        """axis -> how its basis is stored."""
+        if not self.ranks:
+            return {}
+        return PROJECTORS[self.projector].state_spec(self.view, self.ranks, self.basis_codec, self.compute_dtype)
 
     @cached_property
     def long_axis(self) -> int:
-        """The axis of int8 blocks: inside one singular direction, so the one that is not projected.
+        """The axis of R, from 0, that int8 blocks run along: inside one singular direction, so the one that is not projected.
 
         Where neither or both are, the last, or the longest when the last is too short for blocks (a convolution's kernel).
         """
-        if len(self.modes) == 1:
-            return 1 - self.modes[0]
-        last = max(0, len(self.low_shape) - 1)
-        return last if not self.low_shape or self.low_shape[last] >= 64 else self.low_shape.index(max(self.low_shape))
+        axes = len(self.low_shape)
+        if len(self.ranks) == 1:
+            return axes - 2 if -1 in self.ranks else axes - 1
+        last = max(0, axes - 1)
+        if not axes or self.low_shape[last] >= 64:
+            return last
+        first = len(self.batch)
+        return first + self.low_shape[first:].index(max(self.low_shape[first:]))
+
+    @cached_property
+    def one(self) -> Layout:
+        """Of one matrix of the batch."""
+        return replace(self, shape=self.view[-2:], view=self.view[-2:]) if self.batch else self
 
 
-def fits(shape: tuple[int, ...], rank: int | float | None) -> int | None:
-    """The rank in use: None when the group has none, for vectors, and where it is not smaller than the matrix."""
-    if rank is None or len(shape) < 2:
+@dataclass(frozen=True)
+class ParamView:
+    """One parameter in one step: what all of the engine hands on, and derives from nothing again."""
+
+    weight: Tensor
+    state: State
+    group: Group
+    rule: AnyRule
+    layout: Layout
+
+    @property
+    def projector(self) -> Projector:
+        return PROJECTORS[self.group["projector"]]
+
+
+def view_of(weight: Tensor, state: State, group: Group, rule: AnyRule) -> ParamView:
+    """The view of a parameter; ``weight`` has its local shape."""
+    return ParamView(weight, state, group, rule, layout_of(weight, group))
+
+
+def layout_of(weight: Tensor, group: Group) -> Layout:
+    return make_layout(tuple(weight.shape), weight.dtype, group)
+
+
+def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> Layout:
+    """The layout of a parameter of a (local) shape in a group."""
+    keys = tuple(group[key] for key in ("rank", "proj_type", "projector", "basis_codec"))
+    return _make_layout(shape, dtype, keys, group.get("batch_dims"))
+
+
+@lru_cache(maxsize=4096)
+def _make_layout(shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], batch_dims: int | None) -> Layout:
+    rank, proj_type, projector, codec = keys
+    if codec == "weight":
+        codec = "bf16" if dtype.itemsize == 2 else "fp32"
+    view = matrices(shape, batch_dims)
+    axes = PROJECTORS[projector].axes
+    resolved = fits(view, rank, axes)
+    scaled = rank is not None and len(shape) > 1
+    if resolved is None:
+        return Layout(shape, dtype, shape, {}, scaled, projector, codec)
+    ranks = dict.fromkeys(projected_axes(view, proj_type) if axes is None else axes, resolved)
+    return Layout(shape, dtype, view, ranks, scaled, projector, codec)
+
+
+def matrices(shape: tuple[int, ...], batch_dims: int | None = None) -> tuple[int, ...]:
+    """A tensor seen as matrices: (rows, columns), or (matrices, rows, columns). Vectors stay as they are.
+
+    ``batch_dims`` leading dimensions count matrices, of which the next is the rows and the product of the rest the columns; a tensor that
+    has fewer than two more is one matrix. None: one for a 3-D weight whose other two are at least `KERNEL`, as experts have, else none.
+    """
+    if len(shape) < 2:
+        return shape
+    if batch_dims is None:
+        batch_dims = int(len(shape) == 3 and min(shape[1:]) >= KERNEL)
+    if not batch_dims or len(shape) < batch_dims + 2:
+        return shape[0], prod(shape[1:])
+    return prod(shape[:batch_dims]), shape[batch_dims], prod(shape[batch_dims + 1 :])
+
+
+def fits(view: tuple[int, ...], rank: int | float | None, axes: tuple[int, ...] | None = None) -> int | None:
+    """The rank in use: None when the group has none, for vectors, and where it is not smaller than the matrix.
+
+    A fraction is one of the short side, or of the axes that a projector always takes.
+    """
+    if rank is None or len(view) < 2:
         return None
-    short = min(shape[0], prod(shape[1:]))
+    short = min(view[axis] for axis in axes or (-2, -1))
     rank = max(1, int(rank * short)) if isinstance(rank, float) else rank
     return rank if rank < short else None
 
 
-@lru_cache(maxsize=4096)
-def make_layout(shape: tuple[int, ...], dtype: torch.dtype, rank: int | float | None, proj_type: str) -> Layout:
-    """The side follows the published table: std projects the short side, reverse_std the long one; a square counts as tall."""
-    resolved = fits(shape, rank)
-    modes = () if resolved is None else projected_modes(shape, proj_type)
-    return Layout(shape, dtype, modes, resolved, scaled=rank is not None and len(shape) > 1)
+def projected_axes(view: tuple[int, ...], proj_type: str) -> tuple[int, ...]:
+    """The projected axes by the published table: std projects the short side, reverse_std the long one; a square counts as tall."""
+    tall = view[-2] >= view[-1]
+    short, long = ((-1,), (-2,)) if tall else ((-2,), (-1,))
+    return {"std": short, "reverse_std": long, "left": (-2,), "right": (-1,), "full": (-2, -1)}[proj_type]
 
 
-def projected_modes(shape: tuple[int, ...], proj_type: str) -> tuple[int, ...]:
-    """The projected axes of a tensor's matrix, by the published table."""
-    tall = shape[0] >= prod(shape[1:])
-    short, long = ((1,), (0,)) if tall else ((0,), (1,))
-    return {"std": short, "reverse_std": long, "left": (0,), "right": (1,), "full": (0, 1)}[proj_type]
-
-
-@lru_cache(maxsize=4096)
-def stored_bases(layout: Layout, basis_codec: str) -> dict[int, StoredTensor]:
-    """mode -> how its basis (size of the mode x rank) is stored."""
-    assert layout.rank is not None or not layout.modes
-    return {
-        mode: StoredTensor(key, (layout.matrix[mode], layout.rank or 0), basis_codec, compute_dtype=layout.compute_dtype)
-        for mode, key in layout.basis_keys.items()
-    }
-
-
-def stored_moments(layout: Layout, group: Mapping[str, Any], rule: Rule) -> tuple[tuple[StoredTensor, Moment], ...]:
+def stored_moments(layout: Layout, group: Group, rule: Rule) -> tuple[tuple[StoredTensor, Moment], ...]:
     """How each moment of the rule is stored.
 
-    Under ``min_8bit_size`` elements int8 gives way to fp32: the bytes are few and the blocks too short.
+    Under ``min_8bit_size`` elements (of one matrix of a batch) int8 gives way to fp32: the bytes are few and the blocks too short.
     """
     moments = tuple(rule.moments(layout.low_shape, group).items())
     return _stored_moments(layout, moments, group["state_codec"], group["min_8bit_size"])
@@ -120,43 +184,58 @@ def _stored_moments(
     out = []
     for name, moment in moments:
         shape = moment.shape(layout.low_shape)
-        small = not shape or prod(shape) < min_8bit_size
+        small = not shape or prod(shape[len(layout.batch) :]) < min_8bit_size
         codec = "fp32" if small and state_codec == "int8" else state_codec
         axis = layout.long_axis if len(shape) == len(layout.low_shape) else len(shape) - 1
         out.append((StoredTensor(name, shape, codec, axis, moment.kind != "second", layout.compute_dtype, moment.fill), moment))
     return tuple(out)
 
 
-def state_spec(layout: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, TensorSpec]:
-    """Every state tensor of one parameter: key -> shape, dtype, first value. Two Python numbers, step and turn, stand beside them."""
+def carried_moments(view: ParamView) -> dict[str, tuple[StoredTensor, Moment]]:
+    """The moments that a transport takes across a change of basis, by name: how each is stored, and its kind."""
+    layout, rule = view.layout, view.rule
+    if isinstance(rule, Rule):
+        pairs = stored_moments(layout, view.group, rule)
+        return {stored.name: (stored, moment) for stored, moment in pairs if moment.kind != "other"}
+    moments = rule.moments(layout.one.low_shape, view.group).items()
+    held = {name: StoredTensor(name, layout.low_shape, compute_dtype=layout.compute_dtype) for name, _ in moments}
+    return {name: (held[name], moment) for name, moment in moments if moment.kind != "other"}
+
+
+def stored_error(layout: Layout, group: Group) -> StoredTensor | None:
+    """How the carry of a projected parameter is stored; None where there is none."""
+    carry = CARRIES[group["carry"]]
+    return carry.state_spec(layout.view, layout.dtype, layout.compute_dtype) if carry and layout.ranks else None
+
+
+def state_spec(layout: Layout, group: Group, rule: AnyRule) -> dict[str, TensorSpec]:
+    """Every state tensor of one parameter: key -> shape, dtype, first value. Two Python numbers, step and index, stand beside them."""
+    keys = group["gap_range"] and group["update_proj_gap"], group["recovery"], group["carry"]
     if isinstance(rule, BaseRule):
-        return _basis_spec(layout, group["basis_codec"], _first_gap(group)) | rule.spec(
-            layout.low_shape, layout.dtype if layout.rank is None else layout.compute_dtype, group
-        )
-    return _state_spec(layout, group["basis_codec"], _first_gap(group), stored_moments(layout, group, rule))
-
-
-def _first_gap(group: Mapping[str, Any]) -> int | None:
-    """Steps to the first refreshes where the gap adapts, else None: then it is no state."""
-    return None if group["gap_range"] is None else group["update_proj_gap"]
+        inside = layout.dtype if not layout.ranks else layout.compute_dtype
+        inner = rule.spec(layout.one.low_shape, inside, group)
+        return _slots_spec(layout, *keys) | {key: replace(spec, shape=(*layout.batch, *spec.shape)) for key, spec in inner.items()}
+    return _state_spec(layout, keys, stored_moments(layout, group, rule))
 
 
 @lru_cache(maxsize=4096)
-def _state_spec(
-    layout: Layout, basis_codec: str, first_gap: int | None, moments: tuple[tuple[StoredTensor, Moment], ...]
-) -> dict[str, TensorSpec]:
-    spec = _basis_spec(layout, basis_codec, first_gap)
+def _state_spec(layout: Layout, keys: tuple[Any, ...], moments: tuple[tuple[StoredTensor, Moment], ...]) -> dict[str, TensorSpec]:
+    spec = _slots_spec(layout, *keys)
     for stored, _ in moments:
         spec |= stored.spec()
     return spec
 
 
-def _basis_spec(layout: Layout, basis_codec: str, first_gap: int | None) -> dict[str, TensorSpec]:
-    if layout.rank is None:
+def _slots_spec(layout: Layout, first_gap: int | None, recovery: str, carry: str | None) -> dict[str, TensorSpec]:
+    """The state of every slot but the rule's. ``first_gap``: steps to the first refreshes where the gap adapts, else None."""
+    if not layout.ranks:
         return {}
-    spec = {"basis_ready": TensorSpec((), torch.bool, host=True)}
-    if first_gap is not None:
+    spec = {"basis_ready": TensorSpec(layout.batch, torch.bool, host=True)}
+    if first_gap:
         spec |= {"gap": TensorSpec((), torch.int64, first_gap, host=True), "gap_start": TensorSpec((), torch.int64, host=True)}
-    for stored in stored_bases(layout, basis_codec).values():
+    for stored in layout.bases.values():
         spec |= stored.spec()
+    spec |= RECOVERIES[recovery].state_spec(layout.batch, layout.compute_dtype)
+    if error := stored_error(layout, {"carry": carry}):
+        spec |= error.spec()
     return spec

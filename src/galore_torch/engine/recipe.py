@@ -1,11 +1,13 @@
-"""Naming: the table of optimizers. A recipe is one choice for each slot; an illegal one is refused when it is made."""
+"""The table of optimizers. A recipe is one row for each slot; one that cannot work is refused by what its rows declare."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from galore_torch.choices import BASIS_CODECS, STATE_CODECS, one_of
+from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import RULES
@@ -14,31 +16,77 @@ from galore_torch.slots.transport import TRANSPORTS
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: which function fills each slot, and how state is stored."""
+    """One row of the table: which row fills each slot, and how state is stored."""
 
     rule: str = "adam"
     projector: str = "power"
     transport: str = "rotate"
     recovery: str = "project_back"
+    carry: str | None = None
     state_codec: str = "fp32"
-    basis_codec: str = "fp32"
+    basis_codec: str = "weight"
 
     def __post_init__(self) -> None:
         one_of("rule", self.rule, (*RULES, "torch"))
         one_of("projector", self.projector, PROJECTORS)
         one_of("transport", self.transport, TRANSPORTS)
         one_of("recovery", self.recovery, RECOVERIES)
+        one_of("carry", self.carry, CARRIES)
         one_of("state_codec", self.state_codec, STATE_CODECS)
-        one_of("basis_codec", self.basis_codec, BASIS_CODECS)
+        one_of("basis_codec", self.basis_codec, ("weight", *BASIS_CODECS))
         if self.rule == "torch" and self.state_codec != "fp32":
             raise ValueError(
                 f"state_codec={self.state_codec!r} needs a rule of this package: a torch.optim class keeps its own state. "
                 "Use state_codec='fp32', or GaLoreAdamW, GaLoreAdafactor, GaLoreAdagrad or GaLoreSGD."
             )
 
-    def group_keys(self) -> dict[str, str]:
+        if self.rule == "torch" and RECOVERIES[self.recovery].native:
+            raise ValueError(
+                f"recovery={self.recovery!r} needs a rule of this package, whose step size it knows: leave it 'project_back' for "
+                "GaLore(base), or use GaLoreAdamW, GaLoreAdafactor, GaLoreAdagrad or GaLoreSGD"
+            )
+
+    def group_keys(self) -> dict[str, Any]:
         """The part of the row that a parameter group may change."""
-        return {key: getattr(self, key) for key in ("projector", "transport", "state_codec", "basis_codec")}
+        return {key: getattr(self, key) for key in ("projector", "transport", "recovery", "carry", "state_codec", "basis_codec")}
+
+
+def check_slots(group: Mapping[str, Any], row: Recipe) -> None:
+    """Refuse a group whose rows are not known, or cannot work together or with its settings: ValueError with the cure."""
+    Recipe(row.rule, **{key: group[key] for key in row.group_keys()})
+    projector, recovery = PROJECTORS[group["projector"]], RECOVERIES[group["recovery"]]
+    if group["gap_range"] is not None and not projector.looks:
+        raise ValueError(
+            f"gap_range={group['gap_range']!r} needs a projector that looks at the gradient: bases of {group['projector']!r} overlap by "
+            "chance or by turns alone; leave it None"
+        )
+    if projector.axes is not None and group["proj_type"] not in ("std", *(("left",) if projector.axes == (-2,) else ())):
+        raise ValueError(
+            f"proj_type={group['proj_type']!r} has no effect with projector={group['projector']!r}, which takes rows: leave it 'std'"
+        )
+    if recovery.one_sided and group["proj_type"] == "full":
+        raise ValueError(
+            f"recovery={group['recovery']!r} scales the columns of one projected side, and proj_type='full' projects both: use 'std', "
+            "'reverse_std', 'left' or 'right'"
+        )
+
+
+def needs_gradient(group: Mapping[str, Any]) -> str | None:
+    """The row of a projected group that reads the full gradient, in the words of its key; None where R is enough."""
+    if group["rank"] is None:
+        return None
+    if "grad" in RECOVERIES[group["recovery"]].reads:
+        return f"recovery={group['recovery']!r}"
+    return f"carry={group['carry']!r}" if group["carry"] is not None else None
+
+
+def check_kept(group: Mapping[str, Any]) -> None:
+    """Refuse a group that needs gradients in full, where the backward pass keeps only their projections."""
+    if row := needs_gradient(group):
+        raise ValueError(
+            f"{row} reads the full gradient, and fused_backward(mode='project') keeps its projection alone: use mode='update', which has "
+            "it inside the backward pass, or train without fused_backward"
+        )
 
 
 RECIPES = {
@@ -60,6 +108,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "overlap_range": (0.4, 0.6),
     "scale": 0.25,
     "proj_type": "std",
+    "batch_dims": None,
     "decay": "before",
     "stochastic_rounding": True,
     "min_8bit_size": 4096,

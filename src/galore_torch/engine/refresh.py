@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import only_if
-from galore_torch.engine.layout import AnyRule, Layout, state_spec, stored_bases, stored_moments
+from galore_torch.engine.layout import Group, ParamView, State, carried_moments
 from galore_torch.ops.codecs import StoredTensor
-from galore_torch.ops.linalg import finite, readable, usable
-from galore_torch.slots.projectors import PROJECTORS
-from galore_torch.slots.rules import Moment, Rule
+from galore_torch.ops.linalg import readable, usable
+from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
+from galore_torch.slots.rules import Moment
 from galore_torch.slots.transport import TRANSPORTS
 
-State = dict[str, Any]
-Group = Mapping[str, Any]
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
 STREAMS = 1 << 20  # random streams a step: the step counts them up from the first, a refresh takes the last 64
 
 
 def refresh_is_due(state: State, group: Group) -> bool:
-    """Whether this step refreshes the basis: once in every gap, and whenever there is none that a usable gradient made.
+    """Whether this step refreshes a basis: once in every gap, and whenever there is one that no usable gradient has made."""
+    return not has_basis(state) or _gap_is_over(state, group)
 
-    Parameters take turns over the gap, spread by the golden ratio, so that no step carries all refreshes; only the first
-    does. ``projector="svd"`` keeps the published schedule, where all refresh at steps 0, T, 2T, ... With ``gap_range`` the
-    length of the gap, and the step where it began, are state of the parameter.
+
+def has_basis(state: State) -> bool:
+    """Whether every matrix has a basis that a usable gradient made."""
+    return bool(state["basis_ready"].all())
+
+
+def _gap_is_over(state: State, group: Group) -> bool:
+    """Parameters take turns over the gap, spread by the golden ratio, so that no step carries all refreshes; only the first does.
+
+    ``projector="svd"`` keeps the published schedule, where all refresh at steps 0, T, 2T, ... With ``gap_range`` the length of the gap, and
+    the step where it began, are state of the parameter.
     """
-    if not state["basis_ready"]:
-        return True
     if group["gap_range"] is not None:
         return bool(state["step"] - state["gap_start"] >= state["gap"])
     return (state["step"] - _shift(state, group)) % group["update_proj_gap"] == 0
@@ -38,72 +43,121 @@ def refresh_is_due(state: State, group: Group) -> bool:
 
 def _shift(state: State, group: Group) -> int:
     """The step of the first gap on which this parameter's turn comes."""
-    return 0 if group["projector"] == "svd" else int(group["update_proj_gap"] * (state["index"] * GOLDEN % 1.0))
+    return int(group["update_proj_gap"] * (state["index"] * GOLDEN % 1.0)) if PROJECTORS[group["projector"]].in_turn else 0
 
 
-def refresh(grad_MN: Tensor, state: State, layout: Layout, group: Group, rule: AnyRule) -> None:
-    """New bases from this gradient, moments carried over; nothing changes, on the device, when the gradient is not usable."""
-    assert layout.rank is not None
-    is_finite: Tensor | bool = usable(grad_MN)
-    if readable(grad_MN):
-        is_finite = bool(is_finite)
-        if not is_finite:
-            state["basis_ready"].fill_(False)
-            return
-    else:
-        grad_MN = torch.where(torch.as_tensor(is_finite), grad_MN, 0.0)  # a decomposition must not meet NaN
-    stored_in = stored_bases(layout, group["basis_codec"])
-    ready = bool(state["basis_ready"])
-    previous = {mode: stored.decode(state) if ready else None for mode, stored in stored_in.items()}
-    seed = state["step"] if ready else 0  # the first basis does not depend on how long its gradient was awaited
-    found = PROJECTORS[group["projector"]](grad_MN.to(layout.compute_dtype), layout.rank, previous, seed)
-    for basis in found.values():  # a decomposition of a usable gradient may still overflow: the old basis is the better one
-        is_finite = is_finite & finite(basis)
-    if readable(grad_MN):
-        is_finite = bool(is_finite)
-        if not is_finite:
-            state["basis_ready"].fill_(False)
-            return
-    with only_if(is_finite, [state[key] for key, spec in state_spec(layout, group, rule).items() if key in state and not spec.host]):
-        C = {}
-        for mode, stored in stored_in.items():
-            C[mode] = found[mode].mT @ stored.decode(state)  # (r, m) @ (m, r)
-            stored.encode(state, found[mode], None)
-        if state["step"] and group["transport"] != "keep":
-            seed = state["step"] * STREAMS + STREAMS - 64
-            for i, (moment_stored, moment) in enumerate(_moments(layout, group, rule)):
-                value = moment_stored.decode(state)
-                moved = TRANSPORTS[group["transport"]](C, value, moment.kind, moment.mean_over)
-                moment_stored.encode(state, moved, seed + i)
-    if group["gap_range"] is not None:
-        if ready:
-            gap = adapted_gap(C, int(state["gap"]), group["gap_range"], group["overlap_range"])
-            state["gap"].copy_(
-                torch.where(torch.as_tensor(is_finite, device=gap.device), gap, state["gap"].to(gap.device)), non_blocking=True
-            )
-        state["gap_start"].fill_(state["step"] + (0 if ready else (_shift(state, group) or state["gap"]) - state["gap"]))
-    state["basis_ready"].copy_(torch.as_tensor(is_finite, device=grad_MN.device), non_blocking=True)
+def refresh(view: ParamView, grad: Tensor, first: bool = True) -> None:
+    """New bases from this gradient, moments carried over; nothing changes, on the device, where the gradient is not usable.
 
-
-def adapted_gap(C: Mapping[int, Tensor], gap: int, gap_range: Sequence[int], overlap_range: Sequence[float]) -> Tensor:
-    """Steps to the next refresh, a 0-d int64 on the device of C = new basis^T old basis (r x r), one for each projected mode.
-
-    The overlap ||C||_F^2 / r, the share of the old subspace that the new one kept (the mean over modes), doubles the gap from the
-    upper end of ``overlap_range`` on and halves it below the lower end. It is blind to signs and to rotations within the
-    subspace, which Q-GaLore's cosine of one singular vector (arXiv 2407.08296, section 3.2) is not.
+    grad: of the layout's view. Each matrix of a batch has its own basis: those without one get it from the first gradient they can use, the
+    others at the end of the gap. ``first``: whether the gradient begins its step; a later micro-batch changes no basis in use.
     """
-    overlap = torch.stack([matrix.square().sum() / matrix.shape[-1] for matrix in C.values()]).mean()
+    state, group = view.state, view.group
+    ready, can = state["basis_ready"].reshape(-1), usable(grad).reshape(-1)  # (matrices,), on the host and on the device
+    wanted = torch.ones_like(ready) if first and _gap_is_over(state, group) else ~ready
+    begins = not bool(ready.any())
+    for warm in (True, False):
+        chosen = wanted & (ready if warm else ~ready)
+        if readable(grad):
+            chosen = chosen & can
+        if not bool(chosen.any()):
+            continue
+        C = _renew_some(view, grad, warm, chosen, can)
+        if group["gap_range"] is not None and (warm or begins):
+            _begin_gap(view, C if warm else None, can[chosen.to(can.device)] if view.layout.batch else can)
+    after = can if not view.layout.batch else torch.where(wanted.to(can.device), can, ready.to(can.device))
+    state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=True)
+
+
+def _renew_some(view: ParamView, grad: Tensor, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
+    """`_renew` for some matrices of a batch: they are taken out, and put back."""
+    if bool(chosen.all()):
+        return _renew(view, grad, warm, can)
+    at = chosen.nonzero().flatten().to(grad.device)  # indices of matrices
+    layout = replace(view.layout, view=(len(at), *view.layout.view[-2:]))
+    held = [
+        key for stored in (*view.layout.bases.values(), *(stored for stored, _ in carried_moments(view).values())) for key in stored.keys
+    ]
+    state = {"step": view.state["step"], **{key: view.state[key][at] for key in held}}
+    found = can[at]
+    C = _renew(replace(view, state=state, layout=layout), grad[at], warm, found)
+    can[at] = found
+    for key in held:
+        view.state[key][at] = state[key]
+    return C
+
+
+def _renew(view: ParamView, grad: Tensor, warm: bool, can: Tensor) -> Overlaps:
+    """New bases for all matrices of the view; C = new basis^T old basis. ``warm``: whether the old ones may be started from.
+
+    ``can``: which gradients are usable; narrowed, in place, to those that made a finite basis.
+    """
+    state, layout = view.state, view.layout
+    if not readable(grad):  # a decomposition must not meet NaN
+        grad = torch.where(can.view(*layout.batch, 1, 1), grad, 0.0)
+    old = _decoded(view) if warm else None
+    seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
+    found = view.projector.find(grad.to(layout.compute_dtype), layout.ranks, old, seed)
+    for basis in found.values():  # a decomposition of a usable gradient may still overflow: the old basis is the better one
+        total = basis.flatten(len(layout.batch)).sum(-1)
+        can &= (total - total) == 0
+    moments = carried_moments(view) if state["step"] else {}
+    stored = (*layout.bases.values(), *(stored for stored, _ in moments.values()))
+    with only_if(True if readable(grad) and bool(can.all()) else can, [state[key] for tensor in stored for key in tensor.keys]):
+        C = view.projector.overlap(found, _decoded(view) if old is None else old)
+        for axis, one in layout.bases.items():
+            one.encode(state, found[axis], None)
+        _transport(view, C, moments)
+    return C
+
+
+def _decoded(view: ParamView) -> Bases:
+    return {axis: stored.decode(view.state) for axis, stored in view.layout.bases.items()}
+
+
+class _Values(Mapping[str, Tensor]):
+    """Moments by name, each decoded when it is looked up: no two in full unless a transport asks for them."""
+
+    def __init__(self, state: State, stored: Mapping[str, StoredTensor]):
+        self.state, self.stored = state, stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].decode(self.state)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def _transport(view: ParamView, C: Overlaps, moments: Mapping[str, tuple[StoredTensor, Moment]]) -> None:
+    stored = {name: pair[0] for name, pair in moments.items()}
+    kinds = {name: pair[1] for name, pair in moments.items()}
+    seed = view.state["step"] * STREAMS + STREAMS - 64
+    moved = TRANSPORTS[view.group["transport"]].apply(C, _Values(view.state, stored), kinds, view.group)
+    for i, (name, value) in enumerate(moved):
+        stored[name].encode(view.state, value, seed + i)
+
+
+def _begin_gap(view: ParamView, C: Overlaps | None, can: Tensor) -> None:
+    """A gap begins at this step, of a length that follows the overlaps C of the matrices that ``can``; the first gap where C is None."""
+    state, group = view.state, view.group
+    if C is None:
+        state["gap_start"].fill_(state["step"] + (_shift(state, group) or state["gap"]) - state["gap"])
+        return
+    share = (kept_share(C).reshape(-1) * can).sum() / can.sum().clamp_min(1)
+    gap = adapted_gap(share, int(state["gap"]), group["gap_range"], group["overlap_range"])
+    state["gap"].copy_(torch.where(can.any(), gap, state["gap"].to(gap.device)), non_blocking=True)
+    state["gap_start"].fill_(state["step"])
+
+
+def adapted_gap(overlap: Tensor, gap: int, gap_range: Sequence[int], overlap_range: Sequence[float]) -> Tensor:
+    """Steps to the next refresh, a 0-d int64 on the device of ``overlap``: the share of the old subspace that the new one kept, 0-d.
+
+    From the upper end of ``overlap_range`` on it doubles the gap, below the lower end it halves it. `kept_share` is blind to signs and to
+    rotations within the subspace, which Q-GaLore's cosine of one singular vector (arXiv 2407.08296, section 3.2) is not.
+    """
     low, high = overlap_range
     longer, shorter = min(2 * gap, gap_range[1]), max(gap // 2, gap_range[0])
     return torch.where(overlap >= high, longer, torch.where(overlap < low, shorter, gap))
-
-
-def _moments(layout: Layout, group: Group, rule: AnyRule) -> Sequence[tuple[StoredTensor, Moment]]:
-    if isinstance(rule, Rule):
-        return stored_moments(layout, group, rule)
-    moments = rule.moments(layout.low_shape, group).items()
-    return [
-        (StoredTensor(key, layout.low_shape, compute_dtype=layout.compute_dtype), moment)
-        for key, moment in moments
-        if moment.kind != "other"
-    ]

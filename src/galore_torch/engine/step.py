@@ -1,185 +1,214 @@
-"""Doing: one gradient's way through the five slots, one parameter at a time.
+"""One gradient's way through the five slots, one parameter at a time: `step`, read from top to bottom.
 
-    compress   refresh the basis if it is due (projector, transport), then R = project(G)
-    apply      decode -> rule -> encode on R in one pass (elementwise), then W <- (1 - lr wd) W - scale * project_back(N)
-
+Where gradients do not stay (a fused backward pass that projects them), its first half is `compress` and its second `apply`.
 The engine allocates nothing that lasts (layout.state_spec sizes the state) and waits for no device.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from galore_torch.engine import fused as elementwise
-from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec, stored_bases, stored_moments
-from galore_torch.engine.refresh import STREAMS, Group, State, refresh, refresh_is_due
-from galore_torch.ops import linalg
-from galore_torch.ops.int8_weight import Int8Weight
+from galore_torch.engine import fused
+from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, state_spec, stored_error, stored_moments
+from galore_torch.engine.layout import layout_of as layout_of
+from galore_torch.engine.layout import view_of as view_of
+from galore_torch.engine.refresh import STREAMS, has_basis, refresh, refresh_is_due
+from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, readable
-from galore_torch.ops.write import fits_gemm, subtract
-from galore_torch.slots.recovery import project_back
+from galore_torch.ops.write import WeightUpdate
+from galore_torch.slots.carry import CARRIES
+from galore_torch.slots.projectors import Bases
+from galore_torch.slots.recovery import RECOVERIES, Seen
 from galore_torch.slots.rules import Rule
 from galore_torch.slots.torch_rule import BaseRule
 
 
-def layout_of(weight: Tensor, group: Group) -> Layout:
-    return make_layout(tuple(weight.shape), weight.dtype, group["rank"], group["proj_type"])
-
-
-def new_state(weight: Tensor, group: Group, rule: AnyRule, turn: int) -> State:
+def new_state(weight: Tensor, group: Group, rule: AnyRule, index: int) -> State:
     """The whole state of one parameter, made at once so that no checkpoint tool has to step to see it.
 
-    ``turn`` numbers the optimizer's parameters: it decides on which step of the gap this one refreshes.
+    ``index`` numbers the optimizer's parameters: it decides on which step of the gap this one refreshes.
     """
     spec = state_spec(layout_of(weight, group), group, rule)
-    return {"step": 0, "index": turn, **{key: tensor.allocate(weight.device) for key, tensor in spec.items()}}
+    return {"step": 0, "index": index, **{key: tensor.allocate(weight.device) for key, tensor in spec.items()}}
 
 
-def compress(weight: Tensor, grad: Tensor, state: State, group: Group, rule: AnyRule) -> Tensor:
-    """The gradient the rule sees: R = basis^T G (GaLore, arXiv 2403.03507, Alg. 2), in fp32 or fp64; G itself at full rank.
+def step(view: ParamView, grad: Tensor) -> None:
+    """One step of one parameter from its full gradient: the weight's shape, any float dtype. Works for every row of every slot."""
+    if not view.layout.ranks:
+        apply(view, grad)
+        return
+    carry, error = CARRIES[view.group["carry"]], stored_error(view.layout, view.group)
+    grad = grad.reshape(view.layout.view)
+    if carry and error:
+        grad = carry.add(grad, error.decode(view.state))
+    low = compress(view, grad)
+    apply(view, low, grad)
+    if carry and error:
+        is_finite = _is_finite(grad)
+        if is_finite is not False:
+            kept = carry.keep(grad, low, partial(project_back, bases=bases_of(view), view=view))
+            with fused.only_if(is_finite, [view.state[key] for key in error.keys]):
+                error.encode(view.state, kept, view.state["step"] * STREAMS + STREAMS - 65)
 
-    grad: the weight's shape, any float dtype. Refreshes the basis from this gradient when that is due.
+
+def compress(view: ParamView, grad: Tensor, first: bool = True) -> Tensor:
+    """R = project(G), in fp32 or fp64, after a refresh of the basis from this gradient when that is due; G itself at full rank.
+
+    grad: the weight's shape or its view's. ``first``: whether it begins a step; a further micro-batch only gives a basis to matrices that
+    the earlier ones could give none.
     """
-    layout = layout_of(weight, group)
-    if layout.rank is None:
+    if not view.layout.ranks:
         return grad
-    if refresh_is_due(state, group):
-        refresh(grad.reshape(layout.matrix), state, layout, group, rule)
-    return project(grad, state, layout, group)
+    grad = grad.reshape(view.layout.view)
+    if not has_basis(view.state) or (first and refresh_is_due(view.state, view.group)):
+        refresh(view, grad, first)
+    return project(view, grad)
 
 
-def project(grad: Tensor, state: State, layout: Layout, group: Group) -> Tensor:
-    """basis^T X, X basis or left^T X right in the bases as they are, in fp32 or fp64. A new tensor."""
-    low = grad.reshape(layout.matrix)
-    for mode, basis in _bases(state, layout, group).items():
-        low = linalg.project(low, basis, mode)
-    return low.to(layout.compute_dtype)
+def project(view: ParamView, grad: Tensor) -> Tensor:
+    """R in the bases as they are, in fp32 or fp64. A new tensor."""
+    return view.projector.project(grad.reshape(view.layout.view), bases_of(view)).to(view.layout.compute_dtype)
 
 
-def apply(weight: Tensor, low: Tensor, state: State, group: Group, rule: AnyRule, reuse_low: bool = False) -> None:
+def project_back(change: WeightUpdate, low: Tensor, bases: Bases, view: ParamView) -> None:
+    """W <- decay_factor W - scale (low in full size), in place."""
+    view.projector.project_back(change, low, bases)
+
+
+def bases_of(view: ParamView) -> Bases:
+    return {axis: stored.decode(view.state) for axis, stored in view.layout.bases.items()}
+
+
+def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
     """One step of the rule on ``low`` (what `compress` returned) and of the weight, in place.
 
-    ``reuse_low``: nobody needs a projected ``low`` afterwards, and the update may take its place.
-    A gradient that is not finite is skipped: it changes neither moments nor direction, and the weight only decays.
+    ``grad``: the full gradient, of the layout's view, where it is there: rows that read it work only then, and ``low`` may be used up
+    unless a row reads that too. A gradient that is not finite is skipped: it changes neither moments nor direction, and the weight only
+    decays.
+    A rule that is not elementwise sees the matrices of a batch one at a time.
     """
-    layout = layout_of(weight, group)
-    if not weight.numel():  # an empty shard
-        state["step"] += 1
-        return
-    is_finite: Tensor | bool = finite(low)  # NaN or Inf in G reaches R, whatever the basis
-    if readable(low):
-        is_finite = bool(is_finite)
-    step = state["step"] + 1
-    if isinstance(rule, BaseRule):
-        low = low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0)
-        _apply_base(weight, low, state, group, rule, layout)
+    if view.weight.numel():  # not an empty shard
+        if view.layout.batch and not (isinstance(view.rule, Rule) and view.rule.elementwise):
+            _apply_each(view, low, grad)
+        else:
+            _apply(view, low, grad)
+        write.mark_written(view.weight)
+    view.state["step"] += 1
+
+
+def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
+    """`_apply` for each matrix of a batch, as if it were a parameter of its own; its state is views."""
+    with _viewed(view.weight, view.layout) as weights:
+        for i, weight in enumerate(weights):
+            own = {key: value for key, value in view.state.items() if key not in ("gap", "gap_start")}
+            state = {key: value[i] if isinstance(value, Tensor) else value for key, value in own.items()}
+            one = replace(view, weight=weight, state=dict(state), layout=view.layout.one)
+            _apply(one, low[i], None if grad is None else grad[i])
+            for key, value in one.state.items():
+                if value is not state[key]:  # a class of GaLore(base) may hold a new tensor
+                    view.state[key][i] = value
+
+
+def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
+    is_finite = _is_finite(low)  # NaN or Inf in G reaches R, whatever the dense basis
+    if isinstance(view.rule, BaseRule):
+        _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:
-        _apply_rule(weight, low, is_finite, state, group, rule, layout, step, reuse_low)
-    if isinstance(weight, Int8Weight):
-        torch.autograd.graph.increment_version(weight)  # its codes were written, and autograd looks at the weight
-    state["step"] = step
+        _apply_rule(view, low, is_finite, grad, view.rule)
 
 
-def _bases(state: State, layout: Layout, group: Group) -> dict[int, Tensor]:
-    return {mode: stored.decode(state) for mode, stored in stored_bases(layout, group["basis_codec"]).items()}
+def _is_finite(tensor: Tensor) -> Tensor | bool:
+    """On the host where it may look without waiting, else on the device."""
+    is_finite = finite(tensor)
+    return bool(is_finite) if readable(tensor) else is_finite
 
 
-def _apply_rule(
-    weight: Tensor,
-    low: Tensor,
-    is_finite: Tensor | bool,
-    state: State,
-    group: Group,
-    rule: Rule,
-    layout: Layout,
-    step: int,
-    reuse_low: bool,
-) -> None:
+def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Tensor | None, rule: Rule) -> None:
+    weight, group, layout, step = view.weight, view.group, view.layout, view.state["step"] + 1
     lr = rule.lr(weight, group, step)
     decay_factor = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
     scale = group["scale"] if layout.scaled else 1.0
     late = decay_factor if group["decay"] == "after" else 1.0  # decay after the update shrinks the update too
-    if layout.rank is None or not isinstance(late, Tensor):
-        scale, late = scale * late, 1.0
-    seeds, rounded = itertools.count(_first_seed(weight, state, step)), _is_rounded(weight, group)
-    region = elementwise.FusedStep(
-        rule, tuple(stored for stored, _ in stored_moments(layout, group, rule)), group["maximize"], layout.compute_dtype
-    )
-    numbers, fuse = rule.numbers(group, step, lr), rule.elementwise and elementwise.fuses(weight, low.numel(), group["compile"])
-    if layout.rank is None:
-        fuse = fuse and not isinstance(weight, Int8Weight)
-        change = elementwise.WeightUpdate(weight, scale, decay_factor, rounded)
-        elementwise.step(region, low, is_finite, state, numbers, seeds, fuse, change)
+    first = _first_seed(weight, view.state, step)
+    seed = first if _is_rounded(weight, group) else None
+    stored = tuple(stored for stored, _ in stored_moments(layout, group, rule))
+    region = fused.FusedStep(rule, stored, group["maximize"], layout.compute_dtype)
+    inputs = fused.Inputs(low, is_finite, view.state, rule.numbers(group, step, lr), itertools.count(first))
+    fuse = rule.elementwise and fused.fuses(weight, low.numel(), group["compile"])
+    if not layout.ranks:
+        change = WeightUpdate(weight, scale * late, decay_factor, seed)
+        fused.step(region, inputs, fuse and not write.is_coarse(weight), change)
         return
-    update = low if reuse_low else torch.empty_like(low)
-    elementwise.step(region, low, is_finite, state, numbers, seeds, fuse, update)
-    if isinstance(late, Tensor):
+    recovery = RECOVERIES[group["recovery"]]
+    update = torch.empty_like(low) if grad is None or recovery.reads or group["carry"] else low
+    fused.step(region, inputs, fuse, update)
+    if isinstance(late, Tensor) or recovery.reads:
         update.mul_(late)
-    _recover(weight, update, state, layout, group, scale, _foldable(decay_factor, weight), next(seeds) if rounded else None)
+    else:
+        scale = scale * late
+    seed = next(inputs.seeds) if seed is not None else None
+    _recover(view, WeightUpdate(weight, scale, decay_factor, seed), update, (low, grad, lr))
 
 
 def _is_rounded(weight: Tensor, group: Group) -> bool:
-    return group["stochastic_rounding"] and (weight.dtype == torch.bfloat16 or isinstance(weight, Int8Weight))
+    return group["stochastic_rounding"] and write.can_round(weight)
 
 
 def _first_seed(weight: Tensor, state: State, step: int) -> int:
     """Where the random streams of this step begin. INT8 is coarse: there each parameter has streams of its own."""
-    if not isinstance(weight, Int8Weight):
+    if not write.is_coarse(weight):
         return step * STREAMS
     return ((step * 0x9E3779B97F4A7C15 + state["index"] * 0xC2B2AE3D27D4EB4F) >> 13) & 0x7FFFFFFF
 
 
-def _foldable(decay_factor: Any, weight: Tensor) -> Any:
-    """Weight decay as a factor to fold into the update.
+def _recover(view: ParamView, change: WeightUpdate, update: Tensor, seen: tuple[Tensor, Tensor | None, Any]) -> None:
+    """The update reaches the weight. ``seen``: R, G where it is there, and the step size."""
+    layout, group, recovery = view.layout, view.group, RECOVERIES[view.group["recovery"]]
+    low, grad, lr = seen
+    if "grad" in recovery.reads and grad is None:
+        raise ValueError(f"recovery={group['recovery']!r} reads the full gradient, which is not kept here: see engine.recipe.check_kept")
+    if not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group["compile"]):
+        change = replace(change, subtract=fused.subtract)
+    back = partial(project_back, bases=bases_of(view), view=view)
+    with _viewed(view.weight, layout) as matrix:
+        recovery.apply(replace(change, weight=matrix), update, Seen(back, tuple(layout.ranks), low, grad, lr, view.state))
 
-    A 0-d tensor cannot go into a GEMM without reading it on the host: it is applied here. Rounded weights have no such GEMM.
-    """
-    if isinstance(decay_factor, Tensor) and fits_gemm(weight):
-        weight.mul_(decay_factor)
-        return 1.0
-    return decay_factor
 
-
-def _recover(
-    weight: Tensor, update: Tensor, state: State, layout: Layout, group: Group, scale: float, decay_factor: Any, seed: int | None
-) -> None:
-    """W <- decay_factor W - scale project_back(update); a weight that is no matrix in memory (channels last) goes through a copy."""
-    bases = _bases(state, layout, group)
-    fuse = not fits_gemm(weight) and elementwise.fuses(weight, weight.numel(), group["compile"])
-    write = elementwise.subtract if fuse else subtract
-    if _is_matrix(weight):
-        matrix = weight if weight.dim() == 2 else weight.view(layout.matrix)
-        project_back(matrix, update, bases, scale, decay_factor, seed, write)
+@contextmanager
+def _viewed(weight: Tensor, layout: Layout) -> Iterator[Tensor]:
+    """The weight as matrices; one whose memory is not theirs (a kernel in channels_last) through a copy, written back at the end."""
+    if tuple(weight.shape) == layout.view:
+        yield weight
         return
-    matrix = weight.reshape(layout.matrix)
-    project_back(matrix, update, bases, scale, decay_factor, seed, write)
-    weight.copy_(matrix.view(weight.shape))
+    matrix = weight.reshape(layout.view)
+    yield matrix
+    if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        weight.copy_(matrix.view(weight.shape))
 
 
-def _is_matrix(weight: Tensor) -> bool:
-    """Whether the axes after the first can be flattened without a copy."""
-    inner = zip(weight.stride()[1:-1], weight.stride()[2:], weight.shape[2:], strict=True)
-    return all(outer == stride * size for outer, stride, size in inner)
-
-
-def _apply_base(weight: Tensor, low: Tensor, state: State, group: Group, rule: BaseRule, layout: Layout) -> None:
-    """Run the torch.optim class: on the weight itself, or on its coordinates x = basis^T W and back by W += scale * basis dx.
+def _apply_base(view: ParamView, low: Tensor, rule: BaseRule) -> None:
+    """Run the torch.optim class: on the weight itself, or on its coordinates x = project(W) and back by W += scale * project_back(dx).
 
     A gradient that is not finite counts as zero here, for the class keeps its own books. A matrix that trains at full rank in a
     group with a rank keeps the group's scale: W <- decay_factor W + scale dW.
     """
+    weight, state, group, layout = view.weight, view.state, view.group, view.layout
     moments = {key: state[key] for key in rule.spec(layout.low_shape, layout.compute_dtype, group)} if state["step"] else None
     if not layout.scaled:
         state.update(rule.step_(weight, low.to(weight.dtype), moments, group))
         return
-    x = None if layout.rank is None else project(weight, state, layout, group)
+    x = project(view, weight) if layout.ranks else None
     decay_factor, decay = 1.0, group["weight_decay"]
     if rule.decouples(group) and decay:
-        decay_factor = _foldable(1 - group["lr"] * decay, weight)
+        decay_factor = 1 - group["lr"] * decay
         group = {**group, "weight_decay": 0.0}
     if x is None:
         start = weight.clone()
@@ -190,4 +219,4 @@ def _apply_base(weight: Tensor, low: Tensor, state: State, group: Group, rule: B
     before = x.clone()
     state.update(rule.step_(x, low, moments, group))
     seed = _first_seed(weight, state, state["step"] + 1) if _is_rounded(weight, group) else None
-    _recover(weight, before.sub_(x), state, layout, group, group["scale"], decay_factor, seed)
+    _recover(view, WeightUpdate(weight, group["scale"], decay_factor, seed), before.sub_(x), (low, None, None))

@@ -21,10 +21,12 @@ def readable(tensor: Tensor) -> bool:
 
 
 def usable(grad_MN: Tensor) -> Tensor:
-    """Whether a gradient may make a basis: `finite` and not zero. Returns a 0-d bool on the gradient's device, without a sync."""
-    low, high = torch.aminmax(grad_MN)  # one pass, no temporary; NaN propagates, and compares as False
+    """Whether a gradient may make a basis: `finite` and not zero. A bool for each matrix of a batch, on the gradient's device, without a
+    sync."""
+    # One pass, no temporary; NaN propagates, and compares as False.
+    low, high = torch.aminmax(grad_MN) if grad_MN.dim() == 2 else torch.aminmax(grad_MN.flatten(-2), dim=-1)
     largest = torch.maximum(-low, high)
-    bound = math.sqrt(torch.finfo(_wide(grad_MN)).max / max(1, grad_MN.numel()))
+    bound = math.sqrt(torch.finfo(_wide(grad_MN)).max / max(1, grad_MN.shape[-2:].numel()))
     return (largest > 0) & (largest < bound)
 
 
@@ -41,13 +43,13 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Multiply ``matrix`` (j x k) into axis ``mode`` (0 = rows, 1 = columns) of the last two dimensions, whose size is k.
+def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply ``matrix`` (j x k) into an axis (-2 = rows, -1 = columns) whose size is k.
 
     This one product is projection (matrix = basis transposed), back-projection (matrix = basis) and transport (matrix = C):
     the side of a projection is never spelled out anywhere else.
     """
-    if mode == 0:
+    if axis == -2:
         return matrix @ tensor  # (j, k) @ (k, n) -> (j, n)
     return tensor @ matrix.mT  # (m, k) @ (k, j) -> (m, j)
 
@@ -65,21 +67,23 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def project(tensor_MN: Tensor, basis: Tensor, mode: int) -> Tensor:
-    """basis^T X (mode 0) or X basis (mode 1), in the `product_dtype` of X: r x n or m x r.
+def project(tensor_MN: Tensor, basis: Tensor, axis: int) -> Tensor:
+    """basis^T X (axis -2) or X basis (axis -1), in the `product_dtype` of X: r x n or m x r.
 
     Where X has another dtype, it is converted a few rows at a time: no full-size copy.
     """
     dtype = product_dtype(tensor_MN.dtype, tensor_MN.device.type)
     basis = basis.to(dtype)
     if tensor_MN.dtype == dtype:
-        return mode_product(tensor_MN, basis.mT, mode)
+        return mode_product(tensor_MN, basis.mT, axis)
+    if tensor_MN.dim() > 2:
+        return torch.stack([project(matrix, one, axis) for matrix, one in zip(tensor_MN, basis, strict=True)])
     m, n = tensor_MN.shape
-    shape = (basis.shape[1], n) if mode == 0 else (m, basis.shape[1])
+    shape = (basis.shape[1], n) if axis == -2 else (m, basis.shape[1])
     low = torch.zeros(shape, dtype=dtype, device=tensor_MN.device)
     for rows in parts(m, chunk_elements(tensor_MN.device) // max(1, n)):
         part = tensor_MN[rows].to(dtype)
-        if mode == 0:
+        if axis == -2:
             low.addmm_(basis[rows].mT, part)
         else:
             torch.mm(part, basis, out=low[rows])
@@ -164,9 +168,9 @@ def unit(matrix: Tensor) -> Tensor:
 
 
 def gaussian(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """Standard normal numbers from a seed, on the device and in the dtype of ``like``."""
+    """Standard normal numbers from a seed, on the device and in the dtype of ``like``: a matrix, which the matrices of a batch share."""
     generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.randn(shape[-2:], generator=generator, device=like.device, dtype=like.dtype).expand(shape)
 
 
 def orthonormalize(columns_MR: Tensor) -> Tensor:

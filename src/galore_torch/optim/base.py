@@ -14,8 +14,8 @@ from torch import Tensor
 from galore_torch.engine import step as engine
 from galore_torch.engine.checks import check_group, check_spelling
 from galore_torch.engine.inductor import has_compiler
-from galore_torch.engine.layout import AnyRule, fits, state_spec
-from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe
+from galore_torch.engine.layout import AnyRule, ParamView, state_spec
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.state import seal, unseal
 from galore_torch.slots.rules import RULES
@@ -30,8 +30,11 @@ class Projection(TypedDict, total=False):
     overlap_range: tuple[float, float]
     scale: float
     proj_type: str
+    batch_dims: int | None
     projector: str
     transport: str
+    recovery: str
+    carry: str | None
     state_codec: str
     basis_codec: str
     stochastic_rounding: bool
@@ -58,9 +61,15 @@ SHARED = """
         proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
         projector: how the basis is found. "power" (default) takes one warm-started step and spreads the refreshes over the
             gap; "rsvd" starts anew each time; "gram" and "svd" are exact, and "svd" refreshes all at once, as galore-torch 1.0;
-            "random" looks at no gradient.
+            "random" looks at no gradient; "rows" trains so many rows at a time, other ones after each gap, without a GEMM.
+        batch_dims: how many leading dimensions count matrices, each with a basis of its own. None is 1 for E x m x n weights with m and n
+            from 16, as experts have, and 0 for others, such as kernels of convolutions: one matrix, (first, rest). Default None.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
-        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4".
+        recovery: how the update reaches the weight: "project_back", or "fira" (arXiv 2410.01623), which adds what lies outside of the
+            subspace, scaled as the rule scaled each column. carry: None, or "error_feedback", which adds what the projection dropped to the
+            next gradient and remembers as much as a weight holds. Both read the full gradient.
+        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4", or as the "weight": in bf16 where
+            that has 16 bits, else in fp32.
         stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
         decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
         min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
@@ -159,7 +168,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _warn_of_full_rank(self, group: dict[str, Any]) -> None:
         if group["rank"] is None:
             return
-        whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and fits(tuple(p.shape), group["rank"]) is None]
+        whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and not engine.layout_of(p, group).ranks]
         if whole:
             warnings.warn(
                 f"rank={group['rank']} is not smaller than the short side of {len(whole)} of {len(group['params'])} parameters "
@@ -191,32 +200,31 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_group(group)
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, group in pairs:  # every complaint comes before the first change
-            self._check(p, group)
+        views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):
-            for p, group in pairs:
-                if isinstance(p.grad, ConsumedGrad):
-                    p.grad = None  # updated inside the backward pass: the mark has served
+            for view in views:
+                if isinstance(view.weight.grad, ConsumedGrad):
+                    view.weight.grad = None  # updated inside the backward pass: the mark has served
                 else:
-                    self._update(p, group)
+                    self._update(view)
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        state, grad = self.state[p], p.grad
+    def _update(self, view: ParamView) -> None:
+        grad = view.weight.grad
         assert grad is not None
         if isinstance(grad, LowRankGrad):
-            engine.apply(p, grad.low, state, group, self.rule)
+            engine.apply(view, grad.low)
         else:
-            engine.apply(p, engine.compress(p, grad, state, group, self.rule), state, group, self.rule, reuse_low=True)
+            engine.step(view, grad)
 
     @torch.no_grad()
     def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
         """Replace ``p.grad`` by its projection, which accumulates further gradients of the same step."""
-        self._check(p, group)
-        layout, grad = engine.layout_of(p, group), p.grad
-        if layout.rank is not None and grad is not None and not isinstance(grad, LowRankGrad):
+        view, grad = self._check(p, group), p.grad
+        if view.layout.ranks and grad is not None and not isinstance(grad, LowRankGrad):
+            check_kept(group)
             with without_autocast([p]):
-                low = engine.compress(p, grad, self.state[p], group, self.rule)
+                low = engine.compress(view, grad)
 
             owner, place = owner_of(self), self._places[p]
 
@@ -226,12 +234,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             p.grad = LowRankGrad(p, low, owner, project)
 
     def _project_more(self, place: int, more: Tensor, first: bool) -> Tensor:
-        """A further micro-batch; it makes the basis when it begins a step, or when none could be made before it."""
+        """A further micro-batch; ``first``: it begins a step."""
         p, group = self._present[place]
         with without_autocast([p]):
-            if first or not self.state[p]["basis_ready"]:
-                return engine.compress(p, more, self.state[p], group, self.rule)
-            return engine.project(more, self.state[p], engine.layout_of(p, group), group)
+            return engine.compress(self._view(p, group), more, first)
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The group of one of this optimizer's parameters."""
@@ -240,13 +246,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         """One step on one parameter, whose gradient is consumed."""
-        self._check(p, group)
+        view = self._check(p, group)
         with without_autocast([p]):
-            self._update(p, group)
+            self._update(view)
         p.grad = ConsumedGrad(p, owner_of(self))
 
-    def _check(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Refuse what a step cannot use, and make the state of a parameter that is new here."""
+    def _view(self, p: Tensor, group: dict[str, Any]) -> ParamView:
+        return engine.view_of(p, self.state[p], group, self.rule)
+
+    def _check(self, p: Tensor, group: dict[str, Any]) -> ParamView:
+        """Refuse what a step cannot use, make the state of a parameter that is new here, and see it as a step does."""
         if p.grad is not None and p.grad.layout != torch.strided:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
@@ -257,8 +266,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._check_compiler(p, group)
         if not self.state.get(p):
             self._adopt(also=p)
-        state = self.state[p]
-        spec = state_spec(engine.layout_of(p, group), group, self.rule)
+        view, state = self._view(p, group), self.state[p]
+        spec = state_spec(view.layout, group, self.rule)
         for key, tensor in spec.items():
             held = state.get(key)
             if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
@@ -269,6 +278,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
             if not tensor.host and held.device != p.device:  # the model moved after the optimizer was made
                 state[key] = held.to(p.device)
+        return view
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from galore_torch.choices import one_of
+from galore_torch.engine.recipe import check_kept
 from galore_torch.optim.base import LowRankOptimizer
 
 
@@ -112,8 +113,8 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
 
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
-    Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, and
-    DistributedDataParallel, whose hooks would see gradients before they are averaged.
+    Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, in mode "project" a
+    recovery or carry that reads the full gradient, and DistributedDataParallel, whose hooks would see gradients before they are averaged.
     """
     one_of("mode", mode, ("project", "update"))
     if not isinstance(optimizer, LowRankOptimizer):
@@ -126,6 +127,9 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")
     if any(attachment_of(p) is not None for p in mine):
         raise ValueError("model already has a fused backward pass: call remove() on it first")
+    if mode == "project":
+        for p in mine:
+            check_kept(optimizer.group_of(p))
     return FusedBackward(model, optimizer, mine, mode)
 
 

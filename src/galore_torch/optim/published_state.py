@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.engine.layout import AnyRule, Layout, state_spec, stored_bases, stored_moments
+from galore_torch.engine.layout import AnyRule, Layout, state_spec, stored_moments
 from galore_torch.slots.torch_rule import BaseRule
 
 MARKS = {"projector", "state1", "RMS"}  # keys only the published package (or bitsandbytes inside it) writes
@@ -26,7 +26,7 @@ def convert_published(saved: Mapping[str, Any], layout: Layout, group: Mapping[s
     if isinstance(rule, BaseRule) or not MARKS & saved.keys():
         return dict(saved)
     projector = saved.get("projector")
-    if (projector is not None) != (layout.rank is not None):
+    if (projector is not None) != (bool(layout.ranks)):
         warnings.warn(
             f"the checkpoint's state of a parameter of shape {layout.shape} was made at another rank than this group's {group['rank']}; "
             "it starts afresh",
@@ -37,8 +37,8 @@ def convert_published(saved: Mapping[str, Any], layout: Layout, group: Mapping[s
     state["step"] = int(saved["step"])
     if projector is not None:
         matrices = projector.ortho_matrix if isinstance(projector.ortho_matrix, list | tuple) else [projector.ortho_matrix]
-        for matrix, (mode, stored) in zip(matrices, stored_bases(layout, group["basis_codec"]).items(), strict=True):
-            stored.encode(state, (matrix if mode == 0 else matrix.mT).to("cpu", layout.compute_dtype), None)
+        for matrix, (axis, stored) in zip(matrices, layout.bases.items(), strict=True):
+            stored.encode(state, (matrix if axis == -2 else matrix.mT).to("cpu", layout.compute_dtype), None)
         state["basis_ready"].fill_(True)
     for stored, _ in stored_moments(layout, group, rule):
         stored.encode(state, _published_moment(saved, stored.name).to("cpu", layout.compute_dtype).view(stored.shape), None)

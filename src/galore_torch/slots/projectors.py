@@ -1,51 +1,203 @@
-"""Slot 1: which subspace? ``projector(G, rank, previous, seed) -> {mode: basis}``, batched over leading dimensions.
+"""Slot 1: which subspace, and how is it applied? A table of `Projector` rows.
 
-G (m x n) is finite, not zero, in fp32 or fp64. ``previous`` maps each wanted mode (0 = rows, 1 = columns) to the basis it has now,
-or to None. The answer is orthonormal columns, m x r for mode 0 and n x r for mode 1, in tensors of their own.
+A gradient is seen as matrices (... x m x n), and a projector reduces one or both of their axes, -2 = rows and -1 = columns, to a rank.
+``Bases`` maps each reduced axis to whatever describes its subspace: m x r orthonormal columns, or r indices. Nothing outside this file
+looks inside. Everything is batched over leading dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from galore_torch.ops import linalg
+from galore_torch.ops import linalg, write
+from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
 
+Ranks = Mapping[int, int]  # axis (-2 = rows, -1 = columns) -> its rank
 Bases = dict[int, Tensor]
-Projector = Callable[[Tensor, int, Mapping[int, Tensor | None], int], Bases]
+Overlaps = dict[int, Tensor]  # axis -> C = new basis^T old basis (... x r' x r)
 
 
-def svd(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
+class Stored(Protocol):
+    """How one basis is stored: `codecs.StoredTensor`, or what does the same for indices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    def spec(self) -> dict[str, TensorSpec]: ...
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor: ...
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Projector:
+    """``find(G, ranks, previous, seed)``: the bases of a gradient that is finite and not zero, in fp32 or fp64; ``previous`` are those in
+    use, or None. The answer's tensors are its own.
+
+    ``state_spec(view, ranks, codec, compute_dtype)``: how each basis of a parameter seen as ``view`` ((E x) m x n) is stored.
+    ``project(X, bases)``: X with each reduced axis as short as its rank, in the dtype X is multiplied in.
+    ``project_back(change, low, bases)``: W <- decay_factor W - scale (low in full size), in place.
+    ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
+    ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
+    ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
+    ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
+    """
+
+    find: Callable[[Tensor, Ranks, Bases | None, int], Bases]
+    state_spec: Callable[[tuple[int, ...], Ranks, str, torch.dtype], dict[int, Stored]]
+    project: Callable[[Tensor, Bases], Tensor]
+    project_back: Callable[[write.WeightUpdate, Tensor, Bases], None]
+    overlap: Callable[[Bases, Bases], Overlaps]
+    axes: tuple[int, ...] | None = None
+    looks: bool = True
+    in_turn: bool = True
+
+
+def kept_share(C: Overlaps) -> Tensor:
+    """||C||_F^2 / r, the share of the old subspace that the new one kept: 1 the same, about r / m unrelated; the mean over axes.
+
+    One for each matrix of a batch (...), 0-d for one. Blind to signs and to rotations within the subspace.
+    """
+    return torch.stack([matrix.square().sum((-2, -1)) / matrix.shape[-1] for matrix in C.values()]).mean(0)
+
+
+# --- dense bases: orthonormal columns ----------------------------------------------------------------------------------
+
+
+def svd(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
     """Leading singular vectors by a full SVD: exact, and what galore-torch 1.0 does."""
-    found = linalg.svd_bases(G, rank)
-    return {mode: found[mode] for mode in previous}
+    left, right = linalg.svd_bases(G, max(ranks.values()))
+    return {axis: left if axis == -2 else right for axis in ranks}
 
 
-def gram(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
+def gram(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
     """The same subspaces by the eigenvectors of the smaller Gram matrix."""
-    found = linalg.gram_bases(G, rank)
-    return {mode: found[mode] for mode in previous}
+    left, right = linalg.gram_bases(G, max(ranks.values()))
+    return {axis: left if axis == -2 else right for axis in ranks}
 
 
-def rsvd(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
+def rsvd(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
     """Leading singular vectors from a random sketch, every time anew (Halko et al.; GaLore 2, arXiv 2504.20437)."""
-    return {mode: linalg.sketched_basis(G if mode == 0 else G.mT, rank, seed) for mode in previous}
+    return {axis: linalg.sketched_basis(G if axis == -2 else G.mT, rank, seed) for axis, rank in ranks.items()}
 
 
-def power(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
+def power(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
     """One step of block power iteration from the basis in use; `rsvd` where there is none."""
-    found = {}
-    for mode, basis in previous.items():
-        A = G if mode == 0 else G.mT
-        found[mode] = linalg.sketched_basis(A, rank, seed) if basis is None else linalg.power_step(A, basis, seed)
-    return found
+    if previous is None:
+        return rsvd(G, ranks, previous, seed)
+    return {axis: linalg.power_step(G if axis == -2 else G.mT, previous[axis], seed) for axis in ranks}
 
 
-def random(G: Tensor, rank: int, previous: Mapping[int, Tensor | None], seed: int) -> Bases:
-    """Orthonormal directions from a seed, whatever the gradient (Flora, arXiv 2402.03293; GoLore, arXiv 2410.11289)."""
-    shapes = {0: (G.shape[-2], rank), 1: (G.shape[-1], rank)}
-    return {mode: linalg.orthonormalize(linalg.gaussian((*G.shape[:-2], *shapes[mode]), seed + mode, G)) for mode in previous}
+def random(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
+    """Orthonormal directions from a seed, whatever the gradient (Flora, arXiv 2402.03293; GoLore, arXiv 2410.11289).
+
+    The matrices of a batch share them.
+    """
+    return {
+        axis: linalg.orthonormalize(linalg.gaussian((*G.shape[:-2], G.shape[axis], rank), seed + axis + 2, G))
+        for axis, rank in ranks.items()
+    }
 
 
-PROJECTORS: dict[str, Projector] = {"power": power, "rsvd": rsvd, "gram": gram, "svd": svd, "random": random}
+def dense_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
+    """m x r for rows, n x r for columns; int4 blocks run down each column."""
+    names = {-2: "basis_left", -1: "basis_right"} if len(ranks) == 2 else dict.fromkeys(ranks, "basis")
+    batch = view[:-2]
+    return {
+        axis: StoredTensor(names[axis], (*batch, view[axis], rank), codec, axis=len(batch), compute_dtype=compute_dtype)
+        for axis, rank in ranks.items()
+    }
+
+
+def dense_project(X: Tensor, bases: Bases) -> Tensor:
+    """basis^T X, X basis or left^T X right (GaLore, arXiv 2403.03507, Alg. 2): (m, n) -> (r, n), (m, r) or (r, r)."""
+    for axis, basis in bases.items():
+        X = linalg.project(X, basis, axis)
+    return X
+
+
+def dense_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
+    """W <- decay_factor W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (arXiv 2403.03507, Alg. 2)."""
+    if -2 not in bases:
+        write.subtract_product(change, low, bases[-1].mT)  # (m, r) @ (r, n)
+        return
+    right = linalg.mode_product(low, bases[-1], -1) if -1 in bases else low
+    write.subtract_product(change, bases[-2], right)  # (m, r) @ (r, n)
+
+
+def dense_overlap(new: Bases, old: Bases) -> Overlaps:
+    return {axis: new[axis].mT @ old[axis] for axis in new}  # (r', m) @ (m, r)
+
+
+def _dense(find: Callable[[Tensor, Ranks, Bases | None, int], Bases], looks: bool = True, in_turn: bool = True) -> Projector:
+    return Projector(find, dense_spec, dense_project, dense_back, dense_overlap, looks=looks, in_turn=in_turn)
+
+
+# --- an index set: some of the rows ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredIndex:
+    """Indices, as they are."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def spec(self) -> dict[str, TensorSpec]:
+        return {self.name: TensorSpec(self.shape, torch.int64)}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state[self.name]
+
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None:
+        state[self.name].copy_(value)
+
+
+def next_rows(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
+    """The first r rows, then the r that follow those in use, around and around: every row has its turn. No look at the gradient."""
+    rows, rank = G.shape[-2], ranks[-2]
+    if previous is None:
+        return {-2: torch.arange(rank, device=G.device).expand(*G.shape[:-2], -1).clone()}
+    return {-2: (previous[-2] + rank) % rows}
+
+
+def rows_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
+    """r indices of 8 bytes, whatever the codec."""
+    return {-2: StoredIndex("basis", (*view[:-2], ranks[-2]))}
+
+
+def rows_project(X: Tensor, bases: Bases) -> Tensor:
+    """X at the rows of the set: (m, n) -> (r, n)."""
+    index = bases[-2]
+    if X.dim() == 2:
+        return X.index_select(0, index)
+    return X.gather(-2, index.unsqueeze(-1).expand(*index.shape, X.shape[-1]))
+
+
+def rows_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
+    """W <- decay_factor W, and - scale N at the rows of the set."""
+    write.subtract_rows(change, bases[-2], low)
+
+
+def rows_overlap(new: Bases, old: Bases) -> Overlaps:
+    """C is 1 where two rows are the same one, else 0."""
+    return {-2: (new[-2].unsqueeze(-1) == old[-2].unsqueeze(-2)).float()}  # (r', 1) == (1, r)
+
+
+PROJECTORS: dict[str, Projector] = {
+    "power": _dense(power),
+    "rsvd": _dense(rsvd),
+    "gram": _dense(gram),
+    "svd": _dense(svd, in_turn=False),
+    "random": _dense(random, looks=False),
+    "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, axes=(-2,), looks=False),
+}

@@ -1,57 +1,95 @@
-"""Slot 4: how does the update reach the weights? ``recover(W, N, bases, scale, decay_factor, seed)`` changes W in place.
-
-N (r x n, m x r or r x r) carries the learning rate; ``scale`` is a number; ``decay_factor`` = 1 - lr * weight decay, the decay folded
-into the GEMM, is a float, or where `fits_gemm` says no also a 0-d tensor; ``seed`` is None, or that of stochastic rounding to bf16 or INT8;
-``subtract`` does the elementwise end of it for 16-bit and INT8 weights.
-"""
+"""Slot 4: how does the update reach the weights? A table of `Recovery` rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from galore_torch.ops.codecs import Seed
-from galore_torch.ops.int8_weight import row_parts, rows_of
-from galore_torch.ops.linalg import mode_product, product_dtype
-from galore_torch.ops.write import fits_gemm, subtract
+from galore_torch.ops.codecs import TensorSpec
+from galore_torch.ops.write import WeightUpdate
 
-Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
-Recovery = Callable[[Tensor, Tensor, Mapping[int, Tensor], float, Any, int | None, Subtract], None]
+State = Mapping[str, Tensor]
 
 
-def project_back(
-    weight: Tensor,
-    update: Tensor,
-    bases: Mapping[int, Tensor],
-    scale: float,
-    decay_factor: Any,
-    seed: int | None,
-    subtract: Subtract = subtract,
-) -> None:
-    """W <- decay_factor W - scale (basis N | N basis^T | left N right^T): one GEMM into the weight (GaLore, arXiv
-    2403.03507, eq. 11 and Alg. 2).
+@dataclass(frozen=True)
+class Seen:
+    """What a recovery may look at.
 
-    weight (m x n), any strides; update and bases in fp32 or fp64. The product for a rounded weight runs in its `product_dtype`.
+    ``project_back(change, X)``: W <- decay_factor W - scale (X in full size) for an X of R's shape. ``axes``: the projected ones.
+    ``low`` (R) and ``grad`` (G, of the weight's view) are there when the row reads them, else None. ``lr``: the step size that the update
+    carries. ``state``: the row's own state.
     """
-    left, right = factors(update, bases)
-    if fits_gemm(weight):
-        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=decay_factor, alpha=-scale)
-        return
-    dtype = product_dtype(weight.dtype, weight.device.type)
-    right = right.to(dtype)
-    for stream, rows in enumerate(row_parts(weight)):
-        product = left[rows].to(dtype) @ right  # a few rows at a time: no full-size temporary
-        subtract(rows_of(weight, rows), product, scale, decay_factor, None if seed is None else seed + stream)
+
+    project_back: Callable[[WeightUpdate, Tensor], None]
+    axes: tuple[int, ...]
+    low: Tensor | None
+    grad: Tensor | None
+    lr: Any
+    state: State
 
 
-def factors(update: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """The full-size update as a product of two thin matrices: (m x r), (r x n)."""
-    if 0 in bases:
-        right = mode_product(update, bases[1], 1) if 1 in bases else update
-        return bases[0], right
-    return update, bases[1].mT
+@dataclass(frozen=True)
+class Recovery:
+    """``apply(change, N, seen)`` makes the change of the weight with an update N that has R's shape and carries the learning rate.
+
+    ``state_spec(batch, compute_dtype)``: the state of a parameter that is a batch of matrices, () where it is one.
+    ``reads``: which of "low" (R) and "grad" (the full gradient) it looks at. ``native``: whether it needs a rule of this package, whose
+    step size it knows. ``one_sided``: whether one axis alone may be projected.
+    """
+
+    apply: Callable[[WeightUpdate, Tensor, Seen], None]
+    state_spec: Callable[[tuple[int, ...], torch.dtype], dict[str, TensorSpec]]
+    reads: frozenset[str] = frozenset()
+    native: bool = False
+    one_sided: bool = False
 
 
-RECOVERIES: dict[str, Recovery] = {"project_back": project_back}
+def stateless(batch: tuple[int, ...], compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    return {}
+
+
+def project_back(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
+    """W <- decay_factor W - scale P N (GaLore, arXiv 2403.03507, Alg. 2)."""
+    seen.project_back(change, N)
+
+
+GROWTH = 1.01  # the most the residual's norm may grow from step to step (Fira, section 4.3)
+
+
+def residual_norm(batch: tuple[int, ...], compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The norm of each matrix's last residual; 0 before the first."""
+    return {"residual_norm": TensorSpec(batch, compute_dtype)}
+
+
+def fira(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
+    """W <- decay_factor W - scale P N - lr S, with the residual S = phi (G - P R) (Fira, arXiv 2410.01623, Alg. 1).
+
+    phi_j = ||psi(R)_j|| / ||R_j|| for column j (for row j, where the basis is on the right): how the rule scaled that column. N is
+    lr psi(R), so lr phi comes from N. S may grow by 1 % a step, else it is shortened to that. A residual that is not finite is left out.
+    """
+    assert seen.low is not None
+    assert seen.grad is not None
+    dtype = seen.low.dtype
+    residual = seen.grad.to(dtype, copy=True)
+    seen.project_back(WeightUpdate(residual), seen.low)  # (m, n): G - P R
+    (axis,) = seen.axes
+    lengths = torch.linalg.vector_norm(seen.low, dim=axis, keepdim=True)  # (1, n), or (m, 1)
+    residual.mul_(torch.linalg.vector_norm(N, dim=axis, keepdim=True) / lengths.clamp_min(torch.finfo(dtype).tiny))  # lr S
+    norm, last = torch.linalg.vector_norm(residual, dim=(-2, -1)) / seen.lr, seen.state["residual_norm"]
+    is_finite = norm.isfinite()
+    shortened = torch.where((last > 0) & (norm > GROWTH * last), GROWTH * last / norm, 1.0)
+    factor = torch.where(is_finite, shortened, 0.0)
+    last.copy_(torch.where(is_finite, norm * shortened, last))
+    residual.nan_to_num_(0.0, 0.0, 0.0).mul_(factor[..., None, None])
+    seen.project_back(WeightUpdate(residual, scale=-change.scale), N)  # + scale P N
+    change.subtract(change.weight, residual, 1.0, change.decay_factor, change.seed)
+
+
+RECOVERIES = {
+    "project_back": Recovery(project_back, stateless),
+    "fira": Recovery(fira, residual_norm, frozenset({"low", "grad"}), native=True, one_sided=True),
+}

@@ -1,31 +1,42 @@
-"""Slot 2: how do moments cross a change of basis? ``transport(C per mode, moment, kind, mean_over) -> moment``.
-
-C = new basis^T old basis (r' x r), one for each projected mode (0 = rows, 1 = columns).
-"""
+"""Slot 2: how do moments cross a change of basis? A table of `Transport` rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from galore_torch.ops.linalg import mode_product
+from galore_torch.slots.projectors import Overlaps
+from galore_torch.slots.rules import Group, Moment
 
-Overlaps = Mapping[int, Tensor]  # mode -> C
-Transport = Callable[[Overlaps, Tensor, str, int | None], Tensor]
+Values = Mapping[str, Tensor]  # the moments in the old basis, by name
 
 
-def keep(C: Overlaps, moment: Tensor, kind: str, mean_over: int | None) -> Tensor:
+@dataclass(frozen=True)
+class Transport:
+    """``apply(C, values, moments, group)`` yields (name, its value in the new basis) for every moment that changes.
+
+    C: new basis^T old basis (r' x r) for each projected axis. ``values`` holds all moments of one parameter, each decoded when it is looked
+    up; what is yielded is stored at once, so look up what a value depends on before you yield.
+    """
+
+    apply: Callable[[Overlaps, Values, Mapping[str, Moment], Group], Iterator[tuple[str, Tensor]]]
+
+
+def keep(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group) -> Iterator[tuple[str, Tensor]]:
     """Leave the numbers where they are, as galore-torch 1.0 does: wrong whenever a basis vector turns or changes its sign."""
-    return moment
+    return iter(())
 
 
-def reset(C: Overlaps, moment: Tensor, kind: str, mean_over: int | None) -> Tensor:
+def reset(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group) -> Iterator[tuple[str, Tensor]]:
     """Forget."""
-    return moment if kind == "other" else moment.new_zeros(moment.shape)
+    for name in moments:
+        yield name, values[name].new_zeros(values[name].shape)
 
 
-def rotate(C: Overlaps, moment: Tensor, kind: str, mean_over: int | None) -> Tensor:
+def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group) -> Iterator[tuple[str, Tensor]]:
     """Carry the moments over: m' = C m, and v' = (C * C) v + (what C * C has lost of each row) x mean v.
 
     m = basis^T (mean gradient), so C m is its part in the new basis (GoLore, arXiv 2410.11289; LDAdam, arXiv 2410.16103).
@@ -35,19 +46,19 @@ def rotate(C: Overlaps, moment: Tensor, kind: str, mean_over: int | None) -> Ten
     changes nothing; C = I is the identity; r = m leaves basis m unchanged.
     A moment averaged over one axis (Adafactor's factors) is carried along the axis it still has.
     """
-    if kind == "other":
-        return moment
-    for mode, matrix in C.items():
-        axis = mode - 2  # rows -2, columns -1
-        if kind == "second":
-            matrix = matrix.square()
-            lost = (1 - matrix.sum(-1, keepdim=True)).clamp_min(0)
-            matrix = matrix + lost / matrix.shape[-1]  # the mean is a product with a constant matrix
-        if mean_over is None:
-            moment = mode_product(moment, matrix, mode)
-        elif axis != mean_over:
-            moment = (matrix @ moment.unsqueeze(-1)).squeeze(-1)
-    return moment
+    for name, moment in moments.items():
+        value = values[name]
+        for axis, matrix in C.items():
+            matrix = matrix.to(value.dtype)
+            if moment.kind == "second":
+                matrix = matrix.square()
+                lost = (1 - matrix.sum(-1, keepdim=True)).clamp_min(0)
+                matrix = matrix + lost / matrix.shape[-1]  # the mean is a product with a constant matrix
+            if moment.mean_over is None:
+                value = mode_product(value, matrix, axis)
+            elif axis != moment.mean_over:
+                value = (matrix @ value.unsqueeze(-1)).squeeze(-1)
+        yield name, value
 
 
-TRANSPORTS: dict[str, Transport] = {"keep": keep, "reset": reset, "rotate": rotate}
+TRANSPORTS = {"keep": Transport(keep), "reset": Transport(reset), "rotate": Transport(rotate)}

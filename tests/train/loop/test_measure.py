@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from galore_torch import GaLoreAdamW
+from galore_torch.slots.projectors import PROJECTORS, kept_share
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import build as place
 from galore_torch.train.loop import trainer
-from galore_torch.train.loop.probe import Probe, subspace_overlap
+from galore_torch.train.loop.probe import Probe
 from galore_torch.train.optimizers.registry import build_optimizer
 from galore_torch.train.report.series import RefreshShare, smooth, thin
 from support.whole_runs import Silent
@@ -78,9 +79,13 @@ def test_overlap_by_hand() -> None:
     """1 for the same subspace in a rotated basis, 0 for an orthogonal one, a half where half is kept."""
     eye = torch.eye(8)
     turn = torch.linalg.qr(torch.randn(4, 4)).Q
-    assert subspace_overlap({0: eye[:, :4] @ turn}, {0: eye[:, :4]}) == pytest.approx(1, abs=1e-5)
-    assert subspace_overlap({0: eye[:, :4]}, {0: eye[:, 4:]}) == 0
-    assert subspace_overlap({0: eye[:, :4], 1: eye[:, 2:6]}, {0: eye[:, :4], 1: eye[:, :4]}) == pytest.approx(0.75)
+
+    def share(new: dict[int, torch.Tensor], old: dict[int, torch.Tensor]) -> float:
+        return float(kept_share(PROJECTORS["power"].overlap(new, old)))
+
+    assert share({-2: eye[:, :4] @ turn}, {-2: eye[:, :4]}) == pytest.approx(1, abs=1e-5)
+    assert share({-2: eye[:, :4]}, {-2: eye[:, 4:]}) == 0
+    assert share({-2: eye[:, :4], -1: eye[:, 2:6]}, {-2: eye[:, :4], -1: eye[:, :4]}) == pytest.approx(0.75)
 
 
 def test_gradient_norm_is_torchs(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.layout import stored_bases
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData, batches, load_data, windows_in_order
 from galore_torch.train.device import memory_mb, pick_device
@@ -243,9 +242,8 @@ def test_clipped_per_layer_updates_are_plain_ones_of_scaled_gradients(
         square = 0.0
         owned = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         for (p, own), grad in zip(owned, whole, strict=True):
-            stored = stored_bases(engine.layout_of(p, own), own["basis_codec"])
-            for mode, basis in stored.items():
-                grad = basis.decode(optimizer.state[p]).mT @ grad.movedim(mode, 0)
+            for axis, basis in engine.layout_of(p, own).bases.items():
+                grad = basis.decode(optimizer.state[p]).mT @ grad.movedim(axis, 0)
             square += grad.square().sum().item()
         assert told[step] == pytest.approx(square**0.5, rel=1e-4)
         assert told[step] > 0.05, "clipping has to act for this test to see anything"

@@ -71,7 +71,7 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
     Compared is what they amount to: a default that is given by name is no change, nor what the optimizer does not use.
     """
     saved, name = read_trainer(checkpoint)["identity"], ours["optimizer"]
-    derived = config.derived_steps | own_settings(name)
+    derived = config.derived_steps | own_settings(name, config.dtype)
     unused, defaults = unused_flags(name, ours), {item.name: item.default for item in fields(config)}
     for flag, value in ours.items():
         was = saved.get(flag, defaults.get(flag, value))  # a setting younger than the checkpoint had its default

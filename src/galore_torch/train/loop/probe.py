@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    Bases = dict[int, Tensor]  # projected mode -> basis (size of the mode x rank)
+    from galore_torch.slots.projectors import Bases
 
 _MB = 1e6
 
@@ -105,7 +105,7 @@ class Probe:
         # A basis that is not ready now met an unusable gradient, and is still the old one.
         turned = [matrix for matrix in self._due if matrix.name in self._old and matrix.ready()]
         if turned:
-            row["overlap"] = {matrix.name: subspace_overlap(matrix.bases(), self._old[matrix.name]) for matrix in turned}
+            row["overlap"] = {matrix.name: matrix.overlap(self._old[matrix.name]) for matrix in turned}
         if self._first:
             self._memory |= {"weights": sum(tensor.nbytes for tensor in self._weights()), "optimizer": state_bytes(self.optimizer)}
             row["memory_mb"] = {name: self._memory[name] / _MB for name in ("weights", "gradients", "optimizer", "activations")}
@@ -134,7 +134,7 @@ class Probe:
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
                     state = self.optimizer.state.get(p)
-                    if state and engine.layout_of(p, group).rank is not None:
+                    if state and engine.layout_of(p, group).ranks:
                         yield _Matrix(self._names[p], p, state, group)
 
     def _synchronize(self) -> None:
@@ -158,21 +158,22 @@ class _Matrix(NamedTuple):
         return refresh_is_due(self.state, self.group)
 
     def ready(self) -> bool:
-        return bool(self.state["basis_ready"])
+        from galore_torch.engine.refresh import has_basis
+
+        return has_basis(self.state)
 
     def bases(self, copy: bool = False) -> Bases:
         from galore_torch.engine import step as engine
-        from galore_torch.engine.layout import stored_bases
 
-        stored_in = stored_bases(engine.layout_of(self.parameter, self.group), self.group["basis_codec"])
-        found = {mode: stored.decode(self.state) for mode, stored in stored_in.items()}
-        return {mode: basis.clone() for mode, basis in found.items()} if copy else found
+        found = {axis: stored.decode(self.state) for axis, stored in engine.layout_of(self.parameter, self.group).bases.items()}
+        return {axis: basis.clone() for axis, basis in found.items()} if copy else found
 
+    def overlap(self, old: Bases) -> float:
+        """The share of the old subspace that the new one kept: 1 the same, about r / m unrelated. The mean over axes and matrices."""
+        from galore_torch.slots.projectors import PROJECTORS, kept_share
 
-def subspace_overlap(new: Bases, old: Bases) -> float:
-    """||new^T old||_F^2 / r, the share of the old subspace that the new one kept: 1 the same, about r / m unrelated; mean over modes."""
-    shares = [(new[mode].mT @ basis).square().sum().item() / basis.shape[-1] for mode, basis in old.items()]  # (r, m) @ (m, r)
-    return round(sum(shares) / len(shares), 6)
+        share = kept_share(PROJECTORS[self.group["projector"]].overlap(self.bases(), old))
+        return round(share.mean().item(), 6)
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:

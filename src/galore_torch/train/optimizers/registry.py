@@ -153,8 +153,8 @@ def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
     return {"betas": (beta1, 0.999)}
 
 
-def own_settings(name: str) -> dict[str, Any]:
-    """What the optimizer `name` takes where beta1 and the codecs are not given. beta1 0 is none."""
+def own_settings(name: str, dtype: str) -> dict[str, Any]:
+    """What the optimizer `name` takes for weights of `dtype` where beta1 and the codecs are not given. beta1 0 is none."""
     import importlib
     import inspect
 
@@ -166,6 +166,8 @@ def own_settings(name: str) -> dict[str, Any]:
         own["beta1"] = defaults.get("betas", (defaults.get("momentum", defaults.get("beta1")),))[0] or 0.0
         if spec.low_rank:
             own |= {codec: getattr(made.row, codec) for codec in _CODECS}
+            if own["basis_codec"] == "weight":
+                own["basis_codec"] = "bf16" if dtype == "bfloat16" else "fp32"
     return own
 
 

@@ -15,6 +15,7 @@ import torch
 from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec
 from galore_torch.ops.chunks import chunk_elements
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
+from galore_torch.slots.recovery import RECOVERIES
 
 # Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
@@ -39,11 +40,11 @@ class ParamBytes:
 
 def param_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, device: str = "cpu") -> ParamBytes:
     """What one parameter of ``shape`` costs in a parameter group of one of this package's optimizers. ``device``: "cpu" or "cuda"."""
-    layout = make_layout(shape, dtype, group["rank"], group["proj_type"])
+    layout = make_layout(shape, dtype, group)
     spec = state_spec(layout, group, rule)
     basis = sum(tensor.nbytes for key, tensor in spec.items() if key.startswith("basis") and not tensor.host)
     moments = sum(tensor.nbytes for key, tensor in spec.items()) - basis
-    low = prod(layout.low_shape) * layout.compute_dtype.itemsize if layout.rank is not None else 0
+    low = prod(layout.low_shape) * layout.compute_dtype.itemsize if layout.ranks else 0
     step, refresh = _step(layout, group, low, device), _refresh(layout, group, low, basis + moments, device)
     return ParamBytes(basis, moments, low, step, refresh)
 
@@ -55,16 +56,19 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     """
     elements = min(prod(layout.low_shape), chunk_elements(torch.device(device)))
     passes = _PASSES[device][group["state_codec"]] * elements * layout.compute_dtype.itemsize // 4
-    if layout.rank is None:
+    if not layout.ranks:
         passes += elements * layout.compute_dtype.itemsize if layout.dtype != layout.compute_dtype else 0
         copied = 4 * prod(layout.shape) if layout.dtype.itemsize == 2 and device == "cpu" else 0
         return max(copied, passes)
-    bases = sum(layout.matrix[mode] for mode in layout.modes) * layout.rank
+    bases = sum(prod(basis.shape) for basis in layout.bases.values())
     needed = product_dtype(layout.dtype, device)
-    copied = bases * (needed.itemsize if group["basis_codec"] != "fp32" or needed != torch.float32 else 0)
+    copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 else 0)
     rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
     product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize) if layout.dtype.itemsize == 2 else 0
-    return low + max(passes, copied + product)
+    if "grad" in RECOVERIES[group["recovery"]].reads:  # the residual, and the update beside R
+        product = low + prod(layout.shape) * layout.compute_dtype.itemsize
+    carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0  # what was remembered, in full, and with G
+    return low + carried + max(passes, copied + product)
 
 
 def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str) -> int:
@@ -72,17 +76,18 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
 
     Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
     """
-    if layout.rank is None:
+    if not layout.ranks:
         return 0
-    itemsize, (m, n) = layout.compute_dtype.itemsize, layout.matrix
-    blind = device != "cpu"
-    gradient = (m * n * itemsize if layout.dtype != layout.compute_dtype else 0) + (m * n * layout.dtype.itemsize if blind else 0)
-    width = min(layout.rank + OVERSAMPLING, m, n)
-    found = sum(layout.matrix[mode] for mode in layout.modes) * layout.rank * itemsize
-    sketch = 2 * (m + n) * width * itemsize
+    itemsize, (m, n), matrices = layout.compute_dtype.itemsize, layout.view[-2:], prod(layout.batch)
+    rank, blind = max(layout.ranks.values()), device != "cpu"
+    gradient = matrices * (m * n * itemsize if layout.dtype != layout.compute_dtype else 0)
+    gradient += matrices * m * n * layout.dtype.itemsize if blind else 0
+    width = min(rank + OVERSAMPLING, m, n)
+    found = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize
+    sketch = 2 * matrices * (m + n) * width * itemsize
     if group["projector"] in ("svd", "gram"):
-        sketch = itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
-    decoded = found if group["basis_codec"] != "fp32" else 0
+        sketch = matrices * itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
+    decoded = found if layout.basis_codec != "fp32" else 0
     moved = low * 25 // 4 if group["state_codec"] == "int8" else 2 * low
-    transport = found + decoded + layout.rank**2 * itemsize + moved + (state if blind else 0)
+    transport = found + decoded + matrices * rank**2 * itemsize + moved + (state if blind else 0)
     return max(gradient + decoded + sketch, transport)
