@@ -13,8 +13,10 @@ from report import count
 from torch import Tensor, nn
 
 from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
+from galore_torch.engine import inductor
 from galore_torch.train.model.llama import PRESETS
 
+inductor.COMPILING = 0.0  # a long run's steps are measured: what pays in one is compiled at the first step
 NEVER = 10**6  # a gap that no run here reaches the end of
 # name -> (preset, layers or None for all of them, rank)
 SHAPES: dict[str, tuple[str, int | None, int]] = {

@@ -24,18 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SHAPES = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]  # one layer of LLaMA-60M
 RANK, NEVER = 128, 10**6
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "GaLoreAdamW, step": ("GaLoreAdamW", {}, "float32"),
+    "GaLoreAdamW, step": ("GaLoreAdamW", {"compile": True}, "float32"),
     "GaLoreAdamW, step, not compiled": ("GaLoreAdamW", {"compile": False}, "float32"),
-    "GaLoreAdamW, step, bf16 weights": ("GaLoreAdamW", {}, "bfloat16"),
-    "GaLoreAdamW8bit, step": ("GaLoreAdamW8bit", {}, "float32"),
+    "GaLoreAdamW, step, bf16 weights": ("GaLoreAdamW", {"compile": True}, "bfloat16"),
+    "GaLoreAdamW8bit, step": ("GaLoreAdamW8bit", {"compile": True}, "float32"),
     "GaLoreAdamW8bit, step, not compiled": ("GaLoreAdamW8bit", {"compile": False}, "float32"),
     "GaLoreAdafactor, step": ("GaLoreAdafactor", {}, "float32"),
-    "full rank, step": ("GaLoreAdamW", {"rank": None}, "float32"),
+    "full rank, step": ("GaLoreAdamW", {"rank": None, "compile": True}, "float32"),
     "power, refresh and step": ("GaLoreAdamW", {"update_proj_gap": 1, "compile": False}, "float32"),
     "rsvd, refresh and step": ("GaLoreAdamW", {"update_proj_gap": 1, "compile": False, "projector": "rsvd"}, "float32"),
     "gram, refresh and step": ("GaLoreAdamW", {"update_proj_gap": 1, "compile": False, "projector": "gram"}, "float32"),
 }
-WARM_UP = 60  # steps: behind them, what is worth compiling is compiled
+WARM_UP = 60  # steps
 
 
 def stepper(name: str) -> Callable[[], Any]:

@@ -122,13 +122,82 @@ def test_twelve_shapes_compile_once_each() -> None:
     assert not refused()
 
 
-def test_small_tensors_are_left_alone_and_large_ones_compiled() -> None:
+def test_small_tensors_are_left_alone_and_large_ones_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "COMPILING", 0.0)
     shapes = [(elementwise.WORTHWHILE - 1,), (elementwise.WORTHWHILE,)]
     for shape, expected in zip(shapes, (0, 1), strict=True):
         params, optimizer = make(g.GaLoreSGD, None, [shape], rank=None)
         before = graphs()
         train(params, optimizer, range(1))
         assert graphs() == before + expected
+
+
+def test_a_first_step_compiles_nothing() -> None:
+    """Twelve shapes: to compile them takes a hundred times as long as the step."""
+    params, optimizer = make(g.GaLoreAdamW, None, [(256 + 16 * i, 384 + 16 * i) for i in range(12)], rank=128)
+    before = graphs()
+    train(params, optimizer, range(2))
+    assert graphs() == before
+
+
+@pytest.fixture
+def compiled_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of one parameter that were compiled, where a pass takes a nanosecond an element and compiling 6 of 2^15.
+
+    A stand-in for the compiler adds one to the weight: a step that goes the wrong way is not a matter of last bits.
+    """
+    monkeypatch.setattr(inductor, "COMPILING", 6 * 2**15 * 1e-9)
+    monkeypatch.setattr(inductor, "PASS", {"cpu": (0.0, 1e-9)})
+    steps: list[int] = []
+
+    def call(function: Any, region: Any, *arguments: Any) -> None:
+        weight = [x for x in arguments if isinstance(x, Tensor) and x.shape == (elementwise.WORTHWHILE,)][-1]
+        function(region, *arguments)
+        weight.add_(1.0)
+        steps.append(1)
+
+    monkeypatch.setattr(elementwise, "call", call)
+    return steps
+
+
+@pytest.mark.parametrize(("alike", "others", "eager"), [(1, 0, 6), (2, 0, 3), (3, 0, 2), (1, 2, 6), (2, 4, 3)])
+def test_a_shape_is_compiled_when_its_steps_have_cost_as_much(alike: int, others: int, eager: int, compiled_at: list[int]) -> None:
+    """Oracle: 6 passes over all parameters of the shape; those of other shapes do not count."""
+    shapes = [(elementwise.WORTHWHILE,)] * alike + [(100,)] * others
+    params, optimizer = make(g.GaLoreSGD, None, shapes, rank=None)
+    for t in range(8):
+        train(params, optimizer, [t])
+        assert len(compiled_at) == alike * max(0, t + 1 - eager)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_resumed_run_goes_over_to_the_compiled_pass_at_the_same_step(stop: int, compiled_at: list[int]) -> None:
+    """Before, at and after the step from which two matrices of a shape are compiled. Oracle: the run that was not stopped, to the bit."""
+    shapes = [(elementwise.WORTHWHILE,)] * 2
+    params, optimizer = make(g.GaLoreAdamW, None, shapes, torch.bfloat16, rank=None)
+    train(params, optimizer, range(stop))
+    saved, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    expected = train(params, optimizer, range(stop, 7))
+    assert len(compiled_at) == 2 * 4
+    again, resumed = make(g.GaLoreAdamW, None, shapes, torch.bfloat16, rank=None)
+    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        for p, weight in zip(again, weights, strict=True):
+            p.copy_(weight)
+    for x, y in zip(train(again, resumed, range(stop, 7)), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_torchs_own_switch_turns_it_off() -> None:
+    """TORCH_COMPILE_DISABLE=1 sets torch._dynamo.config.disable. Oracle: compile=False."""
+    from torch._dynamo import config
+
+    (p, switched), (q, eager) = (make(g.GaLoreAdamW, wish, [(71, 53)]) for wish in (True, False))
+    before = graphs()
+    with config.patch(disable=True):
+        got = train(p, switched, range(3))
+    assert graphs() == before
+    assert all(torch.equal(x, y) for x, y in zip(got, train(q, eager, range(3)), strict=True))
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.engine.inductor import call, has_compiler
+from galore_torch.engine.inductor import call, has_compiler, is_disabled, pays
 from galore_torch.ops import write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, matrix_shape, noise
 from galore_torch.ops.write import WeightUpdate
-from galore_torch.slots.rules import Numbers, Rule
+from galore_torch.slots.rules import Group, Numbers, Rule
 
-# Elements from which a region is compiled unless the group says otherwise. On one core of a 2.8 GHz Xeon an Adam pass takes 10 us and
-# 1.1 ns an element compiled, 20 us and 3 ns an element as it is: it pays early, but every shape takes seconds to compile.
-WORTHWHILE = 1 << 15
+WORTHWHILE = 1 << 15  # elements from which a region is compiled unless the group says otherwise, once that `pays`
+INT8 = 4  # a pass over int8 moments takes so many times as long, where it is not compiled
 
 Values = Mapping[str, Tensor]  # the storage tensors of moments, by state key
 
@@ -55,11 +54,24 @@ class Inputs:
     seeds: Iterator[int]
 
 
-def fuses(weight: Tensor, elements: int, wish: bool | None) -> bool:
-    """Whether a region of so many elements is compiled: ``wish``, or by its size; never without a compiler, or for others' subclasses."""
-    if wish is False or (wish is None and elements < WORTHWHILE):
+def fuses(weight: Tensor, elements: int, group: Group, step: int) -> bool:
+    """Whether a region of so many elements is compiled: as the group wishes, or when ``step`` steps of all its parameters of this shape
+    were worth it; never without a compiler, or for others' subclasses.
+    """
+    wish = group["compile"]
+    if wish is False or (wish is None and (elements < WORTHWHILE or not _paid(weight, elements, group, step))):
         return False
-    return (write.is_plain(weight) or write.is_coarse(weight)) and has_compiler(weight.device.type)
+    return (write.is_plain(weight) or write.is_coarse(weight)) and has_compiler(weight.device.type) and not is_disabled()
+
+
+def _paid(weight: Tensor, elements: int, group: Group, step: int) -> bool:
+    """Parameters of one shape share one compiled function, and are counted where their number decides."""
+    device, params = weight.device.type, group.get("params", [weight])
+    if group["state_codec"] == "int8":
+        elements *= INT8
+    if pays(device, elements, step) or not pays(device, elements, step * len(params)):
+        return pays(device, elements, step)
+    return pays(device, elements, step * sum(p.shape == weight.shape for p in params))
 
 
 def step(region: FusedStep, inputs: Inputs, fuse: bool, result: Tensor | WeightUpdate) -> None:

@@ -142,7 +142,7 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
     stored = tuple(stored for stored, _ in stored_moments(layout, group, rule))
     region = fused.FusedStep(rule, stored, group["maximize"], layout.compute_dtype)
     inputs = fused.Inputs(low, is_finite, view.state, rule.numbers(group, step, lr), itertools.count(first))
-    fuse = rule.elementwise and fused.fuses(weight, low.numel(), group["compile"])
+    fuse = rule.elementwise and fused.fuses(weight, low.numel(), group, view.state["step"])
     if not layout.ranks:
         change = WeightUpdate(weight, scale * late, decay_factor, seed)
         fused.step(region, inputs, fuse and not write.is_coarse(weight), change)
@@ -175,7 +175,7 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, seen: tuple[
     low, grad, lr = seen
     if "grad" in recovery.reads and grad is None:
         raise ValueError(f"recovery={group['recovery']!r} reads the full gradient, which is not kept here: see engine.recipe.check_kept")
-    if not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group["compile"]):
+    if not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group, view.state["step"]):
         change = replace(change, subtract=fused.subtract)
     back = partial(project_back, bases=bases_of(view), view=view)
     with _viewed(view.weight, layout) as matrix:
