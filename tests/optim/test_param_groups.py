@@ -55,6 +55,30 @@ def test_experts_are_projected_and_routers_are_not(model_type: str, config: dict
     assert str(found) == f"{found.matrices} of {found.matrices} matrices, 100 % of the body"
 
 
+def test_each_expert_trains_in_a_subspace_of_its_own() -> None:
+    """Small ones too, which their shape does not tell from a convolution. Oracle: the experts as matrices of one optimizer."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 12))
+
+    model = nn.ModuleDict({"mlp": Experts()})
+    stack = model["mlp"].gate_up_proj
+    alone = [nn.Parameter(W.clone()) for W in stack.detach()]
+    how: dict[str, Any] = {"update_proj_gap": 2, "scale": 0.25, "projector": "svd"}
+    together = GaLoreAdamW(galore_param_groups(model, 2, **how), lr=0.05)
+    apart = GaLoreAdamW([{"params": alone, "rank": 2, **how}], lr=0.05)
+    assert together.state[stack]["exp_avg"].shape == (3, 2, 12)
+    for step in range(5):
+        stack.grad = (torch.randn(3, 8, 2) @ torch.randn(3, 2, 12)).add(0.1 * step)
+        for W, G in zip(alone, stack.grad, strict=True):
+            W.grad = G.clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([W.detach() for W in alone]), rtol=1e-4, atol=1e-5)
+
+
 def test_a_router_that_is_a_linear_layer_beside_its_experts() -> None:
     class Mixture(nn.Module):
         def __init__(self) -> None:

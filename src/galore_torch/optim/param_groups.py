@@ -61,7 +61,10 @@ def galore_param_groups(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or p.is_floating_point()]
     projected = [(name, p) for name, p in named if id(p) in weights]
     rest = [(name, p) for name, p in named if id(p) not in weights]
-    group = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **keys}
+    stacks = (
+        {"batch_dims": 1} if any(weight.parameter.dim() == 3 for weight in chosen) else {}
+    )  # E x out x in: E matrices, whatever their size
+    group = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **stacks, **keys}
     groups = ([{"params": rest}] if rest else []) + [{"params": projected, **group}]
     if targets is None:
         _note(model, chosen, groups)
