@@ -27,11 +27,12 @@ def draw_bars(path: Path, title: str, rows: Sequence[tuple[str, Plan]], budget: 
             look = {"color": colour(index)} if name != "reserve" else {"color": "none", "edgecolor": INK, "hatch": "////", "linewidth": 0}
             axes.barh(places, values, left=left, height=0.7, label=name, **look)
             left = [so_far + value for so_far, value in zip(left, values, strict=True)]
+        label = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the line at the budget
         for place, end in zip(places, left, strict=True):
-            axes.annotate(f"{end:.1f}", (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5)
+            axes.annotate(f"{end:.1f}", (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5, bbox=label)
         if budget is not None:
             axes.axvline(budget / GB, color=INK, linestyle="--", linewidth=1)
-            axes.annotate(f"{gb(budget)} GB", (budget / GB, 0), xytext=(2, 10), textcoords="offset points", fontsize=8.5)
+            axes.annotate(f"{gb(budget)} GB", (budget / GB, 0), xytext=(3, 14), textcoords="offset points", fontsize=8.5)
         axes.set_yticks(list(places), [name for name, _ in rows])
         axes.set(xlabel="GB (10⁹ bytes) at the peak", title=title)
         axes.margins(x=0.08)
