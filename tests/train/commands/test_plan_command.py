@@ -83,6 +83,40 @@ def test_best_recipe_for_a_card_is_a_config_that_pretrain_takes(tmp_path: Path, 
     assert "already exists" in capsys.readouterr().err
 
 
+def test_a_card_has_one_answer_by_name_and_by_memory(capsys: Out) -> None:
+    """The same recipe, the same verdict; by name there is the time beside it."""
+    shown = []
+    for words in ("--card 4090", "--memory 24GB"):
+        assert cli.main(["plan", "--model", "1b", *words.split(), "-o", f"{len(shown)}.json"]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    assert Path("0.json").read_text() == Path("1.json").read_text()
+    by_name, by_memory = ([line for line in lines if line.startswith("fits in 24.00 GB")] for lines in shown)
+    assert by_name == by_memory
+    assert any(line.startswith("time ") and "estimate" in line and "40%" in line for line in shown[0])
+    assert not any(line.startswith("time ") for line in shown[1])
+
+
+def test_beside_the_recipe_stand_the_batch_without_recomputing_and_int8_weights(capsys: Out) -> None:
+    assert cli.main(["plan", "--model", "7b", "--memory", "24GB"]) == 0
+    shown = capsys.readouterr().out
+    assert "sequences of 256 tokens, the default" in shown
+    rows = {line.split("  ")[0].strip(): line.split() for line in shown.splitlines() if "galore_adamw8bit" in line and "  " in line}
+    (plain,) = (words for name, words in rows.items() if name == "largest batch without recomputing")
+    (int8,) = (words for name, words in rows.items() if "INT8" in name)
+    given = {"model_config": "7b", "dtype": "bfloat16", "optimizer": plain[-5], "rank": int(plain[-4]), "activation_checkpointing": False}
+
+    def needed(**changes: Any) -> float:
+        return planned(plan_request(config_from({**given, **changes}), device="cuda"), traced=False).needed
+
+    assert plain[-2] == "no"
+    assert needed(batch_size=int(plain[-3])) <= 24e9 < needed(batch_size=2 * int(plain[-3]))
+    assert int(int8[-4]) == 2048  # half the width: the largest that is tried
+    assert cli.main(["plan", "--model", "7b", "--memory", "24GB", "--optimizer", "galore_adamw8bit_per_layer", "--seq", "512"]) == 0
+    shown = capsys.readouterr().out
+    assert "INT8" not in shown  # what is given stays
+    assert "the default" not in shown
+
+
 def test_best_recipe_leaves_nothing_on_the_table() -> None:
     """No candidate that comes before the chosen one fits: rank first, then batch, then recomputing."""
     given = {"model_config": "1b", "dtype": "bfloat16", "optimizer": "galore_adamw8bit_per_layer"}
@@ -113,7 +147,7 @@ def test_codecs_change_the_plan_and_go_into_the_recipe(tmp_path: Path, capsys: O
     chosen = config_from({"config": "recipe.json"})
     assert (chosen.state_codec, chosen.basis_codec) == ("bf16", "bf16")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert cli.main(["plan", "--model", "60m", "--optimizer", "galore_adamw", "--rank", "128"]) == 0
+    assert cli.main(["plan", "--model", "60m", "--optimizer", "galore_adamw", "--rank", "128", "--basis_codec", "fp32"]) == 0
     plain = [line.split() for line in capsys.readouterr().out.splitlines()]
 
     def basis(lines: list[list[str]]) -> float:

@@ -28,3 +28,9 @@ def test_gpus_go_by_many_names(name: str, mib: int) -> None:
 def test_every_gpu_is_found_by_its_own_name_and_no_other_is() -> None:
     assert [find_gpu(gpu.name) for gpu in GPUS] == list(GPUS)
     assert find_gpu("") is None
+
+
+def test_what_a_gpu_is_sold_with_is_there() -> None:
+    """A plan for the size on the box never counts on more than the driver reports, nor on much less."""
+    for gpu in GPUS:
+        assert 0.9 * gpu.mib * 2**20 <= gpu.bytes <= gpu.mib * 2**20

@@ -18,6 +18,7 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import trainer
+from galore_torch.train.model.flops import flops_per_token
 from galore_torch.train.model.llama import PRESETS, ModelShape, build_model, model_shape
 from galore_torch.train.model.loss import TokenLoss
 from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, per_layer_updates, state_bytes
@@ -117,6 +118,27 @@ def test_sizes_by_arithmetic_equal_those_of_the_model_itself(name: str) -> None:
     assert replace(counted, layer=frozenset(counted.layer), outer=frozenset(counted.outer)) == replace(
         asked, layer=frozenset(asked.layer), outer=frozenset(asked.outer)
     )
+
+
+@pytest.mark.parametrize("name", ["9m", "tied"])
+def test_operations_of_a_token_equal_those_counted_on_the_model(name: str) -> None:
+    shape = PRESETS["9m"] if name == "9m" else ModelShape(64, 172, 2, 4, vocab_size=500, extras=(("tie_word_embeddings", True),))
+    with torch.device("meta"):
+        model = build_model(shape, seed=0, dtype="float32", bos_token_id=None, eos_token_id=None, activation_checkpointing=False)
+    assert llama_sizes(shape, shape.vocab_size or 0).flops_per_token(64) == flops_per_token(model, 64)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw8bit", "qgalore_adamw8bit", "lora"])
+def test_a_checkpoint_on_disk_has_the_planned_size(
+    name: str, make_config: Callable[..., PretrainConfig], token_data: TokenData, tmp_path: Path
+) -> None:
+    """Of the tensors in its files, without their headers; the tokenizer and the metrics are not counted."""
+    config = make_config(optimizer=name, num_training_steps=1, save_every=1)
+    trainer.train(config, name, 1e-3, token_data, tmp_path, Silent())
+    files = [path.read_bytes() for path in tmp_path.glob("checkpoints/*/*.safetensors")]
+    written = sum(len(file) - 8 - int.from_bytes(file[:8], "little") for file in files)
+    plan = planned(plan_request(config, device="cpu", optimizer=name, vocab_size=token_data.vocab_size), traced=False)
+    assert plan.on_disk == pytest.approx(written, rel=1e-3)
 
 
 @pytest.fixture

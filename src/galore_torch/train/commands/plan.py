@@ -16,10 +16,11 @@ from galore_torch.train.model.gpus import GPUS, find_gpu
 from galore_torch.train.model.known_models import KNOWN_MODELS, did_you_mean, known_model
 from galore_torch.train.model.llama import PRESETS, preset_name
 from galore_torch.train.model.pretrained import quiet_transformers
+from galore_torch.train.optimizers.registry import optimizer_spec
 from galore_torch.train.plan.answer import Plan, plan_request, planned
 from galore_torch.train.plan.picture import draw_bars
 from galore_torch.train.plan.search import SHARES, best_that_fits
-from galore_torch.train.plan.show import describe, show_plan, show_rows
+from galore_torch.train.plan.show import Budget, describe, show_choices, show_plan, show_rows
 from galore_torch.train.plan.units import gb, parse_memory
 from galore_torch.train.report.progress import make_console
 
@@ -63,13 +64,15 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
         return _side_by_side(console, arguments, config, device, budget)
     if arguments.get("picture"):
         raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
+    if "max_length" not in given:
+        console.print(f"note: sequences of {config.max_length} tokens, the default; --seq N plans yours", highlight=False)
     if budget is None:
         show_plan(console, planned(plan_request(config, device=device), traced=True), None, world_size)
         return EXIT_FITS
     return _for_a_card(console, arguments, given, config, device, budget, world_size)
 
 
-def _budget(arguments: Mapping[str, Any]) -> int | None:
+def _budget(arguments: Mapping[str, Any]) -> Budget | None:
     if "card" in arguments and "memory" in arguments:
         raise UserError(f"--card {arguments['card']} and --memory {arguments['memory']} both say how much there is; leave one of them out")
     if "card" in arguments:
@@ -78,8 +81,8 @@ def _budget(arguments: Mapping[str, Any]) -> int | None:
         gpu = find_gpu(arguments["card"])
         if gpu is None:
             raise UserError(f"--card {arguments['card']!r} is not known; give --memory, or one of: {', '.join(item.name for item in GPUS)}")
-        return gpu.bytes
-    return parse_memory(arguments["memory"]) if "memory" in arguments else None
+        return Budget(gpu.bytes, gpu)
+    return Budget(parse_memory(arguments["memory"])) if "memory" in arguments else None
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -106,20 +109,27 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _for_a_card(
-    console: Console, arguments: Mapping[str, Any], given: dict[str, Any], config: PretrainConfig, device: str, budget: int, world_size: int
+    console: Console,
+    arguments: Mapping[str, Any],
+    given: dict[str, Any],
+    config: PretrainConfig,
+    device: str,
+    budget: Budget,
+    world_size: int,
 ) -> int:
-    best = best_that_fits(given, budget, device, traced=True)
+    best = best_that_fits(given, budget.bytes, device, traced=True)
     if best is None:
         least = planned(plan_request(config, device=device), traced=True)
         show_plan(console, least, budget, world_size)
         console.print("nothing that was left open to choose makes it fit", highlight=False)
         if "optimizer" in given and (
-            other := best_that_fits({k: v for k, v in given.items() if k != "optimizer"}, budget, device, traced=False)
+            other := best_that_fits({k: v for k, v in given.items() if k != "optimizer"}, budget.bytes, device, traced=False)
         ):
             console.print(f"with another --optimizer it would: {describe(other[1])}", highlight=False, soft_wrap=True)
         return EXIT_DOES_NOT_FIT
     chosen, found = best
     show_plan(console, found, budget, world_size)
+    show_choices(console, _choices(given, found, budget, device), budget)
     settings = _recipe(chosen, found, budget)
     if output := arguments.get("output"):
         _write(Path(output), settings)
@@ -129,12 +139,30 @@ def _for_a_card(
     return EXIT_FITS
 
 
-def _recipe(config: PretrainConfig, found: Plan, budget: int) -> dict[str, Any]:
+def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str) -> list[tuple[str, Plan | None]]:
+    """The recipe beside those with another answer to what was left open: the least recomputing, or INT8 weights."""
+
+    def best(**settings: Any) -> Plan | None:
+        other = best_that_fits({**given, **settings}, budget.bytes, device, traced=False)
+        return other and other[1]
+
+    rows: list[tuple[str, Plan | None]] = [("this recipe", found)]
+    if found.request.checkpointing and "activation_checkpointing" not in given:
+        rank = {"rank": found.request.rank} if "rank" in optimizer_spec(found.request.optimizer).flags else {}
+        rows.append(("largest batch without recomputing", best(**rank, activation_checkpointing=False)))
+    if "optimizer" not in given:
+        for name, optimizer in (("8-bit", "galore_adamw8bit_per_layer"), ("8-bit, INT8 weights", "qgalore_adamw8bit_per_layer")):
+            if found.request.optimizer != optimizer:
+                rows.append((f"largest rank, {name}", best(optimizer=optimizer)))
+    return rows
+
+
+def _recipe(config: PretrainConfig, found: Plan, budget: Budget) -> dict[str, Any]:
     names = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
     settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size", "cycle_length", *_CODECS)}
     if config.hf_model:
         del settings["model_config"]
-    about = f"planned: {describe(found)}; needs {gb(found.needed)} of {gb(budget)} GB"
+    about = f"planned: {describe(found)}; needs {gb(found.needed)} of {gb(budget.bytes)} GB"
     return {"about": about, **{name: value for name, value in settings.items() if value is not None}}
 
 
@@ -148,7 +176,7 @@ def _write(path: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"-o {path} cannot be written: {error.strerror}") from error
 
 
-def _side_by_side(console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: int | None) -> int:
+def _side_by_side(console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: Budget | None) -> int:
     """`--compare` and `--sweep rank`: the same run with other optimizers, or other ranks."""
     setting = f"{config.model_name}, {config.torch_dtype}, {config.batch_size} x {config.max_length} tokens"
     rows: Sequence[tuple[str, Plan]]
@@ -157,7 +185,7 @@ def _side_by_side(console: Console, arguments: Mapping[str, Any], config: Pretra
         rows = [(label, planned(plan_request(config, device=device, optimizer=name), traced=False)) for label, name in names]
         title, first, kind = f"{setting}, rank {config.resolved_rank}", "optimizer", "compare"
     else:
-        width = config.shape.hidden_size
+        width = plan_request(config, device=device).sizes.short_side
         ranks = sorted({width // share for share in SHARES if width >= share} | ({config.rank} if config.rank else set()))
         rows = [(str(rank), _with_rank(config, rank, device)) for rank in ranks]
         title, first, kind = f"{setting}, {config.contenders[0][0]}", "rank", "sweep"
@@ -165,7 +193,7 @@ def _side_by_side(console: Console, arguments: Mapping[str, Any], config: Pretra
             raise UserError(f"--sweep rank: the memory of {config.contenders[0][0]} has no rank; choose galore_adamw8bit")
     show_rows(console, title, first, rows, budget)
     picture = Path(arguments.get("picture") or f"plan-{kind}.png")
-    draw_bars(picture, title, rows, budget)
+    draw_bars(picture, title, rows, budget.bytes if budget else None)
     console.print(f"picture    {picture}", highlight=False, soft_wrap=True)
     return EXIT_FITS
 

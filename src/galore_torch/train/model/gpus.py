@@ -8,20 +8,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """``mib``: memory in MiB as the driver reports it, which on a card sold as 24 GB is near 24 GiB, less with ECC.
+    """``gb``: memory it is sold with, in GB of 10**9 bytes; ``mib``: what its driver reports, in MiB, which is more in all of them.
 
     Peaks in TFLOP/s from NVIDIA's data sheets and architecture papers: dense bfloat16 with float32 sums (None: no such units), and
     float32 without TF32, torch's default.
     """
 
     name: str
+    gb: int
     mib: int
     bfloat16: float | None
     float32: float
 
     @property
     def bytes(self) -> int:
-        return self.mib * 2**20
+        """What a plan may count on: the same as for --memory with the size on the box; displays and drivers take of the rest."""
+        return self.gb * 10**9
 
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s in products of `dtype`, "bfloat16" or "float32"."""
@@ -31,29 +33,29 @@ class Gpu:
 
 # Where a name was sold in two sizes, the bare name is the smaller one.
 GPUS = (
-    Gpu("RTX 3060", 12288, 25.4, 12.7),
-    Gpu("RTX 3080", 10240, 59.5, 29.8),
-    Gpu("RTX 3090", 24576, 71.0, 35.6),
-    Gpu("RTX 4070", 12282, 58.3, 29.1),
-    Gpu("RTX 4080", 16376, 97.5, 48.7),
-    Gpu("RTX 4090", 24564, 165.2, 82.6),
-    Gpu("RTX 5080", 16303, 112.6, 56.3),
-    Gpu("RTX 5090", 32607, 209.5, 104.8),
-    Gpu("RTX A6000", 49140, 154.8, 38.7),
-    Gpu("RTX 6000 Ada", 49140, 364.2, 91.1),
-    Gpu("T4", 15360, None, 8.1),
-    Gpu("V100 16GB", 16384, None, 15.7),
-    Gpu("V100 32GB", 32768, None, 15.7),
-    Gpu("A10", 23028, 125.0, 31.2),
-    Gpu("A40", 46068, 149.7, 37.4),
-    Gpu("L4", 23034, 121.0, 30.3),
-    Gpu("L40S", 46068, 362.0, 91.6),
-    Gpu("A100 40GB", 40960, 312.0, 19.5),
-    Gpu("A100 80GB", 81920, 312.0, 19.5),
-    Gpu("H100 80GB", 81559, 989.4, 66.9),
-    Gpu("H100 PCIe", 81559, 756.0, 51.2),
-    Gpu("H200", 143771, 989.4, 66.9),
-    Gpu("B200", 183359, 2250.0, 75.0),
+    Gpu("RTX 3060", 12, 12288, 25.4, 12.7),
+    Gpu("RTX 3080", 10, 10240, 59.5, 29.8),
+    Gpu("RTX 3090", 24, 24576, 71.0, 35.6),
+    Gpu("RTX 4070", 12, 12282, 58.3, 29.1),
+    Gpu("RTX 4080", 16, 16376, 97.5, 48.7),
+    Gpu("RTX 4090", 24, 24564, 165.2, 82.6),
+    Gpu("RTX 5080", 16, 16303, 112.6, 56.3),
+    Gpu("RTX 5090", 32, 32607, 209.5, 104.8),
+    Gpu("RTX A6000", 48, 49140, 154.8, 38.7),
+    Gpu("RTX 6000 Ada", 48, 49140, 364.2, 91.1),
+    Gpu("T4", 16, 15360, None, 8.1),
+    Gpu("V100 16GB", 16, 16384, None, 15.7),
+    Gpu("V100 32GB", 32, 32768, None, 15.7),
+    Gpu("A10", 24, 23028, 125.0, 31.2),
+    Gpu("A40", 48, 46068, 149.7, 37.4),
+    Gpu("L4", 24, 23034, 121.0, 30.3),
+    Gpu("L40S", 48, 46068, 362.0, 91.6),
+    Gpu("A100 40GB", 40, 40960, 312.0, 19.5),
+    Gpu("A100 80GB", 80, 81920, 312.0, 19.5),
+    Gpu("H100 80GB", 80, 81559, 989.4, 66.9),
+    Gpu("H100 PCIe", 80, 81559, 756.0, 51.2),
+    Gpu("H200", 141, 143771, 989.4, 66.9),
+    Gpu("B200", 180, 183359, 2250.0, 75.0),
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, build_model, model_shape
+from galore_torch.train.optimizers.registry import optimizer_spec
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
 
@@ -47,6 +48,26 @@ class Plan:
     @property
     def needed(self) -> int:
         return self.peak + self.reserve
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of one checkpoint: weights, floating ones beside INT8 ones, and the optimizer's state."""
+        request = self.request
+        decoded = sum(part.elements for part in request.sizes.parts if part.role == "matrix") * request.itemsize
+        return self.weights + self.basis + self.moments + (decoded if optimizer_spec(request.optimizer).quantized else 0)
+
+    @property
+    def on_host(self) -> int:
+        """Bytes that a GPU's run needs in the host's memory: its weights are made there, and a checkpoint's state passes through it."""
+        constant, share = RESERVE["cpu"]
+        most = max(self.request.sizes.parameters * self.request.itemsize, self.basis + self.moments)
+        return constant + round((1 + share) * most)
+
+    def update_flops(self) -> float:
+        """Operations of one update: forward and backward passes, a recomputed forward pass counted; not the optimizer's."""
+        request = self.request
+        tokens = request.tokens * request.accumulation
+        return request.sizes.flops_per_token(request.length) * tokens * (4 / 3 if request.checkpointing else 1)
 
     def largest(self, field: str) -> int:
         """The most that a field of Phase reaches in any phase."""

@@ -11,7 +11,7 @@ from galore_torch.train.plan.answer import Plan, plan_request, planned
 
 # 8-bit moments before all: with bf16 weights fp32 ones hold more than bf16 AdamW does. Q-GaLore's int8 weights cost some quality: last.
 PREFERRED = (("galore_adamw8bit", "galore_adamw8bit_per_layer"), ("qgalore_adamw8bit_per_layer",))
-SHARES = (2, 4, 8, 16, 32)  # of the width: ranks to try, the largest first
+SHARES = (2, 4, 8, 16, 32)  # of the short side: ranks to try, the largest first
 MOST_SEQUENCES = 512  # in one forward pass: the published batch of an update
 _TRACES = 3  # formulas and a trace agree within 3 %: so many borderline recipes are given up before the formulas have it
 
@@ -34,7 +34,8 @@ def best_that_fits(given: Mapping[str, Any], budget: int, device: str, *, traced
 
 def _candidates(given: Mapping[str, Any]) -> Iterator[PretrainConfig]:
     """Configs from the best to the least."""
-    width = PretrainConfig(**{key: given[key] for key in ("model_config", "hf_model", "max_length") if key in given}).shape.hidden_size
+    model = PretrainConfig(**{key: given[key] for key in ("model_config", "hf_model", "max_length") if key in given})
+    width = plan_request(model, device="cpu").sizes.short_side
     batches = [2**power for power in range(MOST_SEQUENCES.bit_length())][::-1]
     tiers = ((given["optimizer"],),) if "optimizer" in given else PREFERRED
     for tier in tiers:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
 
+from galore_torch.train.model.gpus import Gpu
 from galore_torch.train.plan.answer import RESERVE, Plan
 from galore_torch.train.plan.units import GB, gb
 from galore_torch.train.report.progress import show_table
 
+UTILISATION = 0.4  # of the peak, which training runs of this size commonly reach (arXiv 2204.02311, table 3, has 21 to 46 %)
 PARTS = ("weights", "basis", "moments", "gradients", "activations", "logits", "transient")
 _MEANING = {
     "basis": "subspaces",
@@ -40,7 +43,15 @@ def describe(plan: Plan) -> str:
     return f"{', '.join(words)}, on {'a GPU' if q.device == 'cuda' else 'the CPU'}"
 
 
-def show_plan(console: Console, plan: Plan, budget: int | None, world_size: int) -> None:
+@dataclass(frozen=True)
+class Budget:
+    """What there is: bytes, and the GPU they are of where it was named."""
+
+    bytes: int
+    gpu: Gpu | None = None
+
+
+def show_plan(console: Console, plan: Plan, budget: Budget | None, world_size: int) -> None:
     rows = []
     for name, value in parts(plan).items():
         largest = value if name in ("weights", "basis", "moments") else plan.largest(name)
@@ -51,6 +62,8 @@ def show_plan(console: Console, plan: Plan, budget: int | None, world_size: int)
     show_table(console, f"[bold]{escape(describe(plan))}[/]", ["GB (10^9 bytes)", "at the peak", "at its own"], rows)
     for note in notes(plan, world_size):
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    for line in beside(plan, budget):
+        console.print(line, highlight=False, soft_wrap=True)
     if budget is not None:
         console.print(verdict(plan, budget), highlight=False, soft_wrap=True)
 
@@ -75,15 +88,61 @@ def notes(plan: Plan, world_size: int) -> list[str]:
     return found
 
 
-def verdict(plan: Plan, budget: int) -> str:
-    margin = budget - plan.needed
-    share = f"{abs(margin) / budget:.0%}"
+def beside(plan: Plan, budget: Budget | None) -> list[str]:
+    """What a run takes beside the device's memory: disk, host memory, and time where the GPU is known."""
+    host = f"; host memory: {gb(plan.on_host)} GB" if plan.request.device == "cuda" else ""
+    lines = [f"disk       {gb(plan.on_disk)} GB a checkpoint, of which galore pretrain keeps two (--keep){host}"]
+    if budget is None or budget.gpu is None:
+        return lines
+    gpu = budget.gpu
+    lines.append(
+        f"memory     the {gpu.name} counts with the {gpu.gb} GB it is sold with, as --memory {gpu.gb}GB does; "
+        f"its driver reports {gb(gpu.mib * 2**20)} GB"
+    )
+    if seconds := update_seconds(plan, gpu):
+        tokens = plan.request.tokens * plan.request.accumulation
+        peak = (gpu.peak_flops(plan.request.dtype) or 0) / 1e12
+        lines.append(
+            f"time       about {_time(seconds)} s an update of {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s: an estimate, at "
+            f"{UTILISATION:.0%} of the {peak:g} TFLOP/s of its data sheet, without the optimizer's own step"
+        )
+    return lines
+
+
+def update_seconds(plan: Plan, gpu: Gpu) -> float | None:
+    """An estimate of one update's passes; None where the GPU has no units for the dtype."""
+    peak = gpu.peak_flops(plan.request.dtype)
+    return plan.update_flops() / (UTILISATION * peak) if peak else None
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
+
+
+def verdict(plan: Plan, budget: Budget) -> str:
+    margin = budget.bytes - plan.needed
+    share = f"{abs(margin) / budget.bytes:.0%}"
     if margin >= 0:
-        return f"[bold green]fits[/] in {gb(budget)} GB, with {gb(margin)} GB ({share}) to spare"
-    return f"[bold red]does not fit[/] in {gb(budget)} GB: {gb(-margin)} GB ({share}) too much"
+        return f"[bold green]fits[/] in {gb(budget.bytes)} GB, with {gb(margin)} GB ({share}) to spare"
+    return f"[bold red]does not fit[/] in {gb(budget.bytes)} GB: {gb(-margin)} GB ({share}) too much"
 
 
-def show_rows(console: Console, title: str, first: str, rows: Sequence[tuple[str, Plan]], budget: int | None) -> None:
+def show_choices(console: Console, rows: Sequence[tuple[str, Plan | None]], budget: Budget) -> None:
+    """The chosen recipe beside what else there is: without recomputing, with INT8 weights. None: nothing fits."""
+    header = ["what fits", "optimizer", "rank", "batch", "recompute", "needed", *(["s/update"] if budget.gpu else [])]
+    cells = []
+    for name, plan in rows:
+        if plan is None:
+            cells.append([name, "nothing", *[""] * (len(header) - 2)])
+            continue
+        q = plan.request
+        seconds = update_seconds(plan, budget.gpu) if budget.gpu else None
+        time = [_time(seconds) if seconds else "?"] if budget.gpu else []
+        cells.append([name, q.optimizer, str(q.rank), str(q.batch), "yes" if q.checkpointing else "no", gb(plan.needed), *time])
+    show_table(console, "side by side, by formulas", header, cells)
+
+
+def show_rows(console: Console, title: str, first: str, rows: Sequence[tuple[str, Plan]], budget: Budget | None) -> None:
     """One line a plan, narrow enough for 80 columns: "acts" holds the logits too."""
     header = [first, "weights", "grads", "basis", "moments", "acts", "trans.", "needed", *(["fits"] if budget else [])]
     cells = []
@@ -91,7 +150,7 @@ def show_rows(console: Console, title: str, first: str, rows: Sequence[tuple[str
         at = parts(plan)
         activations = at["activations"] + at["logits"]
         numbers = [*(at[key] for key in ("weights", "gradients", "basis", "moments")), activations, at["transient"]]
-        fits = [] if budget is None else ["yes" if plan.needed <= budget else "no"]
+        fits = [] if budget is None else ["yes" if plan.needed <= budget.bytes else "no"]
         cells.append([name, *(f"{number / GB:.2f}" for number in (*numbers, plan.needed)), *fits])
     show_table(console, title, header, cells)
     console.print("GB (10^9 bytes) at the peak; acts: with logits; needed: with the reserve; by formulas", highlight=False)

@@ -53,6 +53,7 @@ class Sizes:
     layer: tuple[Part, ...]
     outer: tuple[Part, ...]
     like_llama: bool = True  # whether the formulas for activations are those of this family
+    experts_used: float = 1.0  # share of a layer's experts that a token goes through
     recurrent: bool = False  # whether layers go from token to token: state spaces, linear attention, RWKV
 
     @property
@@ -64,6 +65,19 @@ class Sizes:
     @property
     def parameters(self) -> int:
         return sum(part.elements for part in self.parts)
+
+    @property
+    def short_side(self) -> int:
+        """Of the projected matrices that hold most: what a rank must be below. A mixture's experts can be narrower than its width."""
+        projected = [part for part in self.parts if part.role in ("matrix", "experts")]
+        return min(max(projected, key=lambda part: part.elements).shape[-2:]) if projected else self.hidden
+
+    def flops_per_token(self, length: int) -> float:
+        """As `model.flops.flops_per_token`, where all is trained; of experts those that a token goes through."""
+        tied = all(part.role != "head" for part in self.outer)
+        multiplied = [part for part in self.parts if len(part.shape) > 1 and (part.role != "embedding" or tied)]
+        products = sum(part.elements * (self.experts_used if part.role == "experts" else 1) for part in multiplied)
+        return float(6 * products + 12 * self.layers * self.attention * length)
 
 
 def llama_sizes(shape: ModelShape, vocabulary: int) -> Sizes:
@@ -125,7 +139,8 @@ def sizes_of(model: Any) -> Sizes:
     recurrent = _first(config, *_RECURRENT) is not None
     like_llama = hasattr(config, "rms_norm_eps") and uniform and "experts" not in roles.values() and not recurrent
     vocabulary, inner = embedding.weight.shape[0], _intermediate(config)
-    return Sizes(D, inner, layers, heads, heads * width, KV, vocabulary, parts, tuple(outer), like_llama, recurrent)
+    used = min(1.0, (_chosen_experts(config) or 1) / max((part.shape[0] for part in parts if part.role == "experts"), default=1))
+    return Sizes(D, inner, layers, heads, heads * width, KV, vocabulary, parts, tuple(outer), like_llama, used, recurrent)
 
 
 def _roles(model: Any) -> dict[int, str]:
@@ -140,12 +155,17 @@ def _intermediate(config: Any) -> int:
     """The MLP's width for one token: of a mixture, that of the experts it goes through."""
     given = _first(config, "intermediate_size", "ffn_dim") or 4 * config.hidden_size
     own = max(given) if isinstance(given, list | tuple) else given
-    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-    if not isinstance(chosen, int):
+    chosen = _chosen_experts(config)
+    if chosen is None:
         return int(own)
     one = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size") or own
     shared = (_first(config, "n_shared_experts", "num_shared_experts") or 0) * one
     return int(chosen * one + (shared or _first(config, "shared_expert_intermediate_size") or 0))
+
+
+def _chosen_experts(config: Any) -> int | None:
+    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+    return chosen if isinstance(chosen, int) else None
 
 
 def _first(config: Any, *names: str) -> Any:
