@@ -159,7 +159,11 @@ def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     if not readable(A_MN) or bool(blind.any()):
         small = torch.where(blind.unsqueeze(-1), gaussian(small.shape, seed + 1, A_MN), small)
     Q = orthonormalize((small @ A_MN.mT).mT)  # (l, n) @ (n, m), transposed: LAPACK's order of memory
-    return Q if rank >= FEW else strongest(A_MN, Q, rank)
+    if rank >= FEW:
+        return Q
+    found = strongest(A_MN, Q, rank)
+    turned = (found * start_MR).sum(-2, keepdim=True) < 0  # an eigenvector's sign is arbitrary: its old side
+    return torch.where(turned, -found, found)
 
 
 def unit(matrix: Tensor) -> Tensor:

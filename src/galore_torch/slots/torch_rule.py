@@ -17,6 +17,8 @@ from galore_torch.ops.codecs import TensorSpec
 from galore_torch.slots.rules import Group, Moment, Moments
 
 PREFIX = "base_"  # state keys of the inner optimizer: base_exp_avg, base_step, ...
+GROUP = "group_"  # before those of what a class counts in its parameter group, and not for each parameter: base_group_step
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # of numbers that a class keeps, as 0-d tensors
 
 # How the moments of torch's own classes cross a change of basis; names not listed stay as they are.
 FIRST = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}
@@ -30,6 +32,7 @@ class BaseRule:
     def __init__(self, base: type[torch.optim.Optimizer], kwargs: dict[str, Any]):
         self.base, self.kwargs = base, kwargs
         self._specs: dict[Any, dict[str, TensorSpec]] = {}
+        self._kinds: dict[str, type] = {}  # of what the class keeps as a number, by its own name
         try:
             self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))], **kwargs).defaults)
             self.spec((2, 2), torch.float32, self.defaults)
@@ -56,16 +59,28 @@ class BaseRule:
         x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
         x.grad = torch.zeros_like(x)
         optimizer = self._new(x, settings)
-        _bare_step(optimizer)
+        attributes, group = _values(vars(optimizer)), _values(optimizer.param_groups[0])
+        for _ in range(2):
+            _bare_step(optimizer)
+        if counted := _changed(attributes, _values(vars(optimizer))):
+            raise ValueError(f"it counts on itself, in {sorted(counted)}, and not for each parameter")
         state = {key: value for key, value in optimizer.state[x].items() if value is not None}
-        if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor)}:
-            raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors only")
-        return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in state.items()}
+        state |= {GROUP + key: optimizer.param_groups[0][key] for key in _changed(group, _values(optimizer.param_groups[0]))}
+        if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor | int | float)}:
+            raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors and numbers only")
+        self._kinds |= {key: type(value) for key, value in state.items() if isinstance(value, int | float)}
+        tensors = {key: torch.as_tensor(value, dtype=_DTYPES.get(type(value)), device="cpu") for key, value in state.items()}
+        return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in tensors.items()}
 
     def _new(self, x: Tensor, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
         optimizer = self.base([x], **self.kwargs)
         optimizer.param_groups[0].update(settings)
         return optimizer
+
+    def _held(self, moments: Moments) -> dict[str, Any]:
+        """What the class kept, by its own names: numbers as the numbers that they were."""
+        held = {key.removeprefix(PREFIX): value for key, value in moments.items()}
+        return {key: self._kinds[key](value) if key in self._kinds else value for key, value in held.items()}
 
     def moments(self, shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
         """How each state tensor crosses a change of basis. Tensors of another shape than the parameter's stay as they are."""
@@ -80,13 +95,49 @@ class BaseRule:
         """One step of the base class on ``x`` in place. ``moments``: its state tensors, or None at the first step."""
         optimizer = self._new(x, {key: group[key] for key in self.defaults})
         if moments is not None:
-            optimizer.state[x] = {key.removeprefix(PREFIX): value for key, value in moments.items()}
-        held, x.grad = x.grad, grad
+            held = self._held(moments)
+            optimizer.state[x] = {key: value for key, value in held.items() if not key.startswith(GROUP)}
+            optimizer.param_groups[0].update({key.removeprefix(GROUP): value for key, value in held.items() if key.startswith(GROUP)})
+        ordinary, x.grad = x.grad, grad
         try:
             _bare_step(optimizer)
         finally:
-            x.grad = held
-        return {PREFIX + key: value for key, value in optimizer.state[x].items() if value is not None}
+            x.grad = ordinary
+        after = {key: value for key, value in optimizer.state[x].items() if value is not None}
+        after |= {key: optimizer.param_groups[0][key.removeprefix(GROUP)] for key in self._group_keys(x, group)}
+        return {PREFIX + key: _stored(value) for key, value in after.items()}
+
+    def _group_keys(self, x: Tensor, group: Group) -> list[str]:
+        """The state keys of what the class counts in its parameter group."""
+        keys = [key.removeprefix(PREFIX) for key in self.spec(tuple(x.shape), x.dtype, group)]
+        return [key for key in keys if key.startswith(GROUP)]
+
+
+def _stored(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=_DTYPES[type(value)], device="cpu")
+
+
+def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and small tensors among them, as they are now."""
+    kinds = (int, float, Tensor, tuple, list)
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in settings.items()
+        if key != "params" and isinstance(value, kinds) and not _holds_more(value)
+    }
+
+
+def _holds_more(value: Any) -> bool:
+    return isinstance(value, tuple | list) and not all(isinstance(item, int | float) for item in value)
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Keys that are new, or whose value is another one."""
+
+    def same(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else bool(one == other)
+
+    return {key for key, value in after.items() if key not in before or not same(before[key], value)}
 
 
 def _bare_step(optimizer: torch.optim.Optimizer) -> None:
