@@ -78,8 +78,9 @@ def _is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _within(name: str, value: Any, low: float, high: float, bound: str, key: str | None = None) -> None:
-    """Raise ValueError unless ``value`` is a number with low <= value < high; ``bound`` says so in words."""
+def _within(name: str, value: Any, between: tuple[float, float], bound: str, key: str | None = None) -> None:
+    """Raise ValueError unless ``value`` is a number with low <= value < high, the ends ``between``; ``bound`` says so in words."""
+    low, high = between
     if not (isinstance(value, int | float) and low <= value < high):
         raise ValueError(f"Invalid {name}: {key or name}={value!r} must be a number {bound}")
 
@@ -91,25 +92,25 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
         if lr.numel() != 1:
             raise ValueError(f"lr is a tensor of {lr.numel()} elements: a tensor lr must be 1-element")
     elif not (lr is None and group.get("relative_step")):
-        _within("learning rate", lr, 0.0, inf, "from 0, such as 1e-3, or a 1-element tensor", "lr")
+        _within("learning rate", lr, (0.0, inf), "from 0, such as 1e-3, or a 1-element tensor", "lr")
     if "betas" in group:
         betas = group["betas"]
         if not _is_pair(betas):
             raise ValueError(f"betas={betas!r} must be a pair of numbers, such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
-            _within(f"beta parameter at index {i}", beta, 0.0, 1.0, "in [0, 1)")
+            _within(f"beta parameter at index {i}", beta, (0.0, 1.0), "in [0, 1)")
     if "clip_threshold" in group:  # Adafactor
         if not _is_pair(group["eps"]):
             raise ValueError(f"eps={group['eps']!r} must be a pair of numbers, such as (1e-30, 1e-3)")
         if group["beta1"] is not None:
-            _within("beta1", group["beta1"], 0.0, 1.0, "in [0, 1), or None for no first moment")
-        _within("clip_threshold", group["clip_threshold"], math.ulp(0.0), inf, "above 0, such as 1.0")
-        _within("decay_rate", group["decay_rate"], -inf, math.ulp(0.0), "up to 0, such as -0.8")
+            _within("beta1", group["beta1"], (0.0, 1.0), "in [0, 1), or None for no first moment")
+        _within("clip_threshold", group["clip_threshold"], (math.ulp(0.0), inf), "above 0, such as 1.0")
+        _within("decay_rate", group["decay_rate"], (-inf, math.ulp(0.0)), "up to 0, such as -0.8")
     eps = group.get("eps", 0.0)
     for value in eps if isinstance(eps, tuple | list) else (eps,):
-        _within("eps", value, 0.0, inf, "from 0, such as 1e-8")
+        _within("eps", value, (0.0, inf), "from 0, such as 1e-8")
     for key in ("weight_decay", "momentum", "lr_decay", "initial_accumulator_value"):
-        _within(key, group.get(key, 0.0), 0.0, inf, "from 0")
+        _within(key, group.get(key, 0.0), (0.0, inf), "from 0")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "

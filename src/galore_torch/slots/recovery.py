@@ -80,10 +80,10 @@ def fira(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     lengths = torch.linalg.vector_norm(seen.low, dim=axis, keepdim=True)  # (1, n), or (m, 1)
     residual.mul_(torch.linalg.vector_norm(N, dim=axis, keepdim=True) / lengths.clamp_min(torch.finfo(dtype).tiny))  # lr S
     norm, last = torch.linalg.vector_norm(residual, dim=(-2, -1)) / seen.lr, seen.state["residual_norm"]
-    is_finite = norm.isfinite()
+    counts = norm.isfinite() & (norm > 0)  # no step is 0 long but one that was skipped
     shortened = torch.where((last > 0) & (norm > GROWTH * last), GROWTH * last / norm, 1.0)
-    factor = torch.where(is_finite, shortened, 0.0)
-    last.copy_(torch.where(is_finite, norm * shortened, last))
+    factor = torch.where(counts, shortened, 0.0)
+    last.copy_(torch.where(counts, norm * shortened, last))
     residual.nan_to_num_(0.0, 0.0, 0.0).mul_(factor[..., None, None])
     seen.project_back(WeightUpdate(residual, scale=-change.scale), N)  # + scale P N
     change.subtract(change.weight, residual, 1.0, change.decay_factor, change.seed)

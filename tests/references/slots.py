@@ -1,0 +1,94 @@
+"""Naive one-matrix transcriptions of single rows of the slots, in our words: the oracles. fp64, full-size matrices, no cleverness."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from references.galore import best_subspace
+
+
+class _Adam:
+    """Adam's direction psi(R) and its step size."""
+
+    def __init__(self, lr: float, betas: tuple[float, float], eps: float):
+        self.lr, self.betas, self.eps, self.t = lr, betas, eps, 0
+        self.m = self.v = torch.zeros(())
+
+    def direction(self, R: Tensor) -> Tensor:
+        (b1, b2), self.t = self.betas, self.t + 1
+        self.m, self.v = b1 * self.m + (1 - b1) * R, b2 * self.v + (1 - b2) * R * R
+        return math.sqrt(1 - b2**self.t) / (1 - b1**self.t) * self.m / (self.v.sqrt() + self.eps)
+
+
+class FiraReference:
+    """Fira (arXiv 2410.01623, Alg. 1) on one matrix, with Adam and a basis that stays: the residual column by column, then the limiter."""
+
+    def __init__(self, W: Tensor, G: Tensor, rank: int, scale: float, lr: float, weight_decay: float = 0.0):
+        self.W, self.scale, self.lr, self.decay = W.double().clone(), scale, lr, 1 - lr * weight_decay
+        self.left = W.shape[0] < W.shape[1]
+        self.P = best_subspace(G.double(), rank, "left" if self.left else "right")
+        self.adam, self.last = _Adam(lr, (0.9, 0.999), 1e-6), 0.0
+
+    def step(self, G: Tensor) -> Tensor:
+        W, G, P = (self.W, G.double(), self.P) if self.left else (self.W.T, G.double().T, self.P)
+        R = P.T @ G
+        psi = self.adam.direction(R)
+        S = G - P @ R
+        for j in range(S.shape[1]):
+            S[:, j] *= float(psi[:, j].norm()) / float(R[:, j].norm())
+        norm = float(S.norm())
+        if self.last and norm > 1.01 * self.last:
+            S *= 1.01 * self.last / norm
+        self.last = float(S.norm())
+        W = self.decay * W - self.lr * (self.scale * P @ psi + S)
+        self.W = W if self.left else W.T
+        return self.W
+
+
+class RowsReference:
+    """Adam on ``rank`` rows, then on the next ones after every gap, around and around; rows that had a moment keep it, new ones start with
+    none and with the mean second moment."""
+
+    def __init__(self, W: Tensor, rank: int, gap: int, scale: float, lr: float):
+        self.W, self.rank, self.gap, self.scale, self.t = W.double().clone(), rank, gap, scale, 0
+        self.lr, self.rows = lr, [-rank + i for i in range(rank)]
+        self.m, self.v = torch.zeros(rank, W.shape[1]).double(), torch.zeros(rank, W.shape[1]).double()
+
+    def step(self, G: Tensor) -> Tensor:
+        if self.t % self.gap == 0:
+            new = [(row + self.rank) % len(self.W) for row in self.rows]
+            m, v, mean = torch.zeros_like(self.m), torch.zeros_like(self.v), self.v.mean(0)
+            for i, row in enumerate(new):
+                v[i] = mean
+                if row in self.rows:
+                    m[i], v[i] = self.m[self.rows.index(row)], self.v[self.rows.index(row)]
+            self.rows, self.m, self.v = new, m, v
+        self.t += 1
+        for i, row in enumerate(self.rows):
+            g = G[row].double()
+            self.m[i] = 0.9 * self.m[i] + 0.1 * g
+            self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
+            size = self.lr * math.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
+            self.W[row] -= self.scale * size * self.m[i] / (self.v[i].sqrt() + 1e-6)
+        return self.W
+
+
+class ErrorFeedbackReference:
+    """SGD in a subspace of A = G + e, refreshed by a full SVD of A; e is what the projection drops of A (arXiv 2410.16103)."""
+
+    def __init__(self, W: Tensor, rank: int, gap: int, scale: float, lr: float):
+        self.W, self.rank, self.gap, self.size, self.t = W.double().clone(), rank, gap, scale * lr, 0
+        self.e = torch.zeros_like(self.W)
+
+    def step(self, G: Tensor) -> Tensor:
+        A = G.double() + self.e
+        if self.t % self.gap == 0:
+            self.P = best_subspace(A, self.rank, "left" if A.shape[0] < A.shape[1] else "right")
+        self.t += 1
+        inside = self.P @ self.P.T @ A if A.shape[0] < A.shape[1] else A @ self.P @ self.P.T
+        self.W = self.W - self.size * inside
+        self.e = A - inside
+        return self.W
