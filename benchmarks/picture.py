@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-OURS_COLOUR, OTHERS_COLOUR = "#0072B2", "#B8B8B8"
+from galore_torch.train.report.palette import PALE, PALETTE
+
 ROOM = 2.5  # the axis ends at this multiple of our longest bar; a longer one is cut there and marked with an arrow
 
 
@@ -37,12 +38,12 @@ def draw(path: str | Path, title: str, panels: Sequence[Panel], ours: Collection
         cut = ROOM * max(panel.claim, *(panel.values[name] for name in panel.values if name in ours), 0.0)
         shown = [min(panel.values.get(name, 0.0), cut) for name in names]
         longest = max(*shown, panel.claim)
-        axis.barh(names, shown, height=0.66, color=[OURS_COLOUR if name in ours else OTHERS_COLOUR for name in names], zorder=2)
+        axis.barh(names, shown, height=0.66, color=[PALETTE[0] if name in ours else PALE for name in names], zorder=2)
         for row, (name, value) in enumerate(zip(names, shown, strict=True)):
             label = f"{panel.values[name]:.2f}{' →' * (panel.values[name] > cut)}" if name in panel.values else "–"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps the number readable where the line is behind it
             axis.text(value + 0.015 * longest, row, label, va="center", fontsize=9, zorder=3, bbox=box)
-        axis.axvline(panel.claim, color="#D55E00", linewidth=1.2, linestyle="--", zorder=2.5)
+        axis.axvline(panel.claim, color=PALETTE[1], linewidth=1.2, linestyle="--", zorder=2.5)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.unit, fontsize=9)
         axis.set_xlim(0, 1.18 * longest)

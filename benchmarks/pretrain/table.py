@@ -13,6 +13,8 @@ from contest import METHODS, Task
 from paper import CONVENTIONS, SIZES, TABLE_2
 from report import cell, count, table
 
+from galore_torch.train.report.palette import PALETTE
+
 MB = 1e6
 FULL = "adamw"
 
@@ -137,7 +139,7 @@ def picture(path: Path, scores: Sequence[Score]) -> None:
     names = [METHODS[score.method].label for score in scores]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.42 * len(names)), sharey=True)
     for row, score in enumerate(scores):
-        colour = "#0072B2" if "galore" in score.method else "#606060"
+        colour = PALETTE[0] if "galore" in score.method else "#606060"
         values = score.perplexities
         left.scatter(values, [row] * len(values), s=22, color=colour, alpha=0.55, linewidths=0, zorder=3)
         left.scatter([statistics.mean(values)], [row], marker="|", s=260, linewidths=2, color=colour, zorder=4)
@@ -145,7 +147,7 @@ def picture(path: Path, scores: Sequence[Score]) -> None:
             f"{statistics.mean(values):.2f}", (max(values), row), (8, 0), textcoords="offset points", va="center", fontsize=9, zorder=5
         )
         if score.method == FULL:
-            left.axvline(statistics.mean(values), color="#D55E00", linewidth=1.2, linestyle="--", zorder=2)
+            left.axvline(statistics.mean(values), color=PALETTE[1], linewidth=1.2, linestyle="--", zorder=2)
     left.set_yticks(range(len(names)), names)
     left.set_xlabel("held-out perplexity: each seed, and their mean; dashed: full rank's mean", fontsize=9)
     left.margins(x=0.12)

@@ -176,6 +176,15 @@ def test_page_follows_light_and_dark(page: Page) -> None:
         assert f"{name}:" in dark
 
 
+def test_letters_of_charts_are_readable_on_a_phone(page: Page) -> None:
+    """By hand: 390 px less two margins and two paddings of 8 px is what a chart has; its letters shrink or grow with it."""
+    for key in page.figures:
+        width = float(re.findall(r'viewBox="0 0 ([0-9.]+) ', svg(page, key))[0])
+        letters = [float(size) for size in re.findall(r"font: ([0-9.]+)px", svg(page, key))]
+        assert letters
+        assert min(letters) * (390 - 4 * 8) / width >= 9, key
+
+
 def browse(page: Path, *flags: str) -> tuple[str, list[str]]:
     """(standard output, messages of the console) of a headless browser that opens `page`."""
     # Without its sandbox it runs in a container too; the page is made here.

@@ -1,6 +1,6 @@
 """How every picture of a report looks: ink, palette, type, axes and legends.
 
-Ink and palette are fixed colours that `html_report` can replace by the page's own, light or dark.
+Ink and palette are fixed colours that `html` can replace by the page's own, light or dark.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from galore_torch.train.report.palette import DEPTH, INK, PALETTE
 from galore_torch.train.report.runs import Run
 from galore_torch.train.report.series import number
 
-INK = "#1b1f24"
-# Colours that stay apart in print and for colour-blind readers (Okabe and Ito, 2008).
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _STYLES = ("-", "--", ":", "-.")  # past the palette's end
-DEPTH = LinearSegmentedColormap.from_list("depth", ["#2b7bba", "#a06a9c", "#e0603b"])  # first to last layer, on light and dark
+LAYERS = LinearSegmentedColormap.from_list("layers", DEPTH)
+_WIDTH = 4.2  # inches: on a screen of 390 px its letters are 11 px high
 FEW = 2  # points that make no line: they get markers
 _RC = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and escaped by the writer
@@ -73,14 +72,14 @@ def label_of(run: Run, letters: int = 48) -> str:
 
 
 def panels(rows: int = 1, height: float = 3.2, **share: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.6, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), dpi=190, layout="constrained")
     return figure, list(figure.subplots(rows, 1, squeeze=False, **share)[:, 0])
 
 
 def legend(figure: Figure, handles: list[Any]) -> None:
     """Below the axes: inside, one curve or another would run through it."""
     longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), 84 // (longest + 8)))
+    columns = max(1, min(len(handles), 62 // (longest + 8)))
     figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(handles) // columns))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 

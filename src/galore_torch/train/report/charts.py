@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from galore_torch.train.report.chart_style import DEPTH, FEW, INK, colour, label_of, legend, look, names, panels, printable, x_axis
+from galore_torch.train.report.chart_style import FEW, LAYERS, colour, label_of, legend, look, names, panels, printable, x_axis
+from galore_torch.train.report.palette import INK
 from galore_torch.train.report.runs import Run
 from galore_torch.train.report.series import smooth, thin
 
@@ -109,7 +110,7 @@ def _overlap(runs: Sequence[Run]) -> Figure | None:
             for step, value in dots:
                 bins.setdefault(int(step // gap), []).append((step, value))
             means = [tuple(map(statistics.fmean, zip(*part, strict=True))) for part in bins.values()]
-            shade = DEPTH(index / max(1, len(layers) - 1))
+            shade = LAYERS(index / max(1, len(layers) - 1))
             axes.scatter([step for step, _ in dots], [value for _, value in dots], color=shade, s=size, alpha=alpha, linewidths=0)
             axes.plot(*zip(*means, strict=True), color=shade, linewidth=1.6, marker="." if len(means) <= FEW else "")
         axes.set(ylim=(0, 1.02), ylabel="overlap")
@@ -117,7 +118,7 @@ def _overlap(runs: Sequence[Run]) -> Figure | None:
     x_axis(stack[-1], "step", runs)
     every = -(-len(layers) // _LEGEND_LAYERS)
     named = list(enumerate(layers))[::every]
-    legend(figure, [Line2D([], [], color=DEPTH(i / max(1, len(layers) - 1)), linewidth=2, label=label) for i, (_, label) in named])
+    legend(figure, [Line2D([], [], color=LAYERS(i / max(1, len(layers) - 1)), linewidth=2, label=label) for i, (_, label) in named])
     return figure
 
 

@@ -18,10 +18,8 @@ from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.result import RunResult, perplexity
 from galore_torch.train.model.loss import counted
+from galore_torch.train.report.palette import PALETTE
 from galore_torch.train.report.series import smooth
-
-# Colours that stay apart in print and for colour-blind readers (Okabe and Ito, 2008).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def check_save_dir(save_dir: str | None, resume: str | None = None) -> None:
@@ -187,7 +185,7 @@ def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> No
     figure = Figure(figsize=(10, 4.2 + 0.2 * len(results)), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, result in enumerate(results):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = PALETTE[index % len(PALETTE)]
         label = f"{result.optimizer}, lr {result.lr:g}"
         steps = [step for step, _ in result.losses]
         losses = [loss for _, loss in result.losses]
