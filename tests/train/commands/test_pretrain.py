@@ -173,7 +173,7 @@ def test_ctrl_c_saves_model_table_and_picture(make_config: Make, tmp_path: Path,
 
 def test_terminal_shows_loss_lr_speed_and_memory(make_config: Make) -> None:
     _, printed = command(make_config(num_training_steps=2), terminal=True)
-    for figure in ("loss ", "lr ", "tok/s", "MB"):
+    for figure in ("loss ", "lr ", "tokens/s ", "memory "):
         assert figure in printed
 
 

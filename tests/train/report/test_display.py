@@ -36,9 +36,8 @@ def shown(*, terminal: bool, planned_mb: float | None = 9500.0, **more: Any) -> 
 
 def test_terminal_of_80_columns_shows_everything() -> None:
     """Bar, count, ETA; loss, lr, speed, memory now, at its peak and planned, refresh share: (0.5 s x 15) of 37.5 s."""
-    lines = [line.strip() for line in shown(terminal=True)]
-    assert "loss 3.142  lr 1.00e-03  123,456 tok/s  8,123/9,876/9,500 MB  refresh 20%" in lines
-    text = " ".join(lines)
+    text = " ".join(" ".join(shown(terminal=True)).split())
+    assert "loss 3.142 lr 0.001 tokens/s 123,456 memory 8,123/9,876/9,500 MB refresh 20%" in text
     for part in ("galore_adamw8bit", "30/30", "ETA", "━━━━"):
         assert part in text
     assert "…" not in text
@@ -47,22 +46,30 @@ def test_terminal_of_80_columns_shows_everything() -> None:
 def test_plain_lines_elsewhere() -> None:
     lines = [line for line in shown(terminal=False) if "loss" in line]
     assert len(lines) == 10
-    assert lines[-1] == "galore_adamw8bit 30/30  loss 3.142  lr 1.00e-03  123,456 tok/s  8,123/9,876/9,500 MB  refresh 20%"
+    assert lines[-1] == "galore_adamw8bit 30/30  loss 3.142  lr 0.001  tokens/s 123,456  memory 8,123/9,876/9,500 MB  refresh 20%"
 
 
 def test_memory_that_nobody_planned_is_left_out() -> None:
-    assert any("  8,123/9,876 MB  " in line for line in shown(terminal=False, planned_mb=None))
+    assert any("memory 8,123/9,876 MB  " in line for line in shown(terminal=False, planned_mb=None))
 
 
 @pytest.mark.parametrize(
     ("more", "figure"),
     [
-        ({"cuda_mb": 20_100.0, "cuda_peak_mb": 30_200.0}, "tok/s  20.1/30.2/9.5 GB  refresh"),
-        ({"rss_mb": 12_345.0, "peak_rss_mb": 23_456.0}, "tok/s  12.3/23.5/9.5 GB  refresh"),
+        ({"cuda_mb": 20_100.0, "cuda_peak_mb": 30_200.0}, "tokens/s 123,456  memory 20.1/30.2/9.5 GB  refresh"),
+        ({"rss_mb": 12_345.0, "peak_rss_mb": 23_456.0}, "tokens/s 123,456  memory 12.3/23.5/9.5 GB  refresh"),
     ],
 )
 def test_memory_is_the_devices_where_there_is_one(more: dict[str, float], figure: str) -> None:
     assert figure in shown(terminal=False, **more)[-2]
+
+
+def test_an_update_that_compiles_has_no_speed() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Display(console) as display:
+        display.begin("galore_adamw", 1)
+        display.step({key: value for key, value in row(1).items() if key != "tokens_per_s"}, 1)
+    assert "lr 0.001  compiling  memory 8,123/9,876 MB" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_no_refreshes_no_share() -> None:

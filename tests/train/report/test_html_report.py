@@ -180,7 +180,7 @@ def test_letters_of_charts_are_readable_on_a_phone(page: Page) -> None:
     """By hand: 390 px less two margins and two paddings of 8 px is what a chart has; its letters shrink or grow with it."""
     for key in page.figures:
         width = float(re.findall(r'viewBox="0 0 ([0-9.]+) ', svg(page, key))[0])
-        letters = [float(size) for size in re.findall(r"font: ([0-9.]+)px", svg(page, key))]
+        letters = [float(size) for size in re.findall(r"font-size: ([0-9.]+)px", svg(page, key))]
         assert letters
         assert min(letters) * (390 - 4 * 8) / width >= 9, key
 

@@ -9,11 +9,11 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from galore_torch.train.errors import UserError
@@ -55,7 +55,7 @@ def write_report(paths: Sequence[str], output: str | None = None) -> list[Path]:
     return written
 
 
-def _document(runs: Sequence[Run], cards: Sequence[tuple[Chart, Markup | None]]) -> str:
+def _document(runs: Sequence[Run], cards: Sequence[tuple[Chart, str | None]]) -> str:
     configs = _configs(runs)
     return _TEMPLATES.get_template("report.html.j2").render(
         title="galore report: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
@@ -74,7 +74,7 @@ def _document(runs: Sequence[Run], cards: Sequence[tuple[Chart, Markup | None]])
     )
 
 
-def _svg(figure: Figure, chart: Chart) -> Markup:
+def _svg(figure: Figure, chart: Chart) -> str:
     """The figure as an inline element: ids of its own, the page's ink and palette in place of the fixed ones."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -83,7 +83,7 @@ def _svg(figure: Figure, chart: Chart) -> Markup:
     text = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{chart.key}-", text)
     # Only inside style attributes: a run may be named after a colour.
     text = re.sub(r'(?<= style=")[^"]*', lambda style: _themed(style[0]), text)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1))
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1)
 
 
 def _themed(style: str) -> str:

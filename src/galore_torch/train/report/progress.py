@@ -27,7 +27,7 @@ class _TwoLines(Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         if self.tasks:
-            yield Text(f"  {self.tasks[-1].fields['figures']}", overflow="ellipsis", no_wrap=True)
+            yield Text(self.tasks[-1].fields["figures"])  # a narrow terminal gets a second line of them
 
 
 class Display:
@@ -105,13 +105,17 @@ class Display:
 
 
 def _figures(row: dict[str, Any], share: float | None, planned_mb: float | None) -> str:
-    """Loss, rate, speed, memory now / at its peak / planned (of the device where there is one), shares of peak speed and refreshes."""
+    """Loss, rate, speed, memory now / at its peak / planned (of the device where there is one), shares of peak speed and refreshes.
+
+    A row without `tokens_per_s` is an update that compiled.
+    """
     now, peak = (row["cuda_mb"], row["cuda_peak_mb"]) if "cuda_mb" in row else (row["rss_mb"], row["peak_rss_mb"])
     sizes = (now, peak) if planned_mb is None else (now, peak, planned_mb)
     memory = "/".join(f"{mb / 1e3:.1f}" if peak >= 10_000 else f"{mb:,.0f}" for mb in sizes) + (" GB" if peak >= 10_000 else " MB")
     refresh = "" if share is None else f"  refresh {share:.0%}"
     mfu = f"  mfu {row['mfu']:.0%}" if "mfu" in row else ""
-    return f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s{mfu}  {memory}{refresh}"
+    speed = f"tokens/s {row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "compiling"
+    return f"loss {row['loss']:.3f}  lr {row['lr']:.3g}  {speed}{mfu}  memory {memory}{refresh}"
 
 
 def show_table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
