@@ -20,6 +20,7 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw, bf16 moments": (g.GaLoreAdamW, {"state_codec": "bf16"}),
     "adamw8bit": (g.GaLoreAdamW8bit, {"min_8bit_size": 1}),
     "adafactor": (g.GaLoreAdafactor, {"lr": 1e-2}),
+    "adafactor, step by weights": (g.GaLoreAdafactor, {"lr": 1e-2, "scale_parameter": True}),
     "adafactor, beta1": (g.GaLoreAdafactor, {"lr": 1e-2, "beta1": 0.9}),
     "adagrad": (g.GaLoreAdagrad, {}),
     "sgd": (g.GaLoreSGD, {"momentum": 0.9}),
@@ -106,3 +107,22 @@ def test_a_basis_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch)
     optimizer.step()
     assert torch.equal(optimizer.state[p]["basis"], basis)
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [1e20, 3e38, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_huge_weight_does_not_take_the_others_with_it(name: str, value: float) -> None:
+    """Adafactor's step size follows the weights' root mean square. Oracle: the others stay finite, and move."""
+    make, settings = CLASSES[name]
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(32, 64))
+    with torch.no_grad():
+        p[3, 5] = value
+    others = torch.ones_like(p, dtype=torch.bool).index_fill_(0, torch.tensor(3), False).index_fill_(1, torch.tensor(5), False)
+    optimizer = make([{"params": [p], "rank": None}], **{"compile": False, **settings})
+    for _ in range(3):
+        p.grad = torch.randn(32, 64)
+        before = p.detach().clone()
+        optimizer.step()
+        assert p[others].isfinite().all()
+        assert not torch.equal(p[others], before[others])

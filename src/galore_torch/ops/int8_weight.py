@@ -326,7 +326,7 @@ def move(codes: Tensor, scale: Tensor, offset: Tensor, update: Tensor, factor: A
     """W <- decay_factor W - factor update on some rows, in place, rounded at random from ``seed``, or to nearest where that is None.
 
     update: the rows' shape, any float dtype, used up. The mean over seeds is exact, and a zero update changes no code: values are
-    reckoned from their block's offset, where code * scale has no rounding error. ``factor`` and ``decay_factor``: floats or 0-d tensors.
+    counted from their block's offset, where code * scale has no rounding error. ``factor`` and ``decay_factor``: floats or 0-d tensors.
     """
     if not codes.numel():
         return

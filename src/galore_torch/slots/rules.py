@@ -47,7 +47,7 @@ class Rule:
     """``moments(shape of R, group)`` names the state; ``update(R, moments, numbers(group, step, lr))`` is one step, from step 1.
 
     ``update`` changes the moments in place, leaves R as it is, and returns a new tensor of R's shape. ``numbers`` is everything
-    else it depends on: floats or 0-d tensors, reckoned on the host, so that a compiled update serves every step and schedule.
+    else it depends on: floats or 0-d tensors, computed on the host, so that a compiled update serves every step and schedule.
     ``elementwise``: every element moves by itself, so the engine may hand over a few rows at a time, or compile the update.
     ``lr(weight, group, step)`` is the step size: a float, or a 0-d tensor.
     """
@@ -127,6 +127,7 @@ def adafactor_lr(weight: Tensor, group: Group, step: int) -> Any:
     if group["scale_parameter"]:
         real = torch.promote_types(weight.dtype, torch.float32)
         rms = torch.linalg.vector_norm(weight, dtype=real) / math.sqrt(weight.numel())
+        rms.nan_to_num_(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
         lr = rms.clamp_(min=group["eps"][1]) * lr
     return lr
 
