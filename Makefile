@@ -51,7 +51,7 @@ test: lint docs  ## set-up, lint, docs, the quick tests; ARGS="-k name" picks so
 test-all: lint docs  ## the same with the slow tests
 	$(PYTEST) -m "" $(ARGS)
 
-format: $(STAMP)  ## rewrite the files in the house's layout
+format: $(STAMP)  ## rewrite the files in the project's layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

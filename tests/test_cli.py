@@ -1,4 +1,4 @@
-"""The command line: help without torch, one line and exit code 2 for what the user can mend."""
+"""The command line: help without torch, one line and exit code 2 for what the user can fix."""
 
 from __future__ import annotations
 

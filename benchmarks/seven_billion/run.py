@@ -5,7 +5,7 @@
 
 8-bit GaLore with bf16 weights, or Q-GaLore, each updating a layer inside the backward pass. The model has random weights, made (and
 quantised) a layer at a time, so that building never holds more than the weights. The first step makes every basis; the later ones are
-ordinary. Each sees another text; at the end the first text is judged again. Peak memory is what the operating system counts for this
+ordinary. Each sees another text; at the end the first text is evaluated again. Peak memory is what the operating system counts for this
 process, libraries and all; on CUDA, the allocator's peak under `--cap`.
 """
 

@@ -53,7 +53,7 @@ def main() -> None:
     totals = {name: sum(values) for name, values in times.items()}
     middle = {name: statistics.median(values) for name, values in times.items()}
     slowest = {name: max(values) / middle[name] for name, values in times.items()}
-    # The first step of a run makes every basis, whoever's it is; the slowest of the others tells whether refreshes are spread.
+    # The first step of a run makes every basis, whichever optimizer's it is; the slowest of the others tells whether refreshes are spread.
     later = {name: max(values[0 if arguments.skip else 1 :], default=values[0]) / middle[name] for name, values in times.items()}
     of_published = ratios(totals, PUBLISHED)
     span = f"{arguments.skip + 1} to {arguments.skip + arguments.steps}"

@@ -25,7 +25,7 @@ _EXIT_USAGE, _EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for anything the user can mend."""
+    """Run the command line; returns the exit code, 2 for anything the user can fix."""
     try:
         words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         arguments = vars(_parser().parse_args(words))
@@ -194,7 +194,7 @@ def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="perplexity of a run or any saved model on any text; lm-eval's tasks",
-        description="Judge the model of a run, a checkpoint or any Hugging Face folder: its perplexity on a text, which is read as "
+        description="Evaluate the model of a run, a checkpoint or any Hugging Face folder: its perplexity on a text, which is read as "
         "training reads it, and tasks of EleutherAI's evaluation harness (the extra eval).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -202,7 +202,7 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("source", metavar="RUN_OR_FOLDER", help="such as runs/a, one of its checkpoints, or an exported folder")
     evaluate.add_argument("--data", nargs="+", metavar="FILE", help="the text: .txt, .jsonl (each also .gz) or .parquet files")
     evaluate.add_argument("--text_field", metavar="NAME", help="the column of .jsonl and .parquet with the text (default: text)")
-    evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window, judged on its own (default: 256)")
+    evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window, evaluated on its own (default: 256)")
     evaluate.add_argument("--batch_size", type=int, metavar="N", help="windows, or examples, in one forward pass (default: 8)")
     evaluate.add_argument("--eval_tokens", type=int, metavar="N", help="tokens of the text, at most (default: all)")
     evaluate.add_argument("--harness", metavar="TASKS", help="lm-eval's tasks, comma-separated: names, or YAML files")

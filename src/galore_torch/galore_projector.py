@@ -1,4 +1,4 @@
-"""Faces: the projector class of galore-torch 1.0, for code that imports it and checkpoints that hold it. Optimizers do not use it."""
+"""The projector class of galore-torch 1.0, for code that imports it and checkpoints that hold it. Optimizers do not use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faces: the tensor projector's published name. Tensors of more than two dimensions are projected as matrices until it exists."""
+"""The tensor projector's published name. Tensors of more than two dimensions are projected as matrices until it exists."""
 
 from __future__ import annotations
 

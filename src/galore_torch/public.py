@@ -1,4 +1,4 @@
-"""Faces: every public name, and what importing the package does."""
+"""Every public name, and what importing the package does."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Ground: affine block quantisation. A block is stored as codes 0 .. levels, and decodes to offset + code * scale.
+"""Ops: affine block quantisation. A block is stored as codes 0 .. levels, and decodes to offset + code * scale.
 
 Shapes broadcast: callers hand over blocks along one axis, scale and offset with size 1 there. Arithmetic is fp32; scale and offset
 are numbers that bf16 holds exactly, so that they are stored in two bytes each.

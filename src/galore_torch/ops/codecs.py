@@ -1,4 +1,4 @@
-"""Ground: how a state tensor is stored. fp32 inside, storage dtype outside; no optimizer, no configuration.
+"""Ops: how a state tensor is stored. fp32 inside, storage dtype outside; no optimizer, no configuration.
 
 A codec turns one real tensor ("value", fp32 or fp64) into named storage tensors and back:
     fp32   the value itself (fp64 for fp64 parameters)

@@ -1,4 +1,4 @@
-"""Ground: a weight held as INT8 alone (Q-GaLore, arXiv 2407.08296). A tensor that owns codes, and no floating copy of itself.
+"""Ops: a weight held as INT8 alone (Q-GaLore, arXiv 2407.08296). A tensor that owns codes, and no floating copy of itself.
 
 To autograd, hooks, groups and checkpoints it is an ordinary parameter of its floating dtype; its gradient is an ordinary tensor.
 A linear layer decodes it for each product and keeps nothing floating for the backward pass. Any other operation reads a decoded copy;

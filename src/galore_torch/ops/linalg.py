@@ -1,4 +1,4 @@
-"""Ground: the linear algebra of subspaces. Tensors in, tensors out; no optimizer, no state, no configuration.
+"""Ops: the linear algebra of subspaces. Tensors in, tensors out; no optimizer, no state, no configuration.
 
 Every function is batched over leading dimensions and works in the dtype it is given: callers hand it fp32 or fp64.
 Shape suffixes: M x N is the gradient, R the rank.

@@ -1,4 +1,4 @@
-"""Faces: the torch.optim.Optimizer that every public class is a row of. Groups, step and an exact state_dict; no arithmetic."""
+"""Optim: the torch.optim.Optimizer that every public class is a row of. Groups, step and an exact state_dict; no arithmetic."""
 
 from __future__ import annotations
 

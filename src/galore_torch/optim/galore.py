@@ -1,4 +1,4 @@
-"""Faces: the public classes. Each is one row of the recipe table with its own arguments; the shared ones are `Projection`."""
+"""Optim: the public classes. Each is one row of the recipe table with its own arguments; the shared ones are `Projection`."""
 
 from __future__ import annotations
 

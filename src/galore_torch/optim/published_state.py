@@ -1,4 +1,4 @@
-"""Faces: state written by galore-torch 1.0, read into ours. Nothing else knows the published format."""
+"""Optim: state written by galore-torch 1.0, read into ours. Nothing else knows the published format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def convert_published(saved: Mapping[str, Any], layout: Layout, group: Mapping[s
     if (projector is not None) != (bool(layout.ranks)):
         warnings.warn(
             f"the checkpoint's state of a parameter of shape {layout.shape} was made at another rank than this group's {group['rank']}; "
-            "it starts afresh",
+            "it starts anew",
             stacklevel=2,
         )
         return {}

@@ -1,4 +1,4 @@
-"""Faces: a model's linear layers in INT8, and back. Everything else about the model stays as it is."""
+"""Optim: a model's linear layers in INT8, and back. Everything else about the model stays as it is."""
 
 from __future__ import annotations
 

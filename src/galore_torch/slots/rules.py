@@ -1,4 +1,4 @@
-"""Ground: what the inner optimizer does with a gradient. Tensors in, tensors out; nothing here knows about subspaces.
+"""Slots: what the inner optimizer does with a gradient. Tensors in, tensors out; nothing here knows about subspaces.
 
 A rule names its moments, moves them in place, and answers with an update that already carries the learning rate: the weight
 moves by minus the update. Arithmetic is in the dtype of the gradient given (fp32 or fp64).

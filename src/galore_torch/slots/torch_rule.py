@@ -1,4 +1,4 @@
-"""Ground: any ``torch.optim`` class as an inner optimizer.
+"""Slots: any ``torch.optim`` class as an inner optimizer.
 
 GaLore is independent of the optimizer (arXiv 2403.03507, section 4.1), so the class is not imitated but run, on the
 coordinates x = basis^T W of the weight inside the subspace, whose gradient is exactly R = basis^T G.

@@ -32,7 +32,7 @@ def held_out_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def finished(make_config: Make, held_out_file: Path, tmp_path: Path) -> Path:
-    """A run's folder, judged on a text of its own."""
+    """A run's folder, evaluated on a text of its own."""
     assert command(make_config(eval_data=(str(held_out_file),), eval_tokens=500, batch_size=7))[0] == 0
     return tmp_path / "run"
 

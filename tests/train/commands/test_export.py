@@ -144,7 +144,7 @@ def test_full_disk_leaves_nothing_and_a_kill_is_made_up_for(
         patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
         said = failure(capsys, "export", str(run), str(tmp_path / "out"))
     assert "the export cannot be written to" in said
-    assert said.endswith("No space left on device; make room or mend the folder, then export again")
+    assert said.endswith("No space left on device; make room or fix the folder, then export again")
     assert not any(tmp_path.glob("*out*"))
     left.mkdir()
     (left / "model-00001-of-00002.safetensors").write_bytes(b"half")

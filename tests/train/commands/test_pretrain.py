@@ -124,7 +124,7 @@ def test_default_folders_never_meet(make_config: Make, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("changes", [{"data": ("nowhere.txt",)}, {"tokenizer": "nowhere"}, {"vocab_size": 256}, {"max_length": 64}])
 def test_bad_input_leaves_nothing_behind(make_config: Make, tmp_path: Path, changes: dict[str, Any]) -> None:
-    if "max_length" in changes:  # the held-out text is shorter than one such sequence
+    if "max_length" in changes:  # the validation text is shorter than one such sequence
         (tmp_path / "few.jsonl").write_text('{"text": "one two three"}\n' * 9)
         changes = {**changes, "data": (str(tmp_path / "few.jsonl"),)}
     with pytest.raises(UserError):

@@ -36,7 +36,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_pasted_command_is_the_recipe(name: str, parsed: Callable[[str], PretrainConfig]) -> None:
-    """But for the text, which is C4 there in any case, and the held-out tokens: the published script has no flag for them."""
+    """But for the text, which is C4 there in any case, and the validation tokens: the published script has no flag for them."""
     config = parsed(f"--model_config configs/llama_{name.split('-')[0]}.json {COMMANDS[name]}")
     recipe = config_from({"config": name, "data": (), "eval_tokens": 65536})
 

@@ -1,4 +1,4 @@
-"""Batches are the promised windows in the promised order; held-out text stays out."""
+"""Batches are the promised windows in the promised order; validation text stays out."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_too_little_text_names_tokens_and_bound(make_config: Callable[..., Pretr
     with pytest.raises(UserError, match=r"training text has \d+ tokens.*= 17: give --data"):
         load_data(make_config(data=(str(short),)))
     short.write_text(json.dumps({"text": "a good many words, for once. " * 9}))
-    with pytest.raises(UserError, match=r"held-out text has 0 tokens.*--eval_data"):
+    with pytest.raises(UserError, match=r"validation text has 0 tokens.*--eval_data"):
         load_data(make_config(data=(str(short),)))
 
 

@@ -105,7 +105,7 @@ def test_data_set_without_a_validation_split_asks_for_held_out_text(monkeypatch:
 
     monkeypatch.setattr(source, "_load", load)
     with pytest.raises(
-        UserError, match=r"--data hf:a/b: a/b validation cannot be opened \(Bad split.*give the held-out text with --eval_data"
+        UserError, match=r"--data hf:a/b: a/b validation cannot be opened \(Bad split.*give the validation text with --eval_data"
     ):
         load_data(make_config(data=("hf:a/b",)))
 

@@ -62,7 +62,7 @@ def equal(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) 
 
 
 def test_packed_stream_is_the_text_that_memory_would_hold(streamed: Make) -> None:
-    """In file order, held-out documents left out: the oracle is the same text read into memory, window after window."""
+    """In file order, validation documents left out: the oracle is the same text read into memory, window after window."""
     config = streamed()
     tokens = load_data(replace(config, stream=False, num_training_steps=1000)).train
     stream = load_data(config)

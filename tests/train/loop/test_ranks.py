@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.dist
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "padded in" in case else []) for case in CASES])
 def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, forked: Forked) -> None:
-    """The same documents in every update: the same losses, norms, weights, held-out loss and number of tokens."""
+    """The same documents in every update: the same losses, norms, weights, validation loss and number of tokens."""
     settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]
     two = make_config(**settings, save_dir=str(tmp_path / "two"))
     one = make_config(**(settings | {"batch_size": 8}), save_dir=str(tmp_path / "one"))
@@ -78,7 +78,7 @@ def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make
     assert command(one)[0] == 0
     codes, (said, other_said) = forked.wait()
     assert codes == [0, 0], said + other_said
-    assert "held-out perplexity" in said
+    assert "validation perplexity" in said
     assert not other_said, "the second process prints nothing"
     assert_close_runs(tmp_path / "one", tmp_path / "two")
     assert json.loads((tmp_path / "two" / "config.json").read_text())["resolved"]["processes"] == 2
@@ -166,7 +166,7 @@ def test_what_processes_cannot_share_is_refused(make_config: Make, settings: dic
 
 def test_text_too_short_for_the_processes_is_refused(make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words more than one sequence has, and no more than that, as it is to be so")
-    with pytest.raises(UserError, match=r"held-out text has \d+ tokens; one sequence needs 30 processes x --max_length \+ 1 = 481"):
+    with pytest.raises(UserError, match=r"validation text has \d+ tokens; one sequence needs 30 processes x --max_length \+ 1 = 481"):
         load_data(make_config(processes=30, eval_data=(str(tmp_path / "short.txt"),)))
 
 

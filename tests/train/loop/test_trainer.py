@@ -174,7 +174,7 @@ def test_non_finite_loss_names_step_and_cure(name: str, make_config: Make, token
 
 def test_weights_that_break_in_the_last_update_are_noticed(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:
     result, _ = run(make_config(optimizer="sgd", lr=1e30, num_training_steps=1), token_data, tmp_path)
-    assert "the held-out loss is nan after step 1" in result.status
+    assert "the validation loss is nan after step 1" in result.status
 
 
 def test_bf16_weights_learn(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def gpt2(folder: Path) -> str:
 
 
 def test_training_goes_on_where_the_weights_stand(first_run: Path, make_config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
-    """The perplexity before the second run is the one after the first: same weights, same tokenizer, same held-out text."""
+    """The perplexity before the second run is the one after the first: same weights, same tokenizer, same validation text."""
     again = make_config(model_config="demo", hf_model=str(first_run), save_dir=str(tmp_path / "again"), optimizer="galore_adamw", rank=4)
     assert pretrain(again) == 0
     (before,) = json.loads((first_run.parent / "summary.json").read_text())

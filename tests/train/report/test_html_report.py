@@ -132,7 +132,7 @@ def test_every_series_of_every_run_is_there(page: Page) -> None:
         assert HOSTILE in text, key
         if key not in ("overlap", "memory"):  # there a colour is a layer, or a part
             assert {"var(--c0)", "var(--c1)"} <= set(re.findall(r"var\(--c\d\)", svg(page, key))), key
-    for word in ("update", "loss (nats per token)", "held-out"):
+    for word in ("update", "loss (nats per token)", "validation"):
         assert word in page.figures["loss-steps"]
     assert "training tokens" in page.figures["loss-tokens"]
     assert "time of updates and evaluations (s)" in page.figures["loss-time"]
@@ -247,7 +247,7 @@ def test_final_table(page: Page) -> None:
     first = cells(page)
     assert first["optimizer"] == "galore_adamw"
     assert first["status"] == "finished"
-    assert (first["updates"], first["tokens"], first["held-out loss"], first["perplexity"]) == ("12", "1,200", "5.2000", "181.27")
+    assert (first["updates"], first["tokens"], first["validation loss"], first["perplexity"]) == ("12", "1,200", "5.2000", "181.27")
     assert (first["time"], first["state MB"], first["peak MB"]) == ("2.2 s", "10.00", "500")
     assert first["tokens/s"] == f"{1100 / (11 * 0.1 + 4 * 0.01):,.0f}"
 

@@ -116,7 +116,7 @@ def plain_failures(what: str, where: Path, cure: str = _GO_ON) -> Iterator[None]
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{what} cannot be written to {where}: {reason}; make room or mend the folder, then {cure}") from error
+        raise UserError(f"{what} cannot be written to {where}: {reason}; make room or fix the folder, then {cure}") from error
 
 
 # --- trees of tensors -----------------------------------------------------------------------------------------------------

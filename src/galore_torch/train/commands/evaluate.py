@@ -43,7 +43,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of the model that `source` means, as JSON has them: of the text `data`, and of each of the tasks `harness`.
 
-    `max_length`: tokens in one window, each of which is judged by those before it in its window; a tail shorter than one is left out.
+    `max_length`: tokens in one window, each predicted from those before it in its window; a tail shorter than one is left out.
     `eval_tokens`: of the text, at most. `limit`: examples of a task, at most. `dtype`: None, as it was saved.
     """
     if not data and not harness:
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def score(model: Any, text: TokenData, length: int, batch_size: int, device: str) -> Score:
-    """The held-out tokens of `text`, judged as in training: the sum of their losses over their number."""
+    """The validation tokens of `text`, evaluated as in training: the sum of their losses over their number."""
     import torch
 
     from galore_torch.train.loop.evaluate import held_out_loss

@@ -57,7 +57,7 @@ class Settings:
         metavar="FILE",
     )
     eval_data: tuple[str, ...] = _setting(
-        (), "data", "held-out text (default: every 20th document of --data; from the hub: the validation split)", metavar="FILE"
+        (), "data", "validation text (default: every 20th document of --data; from the hub: the validation split)", metavar="FILE"
     )
     tokenizer: str | None = _setting(None, "data", "tokenizer folder or tokenizer.json (default: a BPE trained once and cached)")
     text_field: str = _setting("text", "data", "the column of .jsonl and .parquet with the text")
@@ -115,7 +115,7 @@ class Settings:
     device: str = _setting("auto", "training", "auto, cpu or cuda")
     # -- run
     eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
-    eval_tokens: int = _setting(65536, "run", "held-out tokens to evaluate on, at most")
+    eval_tokens: int = _setting(65536, "run", "validation tokens to evaluate on, at most")
     legacy_eval: bool = _setting(
         False, "run", "also write legacy_eval_loss, the published script's: mean of batch means, divided by their number + 1"
     )

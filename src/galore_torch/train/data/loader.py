@@ -133,7 +133,7 @@ def load_data(config: PretrainConfig) -> TokenData:
     held = tokenised(held_out_documents(), tokenizer, config, config.eval_tokens)
     if source is None:
         check_enough(train, "training", "--data with more text", config)
-    check_enough(held, "held-out", "--eval_data with more text", config)
+    check_enough(held, "validation", "--eval_data with more text", config)
     text = source.name if source else ", ".join(config.data) or "source of Python's standard library"
     return TokenData(train, held, tokenizer, vocab_size, text, source, split)
 

@@ -119,7 +119,7 @@ def _kind(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a plain or gzip file; a damaged file is the user's to mend."""
+    """Lines of a plain or gzip file; a damaged file is for the user to fix."""
     try:
         with (
             gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as raw,

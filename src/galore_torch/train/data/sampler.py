@@ -1,4 +1,4 @@
-"""Which document comes next: shards, passes, held-out documents and ranks. A `Place` says where, and any place can be gone on from."""
+"""Which document comes next: shards, passes, validation documents and ranks. A `Place` says where; reading can go on from any place."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def held_out(document: int) -> bool:
 
 @dataclass(frozen=True)
 class Documents:
-    """The endless order of training documents that one of `ranks` processes reads; `split`: held-out ones are left out.
+    """The endless order of training documents that one of `ranks` processes reads; `split`: validation ones are left out.
 
-    Document i of a pass, held-out ones not counted, belongs to rank i % ranks: in every pass each is read by exactly one.
+    Document i of a pass, validation ones not counted, belongs to rank i % ranks: in every pass each is read by exactly one.
     """
 
     source: Source

@@ -146,5 +146,5 @@ def _told(read: Callable[[], Any], what: str, cure: str) -> Any:
         raise
     except Exception as error:  # what a network, a hub or a foreign file raises has no common class
         if "Bad split" in str(error):
-            cure = "give the held-out text with --eval_data"
+            cure = "give the validation text with --eval_data"
         raise UserError(f"{what} ({first_line(error)}); {cure}") from error

@@ -26,7 +26,7 @@ class RunResult:
     skipped_in_a_row: int = 0  # the last ones
     status: str = "finished"  # or "interrupted", or why it stopped
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
-    evals: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
+    evals: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
 
     @property
     def tokens_per_s(self) -> float:

@@ -240,7 +240,7 @@ class _Loop:
         return due and [at for at, _ in self.result.evals[-1:]] != [step]
 
     def evaluate_if_due(self) -> None:
-        """The held-out loss. Given up when the watcher asks to stop."""
+        """The validation loss. Given up when the watcher asks to stop."""
         if not self.evaluation_is_due():
             return
         config, result = self.config, self.result
@@ -251,7 +251,7 @@ class _Loop:
             return  # a resumed run makes up for it
         mean, tokens = found
         if not math.isfinite(mean):
-            raise self.not_finite(f"the held-out loss is {mean} after step {result.steps}")
+            raise self.not_finite(f"the validation loss is {mean} after step {result.steps}")
         result.evals.append((result.steps, mean))
         row = {
             "step": result.steps,

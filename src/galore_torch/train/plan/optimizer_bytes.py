@@ -1,4 +1,4 @@
-"""Doing: bytes before you run. Adds up `layout.state_spec` and never touches the engine, a tensor or a device.
+"""Bytes before you run. Adds up `layout.state_spec` and never touches the engine, a tensor or a device.
 
 Lasting bytes are exact. Those that a step needs for a moment follow the engine's passes and are checked against the allocator's log.
 """

@@ -53,7 +53,7 @@ def _loss(x: str) -> Callable[[Sequence[Run]], Figure | None]:
         if max(highest) > 1.5 * max(first) > 0:  # one that diverged must not flatten the others
             axes.set_ylim(top=1.2 * max(first))
         axes.set_ylabel("loss (nats per token)")
-        ring = Line2D([], [], color=INK, linestyle="", marker="o", markersize=5, markerfacecolor="none", label="held-out")
+        ring = Line2D([], [], color=INK, linestyle="", marker="o", markersize=5, markerfacecolor="none", label="validation")
         legend(figure, [*names(shown), *([ring] if any(run.evals for _, run in shown) else [])])
         return figure
 
@@ -211,7 +211,7 @@ def _held(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-_BOLD = "Bold: smoothed; faint: every update; rings: held-out text."
+_BOLD = "Bold: smoothed; faint: every update; rings: validation text."
 CHARTS = (
     Chart("loss-steps", "Loss over updates", _BOLD, _loss("step")),
     Chart("loss-tokens", "Loss over tokens", _BOLD, _loss("tokens_seen")),

@@ -98,7 +98,7 @@ class Display:
     def evaluated(self, row: dict[str, Any]) -> None:
         legacy = f" (as published: {row['legacy_eval_perplexity']:,.2f})" if "legacy_eval_perplexity" in row else ""
         self.console.print(
-            f"{self._name} update {row['step']}: held-out perplexity "
+            f"{self._name} update {row['step']}: validation perplexity "
             f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens{legacy}",
             highlight=False,
         )

@@ -157,8 +157,8 @@ def _single_rows(r: RunResult) -> list[list[str]]:
         ["peak learning rate", f"{r.lr:g}"],
         [f"optimizer state, {r.optimizer}", f"{r.state_bytes / 1e6:.2f} MB ({share:.0%} of AdamW)"],
         ["optimizer state, AdamW", f"{r.adamw_state_bytes / 1e6:.2f} MB (measured, same model)"],
-        ["held-out perplexity before", _number(first_perplexity(r))],
-        ["held-out perplexity after", _number(final_perplexity(r))],
+        ["validation perplexity before", _number(first_perplexity(r))],
+        ["validation perplexity after", _number(final_perplexity(r))],
         ["tokens/s", f"{r.tokens_per_s:,.0f}"],
         ["updates", f"{r.steps} ({r.tokens_seen:,} tokens, {r.seconds:.0f} s)"],
         ["peak memory of the process", f"{r.peak_memory_mb:,.0f} MB"],
@@ -178,7 +178,7 @@ def markdown_table(config: PretrainConfig, results: Sequence[RunResult]) -> str:
 
 
 def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> None:
-    """PNG: training loss on the left, held-out perplexity on the right, one colour a run."""
+    """PNG: training loss on the left, validation perplexity on the right, one colour a run."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
     from matplotlib.ticker import LogFormatter
 
@@ -200,7 +200,7 @@ def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> No
             f"state {result.state_bytes / 1e6:.2f} MB",
         )  # fmt: skip
     left.set(xlabel="update", ylabel="loss (nats per token)", title="training loss")
-    right.set(xlabel="update", ylabel="perplexity", title="held-out perplexity", yscale="log")
+    right.set(xlabel="update", ylabel="perplexity", title="validation perplexity", yscale="log")
     right.yaxis.set_major_formatter(LogFormatter())
     right.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     for axes in (left, right):
