@@ -116,3 +116,12 @@ def test_share_is_told_only_of_a_known_peak(make_config: Make, token_data: Token
 def test_peak_has_to_be_positive() -> None:
     with pytest.raises(UserError, match=r"--peak_tflops 0.0 is out of bounds: give a number greater than 0"):
         PretrainConfig(peak_tflops=0.0)
+
+
+def test_a_model_without_attention_has_the_products_of_its_matrices_alone() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "state_size": 4, "time_step_rank": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes, pad_token_id=None, bos_token_id=1, eos_token_id=2))
+    assert flops_per_token(model, 8) == flops_per_token(model, 64) == 6 * sum(p.numel() for p in model.parameters() if p.dim() >= 2)

@@ -24,8 +24,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     from torch import nn
 
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", None) or 0  # a state space model has none, and no such products
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()  # type: ignore[operator]
     multiplied = [p for p in model.parameters() if p.dim() >= 2 and (p not in looked_up or p is head.weight)]
