@@ -241,7 +241,7 @@ def test_a_frozen_parameter(cls: type[Optimizer], own: dict[str, Any]) -> None:
         p, other = weight(12, 8), weight(7)
         p.requires_grad_(False)
         optimizer = cls([{"params": [p], "rank": 2}, {"params": [other]}], **own)
-        assert optimizer.state_dict()["state"].keys() == {1}
+        assert {place for place, held in optimizer.state_dict()["state"].items() if held} == {1}
         if early:
             train(optimizer, [other], 2)
             assert torch.equal(p, weight(12, 8))

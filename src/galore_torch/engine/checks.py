@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from numbers import Integral
+from collections.abc import Iterable, Mapping, MutableMapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -62,12 +62,60 @@ def _check_adaptive(group: Mapping[str, Any]) -> None:
         )
 
 
-def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a group key that looks like a slip of a known one; the keys of others, such as schedulers, are left alone."""
+# Keys that schedulers and frameworks write into groups for themselves.
+OF_OTHERS = {
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_lr",
+    "warmup_lr",
+    "swa_lr",
+    "initial_momentum",
+    "max_momentum",
+    "base_momentum",
+    "min_momentum",
+    "name",
+    "names",
+    "group_name",
+    "layer_name",
+    "param_group_name",
+    "layer_names",
+    "lr_mult",
+    "lr_scale",
+    "decay_mult",
+    "wd_mult",
+    "pre_lr_mult",
+    "pre_wd_mult",
+    "bias_mult",
+    "no_weight_decay",
+    "moe",
+    "allreduce",
+    "is_expert",
+    "is_expert_parallel",
+    "is_decoupled_lr",
+    "default_config",
+}
+
+
+def unread_keys(keys: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The group keys that nothing reads, but for those of schedulers and frameworks. A slip of a known key is a ValueError."""
     known = set(known)
-    for key in keys:
-        if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
+    unread = [key for key in keys if key not in known and key not in OF_OTHERS]
+    for key in unread:
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
             raise ValueError(f"group key {key!r} is not known; did you mean {near[0]!r}?")
+    return unread
+
+
+def plain_numbers(group: MutableMapping[str, Any]) -> None:
+    """Make other numbers, such as ``numpy.float32``, Python's in place: the host computes in double, and torch.load reads them."""
+    for key, value in group.items():
+        if type(value) in (float, int, bool, str, list, tuple, type(None)) or isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, Integral):
+            group[key] = int(value)
+        elif isinstance(value, Real) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
+            group[key] = float(value)
 
 
 def _is_pair(value: object) -> bool:

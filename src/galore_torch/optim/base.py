@@ -6,16 +6,18 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, TypedDict, cast, overload
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypedDict, cast, get_type_hints, overload
 
 import torch
 from torch import Tensor
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.checks import check_group, check_spelling
+from galore_torch.engine.checks import check_group, plain_numbers, unread_keys
 from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView, state_spec
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept
+from galore_torch.engine.sharding import refuse_sharded
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.state import seal, unseal
 from galore_torch.slots.rules import RULES
@@ -91,6 +93,14 @@ def _callers_level() -> int:
     return max(level, 1)
 
 
+def _resolved(init: Any) -> list[inspect.Parameter]:
+    """The parameters of an ``__init__`` with types for annotations, where the source has strings; ``Unpack`` is for type checkers alone."""
+    parameters = [p for p in inspect.signature(init).parameters.values() if p.name != "self"]
+    strings = {p.name: p.annotation for p in parameters if p.annotation != p.empty and "Unpack" not in str(p.annotation)}
+    hints = get_type_hints(SimpleNamespace(__annotations__=strings), globalns=init.__globals__)
+    return [p.replace(annotation=hints.get(p.name, p.empty)) for p in parameters]
+
+
 @contextmanager
 def without_autocast(params: Iterable[Tensor]) -> Iterator[None]:
     """Arithmetic is fp32 inside, whatever precision the caller's ``torch.autocast`` asks of the model."""
@@ -115,12 +125,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
         super().__init_subclass__(**kwargs)
         cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SHARED
-        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
+        own = _resolved(cls.__init__)
         defaults = {**PROJECTION_DEFAULTS, **cls.row.group_keys()}
         taken = {p.name for p in own}
         shared = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
-            for name, annotation in Projection.__annotations__.items()
+            for name, annotation in get_type_hints(Projection).items()
             if name not in taken
         ]
         positional = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -141,21 +151,30 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; nothing changes when it is refused."""
-        self._check_group({**self.defaults, **param_group})
-        check_spelling(param_group, {*self.defaults, "params", "param_names", "dim"})
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
-            if p.is_complex():
-                self.param_groups.pop()
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex parameters are not supported yet; "
-                    "give them to another optimizer"
-                )
-        for p in group["params"]:
-            self._check_compiler(p, group)
-        self._warn_of_full_rank(group)
-        self._adopt()
+        group = {**self.defaults, **param_group}  # the caller's own dict stays as it is: it may serve another optimizer
+        plain_numbers(group)
+        self._check_group(group)
+        unread = unread_keys(param_group, {*self.defaults, *self.fixed, "params", "param_names", "dim"})
+        if unread:
+            warnings.warn(
+                f"{type(self).__name__} does not read the group keys {unread}: they have no effect. Leave them out, or choose among "
+                f"{sorted(self.defaults)}",
+                stacklevel=_callers_level(),
+            )
+        super().add_param_group(group)
+        try:
+            for p in group["params"]:
+                if p.is_complex():
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex parameters are not supported yet; "
+                        "give them to another optimizer"
+                    )
+                self._check_compiler(p, group)
+            self._adopt()
+        except BaseException:
+            self.param_groups.pop()
+            self._adopt()
+            raise
 
     def _check_fixed(self, settings: Mapping[str, Any]) -> None:
         for key, only in self.fixed.items():
@@ -167,7 +186,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_group(group, self.row)
 
     def _warn_of_full_rank(self, group: dict[str, Any]) -> None:
-        if group["rank"] is None:
+        if group["rank"] is None or not group["params"]:
+            return
+        if all(p.dim() < 2 for p in group["params"]):
+            if len(self._present) == 1 and group["params"][0].numel() <= 1 << 14:
+                return  # a norm or bias with an optimizer of its own, as layer-wise loops make them
+            warnings.warn(
+                f"rank={group['rank']} projects none of this group's {len(group['params'])} parameters, for all are vectors: they train at "
+                "full rank, and no memory is saved. FSDP1 and DeepSpeed ZeRO flatten matrices into vectors: train such a model under "
+                "DistributedDataParallel. In a group of true vectors leave rank out",
+                stacklevel=_callers_level(),
+            )
             return
         whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and not engine.layout_of(p, group).ranks]
         if whole:
@@ -199,6 +228,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            plain_numbers(group)
             self._check_group(group)
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
@@ -247,6 +277,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         """One step on one parameter, whose gradient is consumed."""
+        plain_numbers(group)
         view = self._check(p, group)
         with without_autocast([p]):
             self._update(view)
@@ -272,6 +303,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, tensor in spec.items():
             held = state.get(key)
             if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                if held is None and key.endswith("momentum_buffer"):
+                    raise ValueError(
+                        f"momentum of a parameter of shape {tuple(p.shape)} is on now and was off when the optimizer was made, so there is "
+                        "no buffer for it. OneCycleLR and CyclicLR turn it on: give them cycle_momentum=False, or make the optimizer with "
+                        "a momentum above 0"
+                    )
                 raise ValueError(
                     f"the group of a parameter of shape {tuple(p.shape)} now asks for state {key} {tensor.shape} {tensor.dtype}, but it "
                     f"holds {'none' if held is None else (tuple(held.shape), held.dtype)}: rank, proj_type and codecs cannot change "
@@ -286,13 +323,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by index and groups: plain tensors and numbers, which torch.load reads with its defaults."""
         self._adopt()
-        return super().state_dict()
+        whole = super().state_dict()
+        for place, (p, _) in enumerate(self._present):  # present and empty: a checkpoint without it is not whole
+            if not self.state.get(p):
+                whole["state"].setdefault(place, {})
+        return whole
 
     def _adopt(self, also: Tensor | None = None) -> None:
         """Follow the groups: frameworks such as FSDP2 exchange the parameters in them after construction.
 
         Frozen parameters get no state until one of them (``also``) meets a gradient.
         """
+        known = self.__dict__.get("_places", {})
+        changed = [group for group in self.param_groups if any(p not in known for p in group["params"])]
+        for group in changed:
+            for p in group["params"]:
+                refuse_sharded(p)
         self._present = [(p, group) for group in self.param_groups for p in group["params"]]
         self._places = {p: place for place, (p, _) in enumerate(self._present)}
         for p in [p for p in self.state if p not in self._places]:
@@ -300,6 +346,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for turn, (p, group) in enumerate(self._present):
             if (p.requires_grad or p is also) and not self.state.get(p):
                 self.state[p] = engine.new_state(p, group, self.rule, turn)
+        for group in changed:
+            self._warn_of_full_rank(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.

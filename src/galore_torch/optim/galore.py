@@ -9,6 +9,7 @@ import torch
 
 from galore_torch.engine.recipe import RECIPES
 from galore_torch.optim.base import LowRankOptimizer, Projection
+from galore_torch.slots.rules import adafactor_lr
 from galore_torch.slots.torch_rule import BaseRule
 
 LAZY = "lazy"  # QGaLoreAdamW8bit's gap_range until a group says what its gap is
@@ -186,6 +187,11 @@ class GaLoreAdafactor(LowRankOptimizer):
                 raise ValueError(f"lr={param_group['lr']} cannot be combined with relative_step=True: leave out one of them")
             param_group = {"scale_parameter": False, **param_group, "relative_step": False}
         super().add_param_group(param_group)
+
+    def _get_lr(self, group: dict[str, Any], state: dict[str, Any]) -> Any:
+        """The step size at the parameter whose ``state`` this is; transformers' ``AdafactorSchedule`` reads it."""
+        p = next(p for p in group["params"] if self.state[p] is state)
+        return float(adafactor_lr(p.detach(), group, max(1, state["step"])))
 
 
 class GaLoreAdagrad(LowRankOptimizer):

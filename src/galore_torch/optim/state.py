@@ -29,7 +29,9 @@ def seal(
     saved_groups, saved_state = state_dict["param_groups"], dict(state_dict["state"])
     sealed: dict[Any, Any] = {}
     groups = []
-    for saved, group in zip(saved_groups, optimizer.param_groups, strict=False):
+    strict = any(saved_state.values()) and all("index" in state for state in saved_state.values() if state)  # those of 2.0.0 are whole
+    for number, (given, group) in enumerate(zip(saved_groups, optimizer.param_groups, strict=False)):
+        saved = _by_name(given, group, number)
         # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
         merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
         groups.append(merged)
@@ -37,8 +39,32 @@ def seal(
         for index, p in zip(saved["params"], group["params"], strict=False):
             if index in saved_state:
                 sealed[index] = _seal_one(optimizer, rule, index, saved_state.pop(index), p, merged)
+            elif strict and p.requires_grad:
+                raise ValueError(
+                    f"the checkpoint has no state of parameter {index} (shape {tuple(p.shape)}), which is trained here: it is not a whole "
+                    "checkpoint. Load one with the state of every parameter, or freeze this one first"
+                )
     sealed.update(saved_state)
     return {**state_dict, "param_groups": groups if len(groups) == len(saved_groups) else saved_groups, "state": sealed}
+
+
+def _by_name(saved: dict[str, Any], group: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A saved group in the order of this optimizer's names, where both have names."""
+    theirs, ours = ([_bare(name) for name in each.get("param_names") or ()] for each in (saved, group))
+    if not theirs or not ours or theirs == ours:
+        return saved
+    if different := sorted(set(theirs) ^ set(ours)):
+        raise ValueError(
+            f"the checkpoint's group {number} holds other parameters than this optimizer's: {len(different)} names are on one side only, "
+            f"such as {different[:3]}. Make the groups as they were when it was saved"
+        )
+    where = dict(zip(theirs, saved["params"], strict=True))
+    return {**saved, "params": [where[name] for name in ours], "param_names": list(group["param_names"])}
+
+
+def _bare(name: str) -> str:
+    """A name without what DistributedDataParallel and torch.compile put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _seal_one(
