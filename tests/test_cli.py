@@ -44,6 +44,8 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         *[["--help"], ["pretrain", "--help"], ["pretrain", "--config", "60m", "--rank", "0"], ["recipes"], ["report", "--help"]],
         *[["export", "--help"], ["generate", "--help"]],
+        *[["pretrain", "--data", "nowhere.txt"], ["pretrain", "--tokenizer", "./nowhere"], ["pretrain", "--hf_model", "./nowhere"]],
+        *[["pretrain", "--save_dir", str(SRC)], ["pretrain", "--resume", "./nowhere"], ["pretrain", "--lrr", "1"]],
     ],
 )
 def test_parsing_loads_no_heavy_library(words: list[str]) -> None:
@@ -147,6 +149,7 @@ def test_report_loads_neither_torch_nor_transformers() -> None:
 
 def test_what_is_typed_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PretrainConfig] = []
+    monkeypatch.setattr("galore_torch.cli.check_ready", lambda config: None)
     monkeypatch.setattr("galore_torch.train.commands.pretrain.pretrain", lambda config: seen.append(config) or 0)
     words = "pretrain --num-training-steps=7 --data a.txt b.txt --data c.txt --activation_checkpointing --min-lr-ratio 0.5"
     assert cli.main([*words.split(), "--compare", "adamw,galore_adamw:0.02"]) == 0
@@ -164,3 +167,23 @@ def test_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr("galore_torch.train.commands.pretrain.pretrain", interrupted)
     assert cli.main(["pretrain"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["pretrian"], "'pretrian' is not known; did you mean pretrain?"),
+        (["pretrain", "--lrr", "1"], "--lrr 1; did you mean --lr? (see galore pretrain --help)"),
+        (["pretrain", "--batch-sise=4"], "did you mean --batch_size?"),
+        (["recipes", "shwo", "60m"], "'shwo' is not known; did you mean show?"),
+        (["recipes", "show", "60n"], "recipe '60n' is not known; did you mean 60m?"),
+    ],
+)
+def test_near_miss_is_answered_with_the_name(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in failure(capsys, *words)
+
+
+def test_device_that_is_not_here_is_refused_before_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("galore_torch.train.device.Path.exists", lambda path: False)
+    assert "--device cuda: this machine shows no GPU; give --device cpu" in failure(capsys, "pretrain", "--device", "cuda")

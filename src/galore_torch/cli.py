@@ -12,13 +12,15 @@ from typing import Any, NoReturn
 
 from galore_torch import __version__
 from galore_torch.choices import BASIS_CODECS, STATE_CODECS
+from galore_torch.train.commands.ready import check_ready
 from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.loop.distributed import launched
 from galore_torch.train.model.known_models import KNOWN_MODELS
 from galore_torch.train.model.llama import PRESETS
 from galore_torch.train.optimizers.registry import OPTIMIZERS
+from galore_torch.train.report.listing import list_runs
 
 _TRAIN_EXTRA = ("transformers", "tokenizers", "rich", "matplotlib")
 _EXIT_USAGE, _EXIT_INTERRUPTED = 2, 130
@@ -47,7 +49,18 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one line for an error, in place of the usage text."""
 
     def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+            message = f"{message[: choice.start()]}{choice[1]!r} is not known; {near}choose one of: {choice[2]}"
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, *arguments: Any, **keys: Any) -> Any:
+        """Refuse what is not known here, where the flags of the command are."""
+        namespace, unknown = super().parse_known_args(*arguments, **keys)
+        if unknown:
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near and f'; {near.strip()}'}")
+        return namespace, unknown
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +93,7 @@ def _add_pretrain(commands: Any) -> None:
 def _pretrain(arguments: dict[str, Any]) -> int:
     config = config_from(arguments, launched().size)
     _need("pretrain", _TRAIN_EXTRA)
+    check_ready(config)
     from galore_torch.train.commands.pretrain import pretrain
 
     return pretrain(config)
@@ -105,6 +119,15 @@ def _add_recipes(commands: Any) -> None:
 def _copy_recipe(arguments: dict[str, Any]) -> int:
     path = copy_recipe(arguments["name"], arguments["destination"])
     return _say(f"{path}: edit it, then run: galore pretrain --config {path}")
+
+
+# --- galore ls ------------------------------------------------------------------------------------------------------
+
+
+def _add_ls(commands: Any) -> None:
+    ls = commands.add_parser("ls", help="the runs below a folder: optimizer, status, updates, perplexity")
+    ls.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="with runs in it, or one run (default: runs)")
+    ls.set_defaults(run=lambda arguments: _say(list_runs(arguments["folder"])))
 
 
 # --- galore report --------------------------------------------------------------------------------------------------
@@ -202,7 +225,7 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("source", metavar="RUN_OR_FOLDER", help="such as runs/a, one of its checkpoints, or an exported folder")
     evaluate.add_argument("--data", nargs="+", metavar="FILE", help="the text: .txt, .jsonl (each also .gz) or .parquet files")
     evaluate.add_argument("--text_field", metavar="NAME", help="the column of .jsonl and .parquet with the text (default: text)")
-    evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window, evaluated on its own (default: 256)")
+    evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window (default: the run's own; else 256)")
     evaluate.add_argument("--batch_size", type=int, metavar="N", help="windows, or examples, in one forward pass (default: 8)")
     evaluate.add_argument("--eval_tokens", type=int, metavar="N", help="tokens of the text, at most (default: all)")
     evaluate.add_argument("--harness", metavar="TASKS", help="lm-eval's tasks, comma-separated: names, or YAML files")
@@ -307,16 +330,8 @@ def _underscored(word: str) -> str:
     return f"--{flag.replace('-', '_')}{equals}{value}"
 
 
-# One line a command: a function that adds its parser, with set_defaults(run=...): arguments -> exit code.
-_COMMANDS = (
-    _add_pretrain,
-    _add_recipes,
-    _add_report,
-    _add_export,
-    _add_generate,
-    _add_eval,
-    _add_plan,
-)
+# Each adds a command's parser, with set_defaults(run=...): arguments -> exit code.
+_COMMANDS = (_add_pretrain, _add_recipes, _add_ls, _add_report, _add_export, _add_generate, _add_eval, _add_plan)
 
 
 def _print_error(message: str) -> None:

@@ -15,7 +15,7 @@ from galore_torch.train.commands.pretrain import pretrain
 from galore_torch.train.config.config import PretrainConfig
 
 # What differs between two equal runs: a clock, the system's memory, and sizes that each process measures once.
-CLOCK = {"tokens_per_s", "tflops", "mfu", "seconds", "optimizer_s", "data_s", "rss_mb", "peak_rss_mb", "memory_mb"}
+CLOCK = {"tokens_per_s", "tflops", "mfu", "seconds", "optimizer_s", "data_s", "rss_mb", "peak_rss_mb", "memory_mb", "warm_up"}
 
 
 class Silent:

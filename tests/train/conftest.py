@@ -77,6 +77,7 @@ def token_data(make_config: Callable[..., PretrainConfig]) -> TokenData:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], PretrainConfig]:
     """The config that a line of flags leads to, through the command line itself."""
     seen: list[PretrainConfig] = []
+    monkeypatch.setattr("galore_torch.cli.check_ready", lambda config: None)
     monkeypatch.setattr("galore_torch.train.commands.pretrain.pretrain", lambda config: seen.append(config) or 0)
 
     def parse(line: str) -> PretrainConfig:

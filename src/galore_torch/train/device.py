@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +32,6 @@ def memory_mb(device: str) -> dict[str, float]:
 
 
 def _peak_rss_mb() -> float:
-    import sys
-
     try:
         import resource
     except ImportError:  # Windows
@@ -85,6 +84,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def check_device(name: str) -> None:
+    """Refuse cuda where the system shows no GPU at all. Imports no torch; `pick_device` asks torch itself."""
+    nodes = ("nvidiactl", "nvidia0", "nvmap", "kfd", "dxg")  # NVIDIA's driver, its Jetson, AMD's, Windows' for Linux
+    if name == "cuda" and sys.platform == "linux" and not any(Path("/dev", node).exists() for node in nodes):
+        raise UserError("--device cuda: this machine shows no GPU; give --device cpu")
 
 
 def pick_device(name: str) -> str:

@@ -98,6 +98,7 @@ def test_sigterm_may_come_twice_and_ctrl_c_after_it_drops_the_run() -> None:
     found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits SIG_IGN
     try:
         with Display(Console(file=io.StringIO())) as display:
+            assert not display.should_stop()  # who has asked will stop by himself
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert display.stopped_by == signal.SIGTERM

@@ -92,7 +92,7 @@ def test_bad_input_is_one_line(finished: Path, held_out_file: Path, capsys: pyte
         ("--data TEXT --eval_tokens 0", "--eval_tokens 0 is out of bounds"),
         ("--data TEXT --max_length 65", "--max_length 65 is more than the 64 positions"),
         ("--data TEXT --max_length 64 --eval_tokens 10", "--eval_tokens 10 is less than one sequence"),
-        ("--data TEXT --dtype float16", "--dtype 'float16' is not known; choose one of"),
+        ("--data TEXT --dtype float16", "--dtype 'float16' is not known; did you mean bfloat16?"),
         ("--data TEXT --max_length 16 --text_field body", "has no text in 'body'"),
         ("--data TEXT --limit 3", "--limit 3 has no effect without --harness"),
     ):

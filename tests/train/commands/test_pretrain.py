@@ -209,3 +209,62 @@ def test_real_text(make_config: Make, shared_data: Path) -> None:
     code, printed = command(config)
     assert code == 0
     assert "4096 ids" in printed
+
+
+def test_start_says_what_is_projected(make_config: Make) -> None:
+    """One layer of a LLaMA has 7 matrices: q, k, v, o and gate, up, down."""
+    code, output = command(make_config(optimizer="galore_adamw", rank=4, num_training_steps=1))
+    assert code == 0
+    assert "projected  7 of 7 matrices, 100 % of the body" in output
+
+
+def test_few_targets_are_projected_alone_and_warned_of(make_config: Make, tmp_path: Path) -> None:
+    """q and v of 16 x 16 each are 512 of 4 x 256 + 3 x 384 = 2,176 weights; --resume keeps to them, other targets are refused."""
+    settings = {"optimizer": "galore_adamw", "rank": 4, "num_training_steps": 1}
+    code, output = command(make_config(**settings, targets=("q_proj", "v_proj")))
+    assert code == 0
+    assert "projected  2 of 7 matrices, 24 % of the body" in output
+    assert "--targets leaves the rest at full rank, such as model.layers.0.self_attn.k_proj" in " ".join(output.split())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["targets"] == ["q_proj", "v_proj"]
+    assert pretrain(make_config(**settings, targets=("q_proj", "v_proj"), resume="auto")) == 0
+    with pytest.raises(UserError, match=r"--targets is None, but .*'q_proj', 'v_proj'"):
+        pretrain(make_config(**settings, resume="auto"))
+
+
+def test_dry_run_shows_config_plan_and_batch_and_makes_nothing(make_config: Make, tmp_path: Path) -> None:
+    code, output = command(make_config(optimizer="galore_adamw", rank=4, batch_size=4, total_batch_size=8, dry_run=True))
+    assert code == 0
+    assert not (tmp_path / "run").exists()
+    assert '"warmup_steps": 0' in output
+    assert "plan       galore_adamw: a peak of" in output
+    assert "inputs (4, 16), targets (4, 16) of int64; 2 in one update" in output
+
+
+def test_speed_leaves_out_the_first_update(make_config: Make, tmp_path: Path) -> None:
+    """tokens/s of the summary are those of the rows that tell a speed; the first row tells none."""
+    assert pretrain(make_config(num_training_steps=4)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *others = [row for row in rows if "loss" in row]
+    assert first["warm_up"] in ("first update", "compiling")
+    assert not first.keys() & {"tokens_per_s", "tflops", "mfu"}
+    timed = [row for row in others if "warm_up" not in row]
+    (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tokens_per_s"] == pytest.approx(len(timed) * 64 / sum(row["seconds"] for row in timed), rel=1e-3)
+    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows if "loss" in row), rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_building_stops_at_once(
+    number: signal.Signals, make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The exit code is the shell's for that signal; nothing is trained, and the folder is unlocked."""
+
+    def building(*arguments: object) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("galore_torch.train.loop.trainer.model_for", building)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(make_config())
+    assert stop.value.code == 128 + number
+    assert not (tmp_path / "run" / ".lock").exists()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.data.loader import batches, check_data, load_data, windows_in_order
+from galore_torch.train.data.check import check_data
+from galore_torch.train.data.loader import batches, load_data, windows_in_order
 from galore_torch.train.errors import UserError
 
 

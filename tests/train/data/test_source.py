@@ -16,7 +16,8 @@ from galore_torch import cli
 from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data import sources as source
-from galore_torch.train.data.loader import check_data, load_data
+from galore_torch.train.data.check import check_data
+from galore_torch.train.data.loader import load_data
 from galore_torch.train.data.sampler import Documents, Place
 from galore_torch.train.data.sources import hub_source
 from galore_torch.train.errors import UserError

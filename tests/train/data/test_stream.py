@@ -273,7 +273,7 @@ def test_text_without_a_target_is_no_endless_search(streamed: Make, tmp_path: Pa
 
 
 def test_stream_without_files_is_refused() -> None:
-    from galore_torch.train.data.loader import check_data
+    from galore_torch.train.data.check import check_data
 
     with pytest.raises(UserError, match="--stream has no effect without --data; leave it out, or name files"):
         check_data(PretrainConfig(stream=True))

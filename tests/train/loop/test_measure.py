@@ -170,7 +170,7 @@ def test_rows_have_what_a_report_needs(make_config: Make, token_data: TokenData,
     rows, _ = updates(make_config(num_training_steps=2), token_data, tmp_path)
     for row in rows:
         assert 0 < row["optimizer_s"] < row["seconds"]
-        assert {"loss", "lr", "grad_norm", "tokens_seen", "tokens_per_s", "rss_mb", "peak_rss_mb"} <= row.keys()
+        assert {"loss", "lr", "grad_norm", "tokens_seen", "rss_mb", "peak_rss_mb"} <= row.keys()
         assert row["peak_rss_mb"] >= row["rss_mb"]
         assert "refreshes" not in row, "AdamW has none"
 

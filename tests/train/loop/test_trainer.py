@@ -155,7 +155,8 @@ def test_metrics_have_one_line_an_update(make_config: Make, token_data: TokenDat
     updates = [row for row in lines if "loss" in row]
     assert [row["step"] for row in updates] == [1, 2, 3, 4, 5, 6]
     assert [row["tokens_seen"] for row in updates] == [64 * n for n in range(1, 7)]
-    assert all(row["tokens_per_s"] > 0 and row["lr"] > 0 and 20 < row["rss_mb"] < 1e6 for row in updates)
+    assert all("warm_up" in row or row["tokens_per_s"] > 0 for row in updates)
+    assert all(row["lr"] > 0 and 20 < row["rss_mb"] < 1e6 for row in updates)
     assert [row["step"] for row in lines if "eval_loss" in row] == [0, 4, 6]
 
 

@@ -107,7 +107,7 @@ def test_share_is_told_only_of_a_known_peak(make_config: Make, token_data: Token
     for settings in ({}, {"peak_tflops": 0.5}):
         _, model = train(make_config(**settings), "adamw", 0.01, token_data, tmp_path, Silent())
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-        for row in rows:
+        for row in rows[1:]:  # the first one warms up and tells no speed
             assert row["tflops"] == pytest.approx(row["tokens_per_s"] * flops_per_token(model, 16) / 1e12, rel=1e-3)
             assert ("mfu" in row) == bool(settings)
             assert "mfu" not in row or row["mfu"] == pytest.approx(row["tflops"] / 0.5, abs=1e-5)

@@ -219,3 +219,48 @@ def test_heads_that_do_more_keep_whole_logits_and_say_so(
 def test_negative_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"--loss_chunk -1 is out of bounds: give a number at least 0"):
         PretrainConfig(loss_chunk=-1)
+
+
+def mixture(vocab_size: int = 50, **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("mixtral", vocab_size=vocab_size, router_aux_loss_coef=0.5, **shape, **changes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_training_adds_the_balancing_loss_that_the_config_asks_for() -> None:
+    """The oracle is the model's own loss with labels, which holds it; the evaluated loss is cross-entropy alone."""
+    model, ids = mixture(output_router_logits=True), torch.randint(0, 50, (3, 12))
+    own = model(input_ids=ids[:, :-1], labels=ids[:, :-1])  # balancing depends on the inputs alone
+    plain = torch.nn.functional.cross_entropy(own.logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    loss = TokenLoss(model, 5, 33).train()
+    assert "balancing" in loss.whole_because
+    summed = loss(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(summed, plain + 33 * 0.5 * own.aux_loss)
+    torch.testing.assert_close(loss.auxiliary, 33 * 0.5 * own.aux_loss.detach())
+    summed.backward()
+    router = next(p for name, p in model.named_parameters() if name.endswith("gate.weight"))
+    assert router.grad.abs().max() > 0
+    for mode in (True, False):
+        with torch.no_grad():
+            torch.testing.assert_close(loss.train(mode)(ids[:, :-1], ids[:, 1:]), plain)
+
+
+def test_no_balancing_loss_where_the_config_does_not_ask() -> None:
+    loss = TokenLoss(mixture(), 5, 33)
+    assert loss.auxiliary_weight == 0
+    assert loss.chunk == 5
+
+
+def test_balancing_loss_has_a_row_of_its_own(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:
+    """metrics.jsonl: loss is the cross-entropy, aux_loss what was trained on beside it."""
+    folder = tmp_path / "moe"
+    mixture(300, output_router_logits=True).save_pretrained(folder)
+    config = make_config(model_config="demo", hf_model=str(folder), num_training_steps=1, batch_size=2, total_batch_size=4)
+    (tmp_path / "run").mkdir()
+    train(config, "adamw", 1e-3, token_data, tmp_path / "run", Watching())
+    before, row = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][:2]
+    assert row["loss"] == pytest.approx(before["eval_loss"], abs=0.1)  # both near log 300, as no token has been learnt
+    assert 0.5 <= row["aux_loss"] / 2 < 1.5  # 0.5 times what is 2 where the 2 of 8 experts are chosen evenly

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.checkpoint.saved_model import load_weights, weights_folder
+from galore_torch.train.checkpoint.resume import TRAINER, read_trainer
+from galore_torch.train.checkpoint.saved_model import is_of_run, load_weights, weights_folder
+from galore_torch.train.config.bounds import check_choice, check_number
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import DTYPES
-from galore_torch.train.data.loader import TokenData, check_data, load_data, windows_in_order
+from galore_torch.train.data.check import check_data
+from galore_torch.train.data.loader import TokenData, load_data, windows_in_order
 from galore_torch.train.device import pick_device
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.result import perplexity
@@ -33,7 +37,7 @@ def evaluate(
     *,
     data: tuple[str, ...] = (),
     text_field: str = "text",
-    max_length: int = 256,
+    max_length: int | None = None,
     batch_size: int = 8,
     eval_tokens: int | None = None,
     harness: tuple[str, ...] = (),
@@ -43,20 +47,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of the model that `source` means, as JSON has them: of the text `data`, and of each of the tasks `harness`.
 
-    `max_length`: tokens in one window, each predicted from those before it in its window; a tail shorter than one is left out.
+    `max_length`: tokens in one window, each of which is predicted from those before it in its window; a tail shorter than one is left
+    out. None: as the run was trained, 256 for a model that is of no run.
     `eval_tokens`: of the text, at most. `limit`: examples of a task, at most. `dtype`: None, as it was saved.
     """
     if not data and not harness:
         raise UserError("galore eval has nothing to do; give a text with --data FILE, or tasks with --harness TASKS")
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("eval_tokens", eval_tokens), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is out of bounds: give a number at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is not known; choose one of: {', '.join(DTYPES)}")
+        check_number(name, value, at_least=1)
+    check_choice("dtype", dtype, DTYPES)
     if limit is not None and not harness:
         raise UserError(f"--limit {limit} has no effect without --harness; leave it out, or shorten the text with --eval_tokens")
     device = pick_device(device)
     folder = weights_folder(source)
+    max_length = max_length or _trained_length(folder) or 256
     text = _read(folder, data, text_field, max_length, batch_size, eval_tokens) if data else None
     if harness:
         from galore_torch.train.commands.lm_eval import check_harness
@@ -87,6 +91,17 @@ def score(model: Any, text: TokenData, length: int, batch_size: int, device: str
     ids = torch.cat([targets.flatten() for _, targets in windows])
     written = text.tokenizer.fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Score(loss, perplexity(loss), tokens, loss * tokens / math.log(2) / max(1, len(written.encode())))
+
+
+def _trained_length(folder: Path) -> int | None:
+    """Tokens in a training sequence of the run that left these weights; None where no run says so."""
+    if (folder / TRAINER).is_file():
+        return int(read_trainer(folder)["identity"]["max_length"])
+    for home in (folder.resolve().parent, folder.resolve().parent.parent):  # a comparison's config lies above its runs
+        if is_of_run(folder) and (home / "config.json").is_file():
+            length = json.loads((home / "config.json").read_text(encoding="utf-8")).get("max_length")
+            return length if isinstance(length, int) else None
+    return None
 
 
 def _read(folder: Path, data: tuple[str, ...], text_field: str, max_length: int, batch_size: int, eval_tokens: int | None) -> TokenData:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from galore_torch.train.checkpoint.saved_model import is_of_run, load_tokenizer, load_weights, weights_folder
 from galore_torch.train.checkpoint.storage import plain_failures, whole_folder
+from galore_torch.train.config.bounds import check_choice
 from galore_torch.train.errors import UserError
 
 EXPORT_DTYPES = ("bfloat16", "float32", "float16")
@@ -22,8 +23,7 @@ def export(source: str, destination: str, *, dtype: str | None = None, max_shard
     import torch
 
     target = Path(destination)
-    if dtype is not None and dtype not in EXPORT_DTYPES:
-        raise UserError(f"--dtype {dtype!r} is not known; choose one of: {', '.join(EXPORT_DTYPES)}")
+    check_choice("dtype", dtype, EXPORT_DTYPES)
     shard = _bytes(max_shard_size)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} already exists and is not an empty folder; name a new one, or move that one away")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from galore_torch.train.checkpoint.saved_model import is_of_run, load_tokenizer, load_weights, weights_folder
+from galore_torch.train.config.bounds import check_number
 from galore_torch.train.device import pick_device
 from galore_torch.train.errors import UserError
 
@@ -61,12 +61,9 @@ def generate(
 
 def _check(max_new_tokens: int, temperature: float, top_k: int, seed: int, count: int) -> None:
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("count", count, 1)):
-        if value < least:
-            raise UserError(f"--{name} {value} is out of bounds: give a number at least {least}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"--temperature {temperature} is out of bounds: give a number from 0, such as 0.8")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed} is out of bounds: give a number between 0 and 2**63 - 1")
+        check_number(name, value, at_least=least)
+    check_number("temperature", temperature, at_least=0)
+    check_number("seed", seed, at_least=0, at_most=2**63 - 1)
     if count > 1 and not temperature:
         raise UserError(f"--count {count} at --temperature 0 would be one text {count} times; give a temperature above 0, or no --count")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from os import devnull
 from pathlib import Path
 
@@ -23,10 +24,12 @@ from galore_torch.train.checkpoint.resume import (
     run_folder,
     save_weights,
 )
+from galore_torch.train.checkpoint.run_folder import check_save_dir, new_run_folder
 from galore_torch.train.checkpoint.storage import plain_failures, step_of
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.flags import SETTINGS
-from galore_torch.train.data.loader import TokenData, check_data, load_data
+from galore_torch.train.data.check import check_data
+from galore_torch.train.data.loader import TokenData, load_data
 from galore_torch.train.device import memory_mb, pick_device
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.distributed import ALONE, Ranks, joined, launched
@@ -35,15 +38,14 @@ from galore_torch.train.loop.trainer import train
 from galore_torch.train.model.baselines import to_dense
 from galore_torch.train.model.compile import check_compiler
 from galore_torch.train.model.pretrained import quiet_transformers
-from galore_torch.train.optimizers.registry import build_optimizer
+from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
 from galore_torch.train.plan.at_hand import check_memory
 from galore_torch.train.report.progress import Display, make_console, show_table
 from galore_torch.train.report.summary import (
-    check_save_dir,
     draw,
     headline,
     markdown_table,
-    new_run_folder,
+    resolved_config,
     summary,
     table_rows,
     write_config,
@@ -82,12 +84,14 @@ def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Rank
         note(text)
     with console.status("reading text, training or loading the tokenizer"):
         data = load_data(config)
-    _check_optimizers(config, data)
+    covered = _check_optimizers(config, data, note)
     _check_starts(config, data, starts)
+    if config.dry_run:
+        return _dry_run(console, config, data, covered, device)
     folder = held.enter_context(_place_to_write(ranks, starts, config, note))
     with plain_failures("the run", folder):
         write_config(folder, config, data, device)
-    _introduce(console, config, data, folder)
+    _introduce(console, config, data, covered, folder)
     _introduce_starts(console, starts, device)
 
     results: list[RunResult] = []
@@ -128,14 +132,52 @@ def _place_to_write(ranks: Ranks, starts: Starts, config: PretrainConfig, note: 
             yield made
 
 
-def _check_optimizers(config: PretrainConfig, data: TokenData) -> None:
-    """Build each optimizer once on a model without memory, so that none is refused after hours of the one before."""
+def _check_optimizers(config: PretrainConfig, data: TokenData, note: Callable[[str], None]) -> dict[str, str]:
+    """Build each optimizer once on a model without memory, so that none is refused after hours of the one before.
+
+    Returns how much of the model each of those projects that project; what they warn of is noted once.
+    """
     import torch
 
+    from galore_torch.optim.param_groups import coverage
+
+    covered: dict[str, str] = {}
+    warned: dict[str, None] = {}
     for name, lr in config.contenders:
         with torch.device("meta"):
             model = model_for(config, data)  # a new one for each: the baselines change its layers
-        build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+        warned |= dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+        if optimizer_spec(name).low_rank:
+            found = coverage(model, optimizer.param_groups)
+            covered[name] = str(found)
+            if config.targets and not found.enough:
+                warned[f"{found}: --targets leaves the rest at full rank, such as {found.left_out[0]}"] = None
+    for text in warned:
+        note(text)
+    return covered
+
+
+def _dry_run(console: Console, config: PretrainConfig, data: TokenData, covered: dict[str, str], device: str) -> int:
+    """Print what would be trained; nothing is written but what reading the text has cached."""
+    console.print_json(data=resolved_config(config, data, device))
+    _introduce(console, config, data, covered, None)
+    for name in dict(config.contenders):
+        planned = _planned_mb(config, data, name, device)
+        said = "not known: the formulas do not know this model" if planned is None else f"a peak of {planned:,.0f} MB on {device}"
+        console.print(f"plan       {name}: {said}", highlight=False)
+    with closing(data.batches(config)) as stream:
+        inputs, targets = next(stream)
+    console.print(
+        f"batch      inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} of {str(inputs.dtype).removeprefix('torch.')}; "
+        f"{config.accumulation} in one update of each of {config.processes} process{'es' if config.processes > 1 else ''}\n"
+        "--dry_run: no run was made",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return EXIT_DONE
 
 
 def _check_starts(config: PretrainConfig, data: TokenData, starts: Starts) -> None:
@@ -149,6 +191,8 @@ def _planned_mb(config: PretrainConfig, data: TokenData, name: str, device: str)
     """The peak that the run's memory is planned to have, as the display counts memory: on a CPU the process is in it."""
     from galore_torch.train.plan.answer import planned_peak_bytes
 
+    if config.targets:  # the formulas know the layers of the body alone
+        return None
     tensors = planned_peak_bytes(config, data.vocab_size, name)
     process = memory_mb(device)["rss_mb"] if device == "cpu" else 0.0
     return None if tensors is None else process + tensors / 1e6
@@ -184,7 +228,7 @@ def _write_results(folder: Path, config: PretrainConfig, results: Sequence[RunRe
     draw(folder / "loss.png", config, results)
 
 
-def _introduce(console: Console, config: PretrainConfig, data: TokenData, folder: Path) -> None:
+def _introduce(console: Console, config: PretrainConfig, data: TokenData, covered: dict[str, str], folder: Path | None) -> None:
     sequences = config.num_training_steps * config.sequences_per_update
     if data.source is not None:
         amount = f"streamed, {sequences:,} sequences of {config.max_length} tokens are to be read"
@@ -192,11 +236,13 @@ def _introduce(console: Console, config: PretrainConfig, data: TokenData, folder
         amount = f"{len(data.train):,} training documents read, {sequences / len(data.train):.1f} passes over them"
     else:
         amount = f"{len(data.train):,} training tokens read, {sequences * config.max_length / len(data.train):.1f} passes over them"
-    console.print(
-        f"text       {data.text}: {amount}\ntokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}\nrun        {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    lines = [f"text       {data.text}: {amount}", f"tokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}"]
+    if len(set(covered.values())) == 1:
+        lines.append(f"projected  {next(iter(covered.values()))}")
+    else:
+        lines += [f"projected  {name}: {text}" for name, text in covered.items()]
+    lines += [] if folder is None else [f"run        {folder}"]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if data.tokenizer.end_id is None:
         console.print(
             "[yellow]note:[/] this tokenizer names no end-of-text token; documents run together",

@@ -11,13 +11,17 @@ from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
 Contender = tuple[str, float]  # name in lower case, peak learning rate
 
 
-def contenders(items: Iterable[str], lr: float | None) -> list[Contender]:
-    """Each `name` or `name:lr` with its own lr, else the shared one, else the optimizer's."""
+FINE_TUNING = 0.1  # of an optimizer's default lr, for weights that are trained already: the whole of it undoes part of their training
+
+
+def contenders(items: Iterable[str], lr: float | None, pretrained: bool = False) -> list[Contender]:
+    """Each `name` or `name:lr` with its own lr, else the shared one, else the optimizer's, a tenth of it for a trained model."""
     result = []
     for item in items:
         name, _, own_lr = item.partition(":")
         spec = optimizer_spec(name)
-        settled = spec.default_lr if lr is None else lr
+        default = round(spec.default_lr * FINE_TUNING, 12) if pretrained else spec.default_lr
+        settled = default if lr is None else lr
         if own_lr:
             try:
                 settled = float(own_lr)
@@ -25,8 +29,7 @@ def contenders(items: Iterable[str], lr: float | None) -> list[Contender]:
                 settled = -1.0
             if not (math.isfinite(settled) and settled > 0):
                 raise UserError(
-                    f"--compare {item!r}: {own_lr!r} is no learning rate; write name:lr with "
-                    f"lr greater than 0, as in {name}:{spec.default_lr}"
+                    f"--compare {item!r}: {own_lr!r} is no learning rate; write name:lr with lr greater than 0, as in {name}:{default}"
                 )
         result.append((name.lower(), settled))
     return result

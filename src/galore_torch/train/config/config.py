@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+from galore_torch.train.config.bounds import BOUNDS, check_choice, check_number
 from galore_torch.train.config.compare import check_contenders
-from galore_torch.train.config.settings import BASIS_CODECS, DEVICES, DTYPES, PROJ_TYPES, STATE_CODECS, TRACKERS, Settings
+from galore_torch.train.config.settings import TRACKERS, Settings
 from galore_torch.train.errors import UserError
+from galore_torch.train.model.pretrained import model_folder
 from galore_torch.train.optimizers.registry import optimizer_spec
-from galore_torch.train.optimizers.schedule import SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -19,26 +18,13 @@ class PretrainConfig(Settings):
     """Settings of one `galore pretrain` call; construction settles and checks them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "num_training_steps", "update_proj_gap", "keep", "max_bad_steps"):
-            self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("vocab_size", "rank", "total_batch_size", "gradient_accumulation", "eval_tokens"):
-            self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("max_train_tokens", "decay_steps", "cycle_length", "restart_warmup_steps"):
-            self._number(name, lambda v: v >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "weight_decay", "grad_clipping", "max_loss_rise", "loss_chunk"):
-            self._number(name, lambda v: v >= 0, "at least 0")
-        self._number("workers", lambda v: 0 <= v <= 64, "between 0 and 64")
-        self._number("seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
-        for name in ("lr", "galore_scale", "peak_tflops"):
-            self._number(name, lambda v: v > 0, "greater than 0")
-        self._number("beta1", lambda v: 0 <= v < 1, "in [0, 1)")
-        self._number("min_lr_ratio", lambda v: 0 <= v <= 1, "in [0, 1]")
-        self._choice("scheduler", SCHEDULERS)
-        self._choice("proj_type", PROJ_TYPES)
-        self._choice("device", DEVICES)
-        self._choice("dtype", tuple(DTYPES))
-        self._choice("state_codec", (None, *STATE_CODECS))
-        self._choice("basis_codec", (None, *BASIS_CODECS))
+        for item in fields(self):
+            if bounds := item.metadata.keys() & BOUNDS:
+                check_number(
+                    item.name, getattr(self, item.name), **{bound: item.metadata[bound] for bound in item.metadata if bound in bounds}
+                )
+            if "choices" in item.metadata:
+                check_choice(item.name, getattr(self, item.name), item.metadata["choices"])
         self._settle()
         self._check_model()
         self._check_batch()
@@ -49,6 +35,10 @@ class PretrainConfig(Settings):
 
     def _settle(self) -> None:
         """Give the settings that follow from others their value, so that every reader sees numbers."""
+        if self.hf_model is not None:
+            if self.hf_model.startswith(("/", "./", "../")) and not Path(self.hf_model).exists():
+                raise UserError(f"--hf_model {self.hf_model} does not exist; give a folder with a model, or a name on the hub")
+            object.__setattr__(self, "hf_model", model_folder(self.hf_model))
         if self.max_length is None:
             object.__setattr__(self, "max_length", 128 if (self.model_config, self.hf_model) == ("demo", None) else 256)
         if self.gradient_accumulation is not None:
@@ -75,16 +65,6 @@ class PretrainConfig(Settings):
                 )
             object.__setattr__(self, "num_training_steps", steps)
 
-    def _number(self, name: str, holds: Callable[[Any], bool], bound: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and holds(value)):
-            raise UserError(f"--{name} {value} is out of bounds: give a number {bound}")
-
-    def _choice(self, name: str, choices: tuple[str | None, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise UserError(f"--{name} {value!r} is not known; choose one of: {', '.join(filter(None, choices))}")
-
     def _check_model(self) -> None:
         if self.continue_from is not None:
             raise UserError(
@@ -92,9 +72,13 @@ class PretrainConfig(Settings):
                 f"to go on from its weights alone, as the published script did, give --hf_model {self.continue_from}"
             )
         if self.hf_model is not None:
-            for name in ("model_config", "vocab_size"):
-                if name in self.given:
-                    raise UserError(f"--{name} and --hf_model are both given, and {self.hf_model} has its own; leave one of them out")
+            if "model_config" in self.given:
+                raise UserError(f"--model_config and --hf_model are both given, and {self.hf_model} has its own; leave one of them out")
+            if "vocab_size" in self.given:
+                raise UserError(
+                    f"--vocab_size {self.vocab_size} has no effect on --hf_model {self.hf_model}, whose embedding has its rows; "
+                    "leave it out, and --tokenizer too where that has more ids than the model's own"
+                )
             if "low_rank" in dict(self.contenders):
                 raise UserError(
                     "low_rank starts from random factors, not from the weights of --hf_model; leave one of them out, or take lora"
@@ -144,9 +128,8 @@ class PretrainConfig(Settings):
                 )
 
     def _check_looking(self) -> None:
-        unknown = [name for name in self.tracker if name not in TRACKERS]
-        if unknown:
-            raise UserError(f"--tracker {unknown[0]!r} is not known; choose from: {', '.join(TRACKERS)}")
+        for name in self.tracker:
+            check_choice("tracker", name, TRACKERS)
         if self.track_subspace and not any(optimizer_spec(name).low_rank for name, _ in self.contenders):
             names = ", ".join(name for name, _ in self.contenders)
             raise UserError(f"--track_subspace has no effect on {names}; leave it out, or choose galore_adamw")

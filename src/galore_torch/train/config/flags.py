@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.recipes import recipe_text
-from galore_torch.train.errors import UserError
+from galore_torch.train.config.recipes import recipe_names, recipe_text
+from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.optimizers.registry import unused_flags
 
 SETTINGS: dict[str, Field[Any]] = {item.name: item for item in fields(PretrainConfig) if "group" in item.metadata}
+_HINTS = get_type_hints(PretrainConfig)
 _FREE_KEYS = {"about", "resolved"}  # what a file says beside its settings: a description; what a run's config.json adds
 # One of each pair decides: a flag puts the file's other one out of force.
 _RIVALS = (
@@ -25,12 +26,13 @@ _RIVALS = (
     {"model_config", "hf_model"},
     {"optimizer", "compare"},
 )
+_OF_THE_SCHEDULE = {"warmup_steps", "decay_steps", "cycle_length", "restart_warmup_steps"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """--config, and a flag for each setting, in the groups of the settings."""
-    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file or a recipe (galore recipes); flags win over it")
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON or YAML file or a recipe; flags win over it")
     groups: dict[str, Any] = {}
     for item in SETTINGS.values():
         name = item.metadata["group"]
@@ -47,52 +49,88 @@ def config_from(arguments: Mapping[str, Any], processes: int = 1) -> PretrainCon
         return PretrainConfig(**flags, given=frozenset(flags), processes=processes)
     raw = _read(path)
     values = {key: _value(path, key, value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
+    remarks = _shortened(path, values, flags)
     for rivals in _RIVALS:
         if rivals & flags.keys():
             values = {key: value for key, value in values.items() if key not in rivals}
-    remarks = []
     if "optimizer" in flags or "compare" in flags:
         names = [name.partition(":")[0] for name in flags.get("compare") or (flags["optimizer"],)]
         unused = set.intersection(*(set(unused_flags(name, values)) for name in names))
         values = {key: value for key, value in values.items() if key not in unused}
-        remarks = [f"{', '.join(names)}: {path} says {key}, which has no effect there" for key in sorted(unused)]
+        remarks += [f"{', '.join(names)}: {path} says {key}, which has no effect there" for key in sorted(unused)]
     # The record of a run holds every setting, most of which nobody typed.
     given = flags.keys() if "resolved" in raw else values.keys() | flags.keys()
     return PretrainConfig(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes)
 
 
+def _shortened(path: str, values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """Scale the schedule of a file whose run the flags make shorter, in place; a note for each number that changes."""
+    length = {"num_training_steps", "max_train_tokens", "max_length", "batch_size", "total_batch_size", "gradient_accumulation"}
+    sizes = {key: value for key, value in values.items() if key in length}
+    was = PretrainConfig(**sizes).num_training_steps
+    for rivals in _RIVALS:
+        if rivals & flags.keys():
+            sizes = {key: value for key, value in sizes.items() if key not in rivals}
+    if not flags.keys() & {"num_training_steps", "max_train_tokens"}:
+        return []
+    steps = PretrainConfig(**sizes | {key: value for key, value in flags.items() if key in length}).num_training_steps
+    remarks = []
+    for key in _OF_THE_SCHEDULE - flags.keys():
+        if steps < was and values.get(key):
+            scaled = max(1, values[key] * steps // was)
+            remarks.append(f"--{key} {values[key]} of {path} becomes {scaled}, as its {was} updates become {steps}")
+            values[key] = scaled
+    return sorted(remarks)
+
+
 def _read(path: str) -> dict[str, Any]:
-    """The JSON object in a file, or in the recipe of that name where there is no such file; unknown keys are refused."""
+    """The object in a JSON or YAML file, or in the recipe of that name where there is no such file; unknown keys are refused."""
     text = recipe_text(path) if not Path(path).exists() else None
+    kind = "YAML" if path.lower().endswith((".yaml", ".yml")) else "JSON"
     try:
-        raw = json.loads(text or Path(path).read_text(encoding="utf-8"))
+        text = text or Path(path).read_text(encoding="utf-8")
+        raw = _yaml(path, text) if kind == "YAML" else json.loads(text)
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}; give a JSON file or one of `galore recipes`") from error
+        near = did_you_mean(path, recipe_names())
+        raise UserError(
+            f"--config {path} cannot be read: {error.strerror}; {near}give a JSON or YAML file or one of `galore recipes`"
+        ) from error
     except ValueError as error:
-        raise UserError(f"--config {path} is not valid JSON: {error}") from error
+        raise UserError(f"--config {path} is not valid {kind}: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f'--config {path} holds a {type(raw).__name__}; give one object, such as {{"optimizer": "galore_adamw"}}')
     for key in raw:
         if key not in SETTINGS and key not in _FREE_KEYS:
-            near = difflib.get_close_matches(key.replace("-", "_"), SETTINGS, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else "`galore pretrain --help` lists the settings"
-            raise UserError(f"--config {path}: setting {key!r} is not known; {cure}")
+            cure = did_you_mean(str(key).replace("-", "_"), SETTINGS) or "`galore pretrain --help` lists the settings"
+            raise UserError(f"--config {path}: setting {key!r} is not known; {cure.strip()}")
     return raw
+
+
+def _yaml(path: str, text: str) -> Any:
+    """What a YAML file holds, plain values alone; ValueError where it is none."""
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"--config {path} needs PyYAML to be read: pip install pyyaml, or give the settings as JSON") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _value(path: str, key: str, value: Any) -> Any:
     """A value of a file, checked as the flag's text would be."""
     item = SETTINGS[key]
-    kind, convert = str(item.type), converter(item)
+    kind, convert = _kind(item), converter(item)
     try:
-        if kind.startswith("bool"):
+        if kind is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{value!r} is neither true nor false")
             return value
-        if kind.startswith("tuple"):
+        if _several(item):
             parts = [convert(str(part)) for part in (value if isinstance(value, list) else [value])]
             return _as_tuple(item, parts)
-        if kind.startswith("str") and not isinstance(value, str):
+        if kind is str and not isinstance(value, str):
             raise ValueError(f'{value!r} is no text; put it in quotes, as in "{value}"')
         return convert(str(value))
     except ValueError as error:
@@ -109,12 +147,26 @@ def _as_tuple(item: Field[Any], parts: list[Any]) -> tuple[Any, ...]:
 
 def converter(item: Field[Any]) -> Callable[[str], Any]:
     """text -> one value of a setting; ValueError with the text and an example otherwise."""
-    kind, parse = str(item.type), item.metadata.get("parse")
-    if parse:
+    if parse := item.metadata.get("parse"):
         return {"names": _names, "tokens": _tokens}[parse]
-    if kind.startswith(("int", "tuple[int")):
-        return _int
-    return _float if kind.startswith("float") else str
+    return {int: _int, float: _float}.get(_kind(item), str)
+
+
+def _annotated(item: Field[Any]) -> Any:
+    """The annotation without its None."""
+    hint = _HINTS[item.name]
+    return next(part for part in get_args(hint) if part is not NoneType) if isinstance(hint, UnionType) else hint
+
+
+def _several(item: Field[Any]) -> bool:
+    return get_origin(_annotated(item)) is tuple
+
+
+def _kind(item: Field[Any]) -> type:
+    """bool, int, float or str: of the setting, or of each part of a tuple."""
+    hint = _annotated(item)
+    kind: type = get_args(hint)[0] if get_origin(hint) is tuple else hint
+    return kind
 
 
 def _add_flag(group: Any, item: Field[Any]) -> None:
@@ -123,16 +175,16 @@ def _add_flag(group: Any, item: Field[Any]) -> None:
     text = item.metadata["help"].replace("%", "%%")
     if item.default is not None and item.default != () and item.default is not False:
         text += f" (default: {item.default})"
-    kind, convert = str(item.type), _for_argparse(converter(item))
+    kind, convert = _kind(item), _for_argparse(converter(item))
     metavar = item.metadata.get("metavar")
-    if kind.startswith("bool"):
+    if kind is bool:
         group.add_argument(flag, action="store_true", help=text)
     elif item.metadata.get("pair"):
         group.add_argument(flag, nargs=2, type=convert, action=_Pair, metavar=metavar, help=text)
-    elif kind.startswith("tuple") and not item.metadata.get("parse"):
+    elif _several(item) and not item.metadata.get("parse"):
         group.add_argument(flag, nargs="+", action=_Tuple, metavar=metavar, help=text)
     else:
-        metavar = metavar or {"int": "N", "flo": "X"}.get(kind[:3], "NAME")
+        metavar = metavar or {int: "N", float: "X"}.get(kind, "NAME")
         group.add_argument(flag, type=convert, metavar=metavar, help=text)
 
 

@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, did_you_mean
 
 _FOLDER = files("galore_torch.train.config") / "published"
 
@@ -51,5 +51,6 @@ def copy_recipe(name: str, destination: str | None) -> Path:
 def _text(name: str) -> str:
     text = recipe_text(name)
     if text is None:
-        raise UserError(f"recipe {name!r} is not known; choose one of: {', '.join(recipe_names())}")
+        near = did_you_mean(name, recipe_names())
+        raise UserError(f"recipe {name!r} is not known; {near}choose one of: {', '.join(recipe_names())}")
     return text

@@ -27,6 +27,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A setting: its default, its group and line in the help, and its bounds (as `bounds.check_number` takes them) or `choices`."""
     return field(default=default, metadata={"group": group, "help": help, **more})
 
 
@@ -44,9 +45,9 @@ class Settings:
     # -- model
     model_config: str = _setting("demo", "model", "preset (demo, 9m ... 7b, llama3-8b), a LLaMA config.json or its folder")
     hf_model: str | None = _setting(None, "model", "go on training this causal LM: a transformers folder or hub name, not a --model_config")
-    vocab_size: int | None = _setting(None, "model", "rows of the embedding (default: the preset's; demo: the tokenizer's)")
-    max_length: int = _setting(None, "model", "tokens in one training sequence (default: 256; demo: 128)")
-    dtype: str = _setting("float32", "model", "weights: float32 or bfloat16")
+    vocab_size: int | None = _setting(None, "model", "rows of the embedding (default: the preset's; demo: the tokenizer's)", at_least=1)
+    max_length: int = _setting(None, "model", "tokens in one training sequence (default: 256; demo: 128)", at_least=1)
+    dtype: str = _setting("float32", "model", "weights: float32 or bfloat16", choices=tuple(DTYPES))
     activation_checkpointing: bool = _setting(False, "model", "recompute activations in the backward pass: less memory, more time")
     # -- data
     data: tuple[str, ...] = _setting(
@@ -67,7 +68,9 @@ class Settings:
         "data",
         "one document in one sequence, cut or padded to --max_length, as published (default: documents are packed end to end)",
     )
-    workers: int = _setting(2, "data", "threads that tokenise streamed text ahead of training; they change no batch")
+    workers: int = _setting(
+        2, "data", "threads that tokenise streamed text ahead of training; they change no batch", at_least=0, at_most=64
+    )
     # -- optimizer
     optimizer: str = _setting("galore_adamw", "optimizer", "one of the names listed below")
     compare: tuple[str, ...] = _setting(
@@ -77,56 +80,91 @@ class Settings:
         metavar="NAME[:LR],...",
         parse="names",
     )
-    lr: float | None = _setting(None, "optimizer", "peak learning rate (default: per optimizer)")
-    weight_decay: float = _setting(0.0, "optimizer", "weight decay")
-    beta1: float | None = _setting(None, "optimizer", "first-moment decay; momentum of sgd (default: the optimizer's own)")
-    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: width / 4)")
-    update_proj_gap: int = _setting(50, "optimizer", "steps between two subspaces")
-    galore_scale: float = _setting(0.25, "optimizer", "factor on the projected update")
+    lr: float | None = _setting(None, "optimizer", "peak learning rate (default: per optimizer; with --hf_model a tenth of that)", above=0)
+    weight_decay: float = _setting(0.0, "optimizer", "weight decay", at_least=0)
+    beta1: float | None = _setting(
+        None, "optimizer", "first-moment decay; momentum of sgd (default: the optimizer's own)", at_least=0, below=1
+    )
+    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: width / 4)", at_least=1)
+    update_proj_gap: int = _setting(50, "optimizer", "steps between two subspaces", at_least=1)
+    galore_scale: float = _setting(0.25, "optimizer", "factor on the projected update", above=0)
     gap_range: tuple[int, int] | None = _setting(
         None, "optimizer", "each matrix finds its own gap between these, from --update_proj_gap on", metavar=("LEAST", "MOST"), pair=True
     )
-    proj_type: str = _setting("std", "optimizer", "which side is projected: " + ", ".join(PROJ_TYPES))
-    state_codec: str | None = _setting(None, "optimizer", f"moments are kept in: {', '.join(STATE_CODECS)} (default: the optimizer's own)")
-    basis_codec: str | None = _setting(None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)")
-    # -- training
-    batch_size: int = _setting(16, "training", "sequences in one forward pass of each process")
-    total_batch_size: int | None = _setting(
-        None, "training", "sequences in one update: a multiple of --batch_size x processes (default: equal)"
+    proj_type: str = _setting("std", "optimizer", "which side is projected: " + ", ".join(PROJ_TYPES), choices=PROJ_TYPES)
+    targets: tuple[str, ...] | None = _setting(
+        None,
+        "optimizer",
+        "project these layers: regular expressions searched in their names, or all-linear (default: the linear layers of the body)",
+        metavar="PATTERN",
     )
-    gradient_accumulation: int | None = _setting(None, "training", "forward passes in one update: another way to say --total_batch_size")
-    num_training_steps: int = _setting(400, "training", "updates")
+    state_codec: str | None = _setting(
+        None, "optimizer", f"moments are kept in: {', '.join(STATE_CODECS)} (default: the optimizer's own)", choices=STATE_CODECS
+    )
+    basis_codec: str | None = _setting(
+        None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)", choices=BASIS_CODECS
+    )
+    # -- training
+    batch_size: int = _setting(16, "training", "sequences in one forward pass of each process", at_least=1)
+    total_batch_size: int | None = _setting(
+        None,
+        "training",
+        "sequences in one update: a multiple of --batch_size x processes (default: equal)",
+        at_least=1,
+    )
+    gradient_accumulation: int | None = _setting(
+        None, "training", "forward passes in one update: another way to say --total_batch_size", at_least=1
+    )
+    num_training_steps: int = _setting(400, "training", "updates", at_least=1)
     max_train_tokens: int | None = _setting(
-        None, "training", "budget in place of --num_training_steps, such as 500K, 100M or 1.5B", parse="tokens"
+        None,
+        "training",
+        "budget in place of --num_training_steps, such as 500K, 100M or 1.5B",
+        parse="tokens",
+        at_least=1,
     )
     warmup_steps: int | None = _setting(None, "training", "updates of linear warm-up (default: a tenth)")
-    scheduler: str = _setting("cosine", "training", "after warm-up: " + ", ".join(SCHEDULERS))
-    decay_steps: int | None = _setting(None, "training", "updates of the decay that ends --scheduler wsd (default: a fifth)")
-    cycle_length: int | None = _setting(None, "training", "updates between restarts: of --scheduler cosine_restarts, and of relora")
-    restart_warmup_steps: int | None = _setting(None, "training", "updates of warm-up after a restart (default: a tenth of the cycle)")
-    min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr")
-    grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping")
-    max_loss_rise: float = _setting(0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never")
+    scheduler: str = _setting("cosine", "training", "after warm-up: " + ", ".join(SCHEDULERS), choices=SCHEDULERS)
+    decay_steps: int | None = _setting(None, "training", "updates of the decay that ends --scheduler wsd (default: a fifth)", at_least=1)
+    cycle_length: int | None = _setting(
+        None, "training", "updates between restarts: of --scheduler cosine_restarts, and of relora", at_least=1
+    )
+    restart_warmup_steps: int | None = _setting(
+        None, "training", "updates of warm-up after a restart (default: a tenth of the cycle)", at_least=1
+    )
+    min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr", at_least=0, at_most=1)
+    grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping", at_least=0)
+    max_loss_rise: float = _setting(
+        0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never", at_least=0
+    )
     loss_chunk: int | None = _setting(
-        None, "training", "tokens whose logits exist at once, 0: all of a forward pass (default: as many as take 256 MiB in float32)"
+        None,
+        "training",
+        "tokens whose logits exist at once, 0: all of a forward pass (default: as many as take 256 MiB in float32)",
+        at_least=0,
     )
     compile: bool = _setting(False, "training", "torch.compile for the model's layers: slow first updates, faster later ones")
-    seed: int = _setting(0, "training", "weights and data order")
-    device: str = _setting("auto", "training", "auto, cpu or cuda")
+    seed: int = _setting(0, "training", "weights and data order", at_least=0, at_most=2**63 - 1)
+    device: str = _setting("auto", "training", "auto, cpu or cuda", choices=DEVICES)
     # -- run
-    eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only")
-    eval_tokens: int = _setting(65536, "run", "validation tokens to evaluate on, at most")
+    eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only", at_least=0)
+    eval_tokens: int = _setting(65536, "run", "validation tokens to evaluate on, at most", at_least=1)
     legacy_eval: bool = _setting(
         False, "run", "also write legacy_eval_loss, the published script's: mean of batch means, divided by their number + 1"
     )
-    peak_tflops: float | None = _setting(None, "run", "the device's peak in TFLOP/s, which mfu is a share of (default: of known GPUs)")
+    peak_tflops: float | None = _setting(
+        None, "run", "the device's peak in TFLOP/s, which mfu is a share of (default: of known GPUs)", above=0
+    )
     track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
     tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
-    save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped")
-    keep: int = _setting(2, "run", "checkpoints to keep, the newest")
+    save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped", at_least=0)
+    keep: int = _setting(2, "run", "checkpoints to keep, the newest", at_least=1)
     resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
-    max_bad_steps: int = _setting(5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite")
+    max_bad_steps: int = _setting(
+        5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite", at_least=1
+    )
+    dry_run: bool = _setting(False, "run", "print the resolved config, the plan and the first batch's shapes, and stop: no run is made")
     force: bool = _setting(False, "run", "start although the plan needs more memory than there is")
     # -- flags of the published script that have nothing to set here: accepted, and a note says why
     use_hf_model: bool | None = _published("the model is transformers' LlamaForCausalLM in any case")
@@ -144,7 +182,7 @@ class Settings:
     @property
     def contenders(self) -> list[tuple[str, float]]:
         """(optimizer name in lower case, peak learning rate) of each run, in order."""
-        return contenders(self.compare or (self.optimizer,), self.lr)
+        return contenders(self.compare or (self.optimizer,), self.lr, bool(self.hf_model))
 
     @property
     def run_names(self) -> list[str]:
@@ -172,6 +210,9 @@ class Settings:
             notes.append("--workers has no effect: text that is not streamed is tokenised before training starts")
         if "c4" in self.data + self.eval_data and Path("c4").exists():
             notes.append("c4 is the data set of the hub; the files here are ./c4")
+        if self.hf_model and self.lr is None:
+            rates = ", ".join(f"{name} {lr:g}" for name, lr in self.contenders)
+            notes.append(f"no --lr: a trained model goes on at a tenth of the rate for one from scratch ({rates})")
         if not self.data and self.model_name != "demo":
             notes.append("no --data: this trains on the source of Python's standard library, not on C4")
         return [*self.remarks, *notes]
@@ -233,7 +274,7 @@ class Settings:
     @property
     def optimizer_settings(self) -> dict[str, Any]:
         """What `build_optimizer` takes beside the name and the learning rate."""
-        low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "state_codec", "basis_codec")
+        low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "state_codec", "basis_codec")
         names = (*low_rank, "weight_decay", "beta1", "cycle_length")
         return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names}
 

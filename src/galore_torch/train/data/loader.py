@@ -15,13 +15,12 @@ from torch import Tensor
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import is_hub_name
 from galore_torch.train.data.packing import inputs_and_targets
-from galore_torch.train.data.readers import check_files, file_documents, has_fields, stdlib_documents, text_files
+from galore_torch.train.data.readers import file_documents, stdlib_documents, text_files
 from galore_torch.train.data.sampler import HELD_OUT_EVERY, Documents, Place, held_out
 from galore_torch.train.data.sources import FileSource, HubSource, Source, hub_source
 from galore_torch.train.data.streaming import StreamedBatches
 from galore_torch.train.data.tokenize import check_enough, choose_tokenizer, tokenised
 from galore_torch.train.data.tokenizer import TextTokenizer
-from galore_torch.train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -85,26 +84,6 @@ class WindowBatches:
 
     def close(self) -> None:
         pass
-
-
-def check_data(config: PretrainConfig) -> None:
-    """Everything about the data that can be refused without reading it."""
-    for names, flag in ((config.data, "--data"), (config.eval_data, "--eval_data")):
-        if any(map(is_hub_name, names)):
-            if len(names) > 1:
-                raise UserError(f"{flag} {' '.join(names)}: a data set of the hub stands alone; leave the others out")
-            hub_source(names[0], flag, "train", config.text_field)
-        else:
-            check_files(text_files(names, flag), flag)
-    if config.eval_data and not config.data:
-        raise UserError("--eval_data is given without --data; give the training text too")
-    if config.stream and not config.data:
-        raise UserError("--stream has no effect without --data; leave it out, or name files")
-    names = config.data + config.eval_data
-    if "text_field" in config.given and not (any(map(is_hub_name, names)) or has_fields(text_files(names, "--data"))):
-        raise UserError(
-            f"--text_field {config.text_field} has no effect without a .jsonl or .parquet file; leave it out, or give such a file"
-        )
 
 
 def load_data(config: PretrainConfig) -> TokenData:

@@ -119,7 +119,7 @@ def _kind(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a plain or gzip file; a damaged file is for the user to fix."""
+    """Lines of a plain or gzip file; UserError where it is damaged."""
     try:
         with (
             gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as raw,
@@ -154,7 +154,9 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
         text = row.get(text_field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            has = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else "it is no object"
+            has = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else f"it is {'null' if row is None else 'no object'}"
+            if isinstance(row, dict) and text_field in row:
+                has = f"it is {'null' if text is None else type(text).__name__} there"
             raise UserError(f"{path} line {number} has no text in {text_field!r}: {has}; name the right one with --text_field")
         # JSON can escape half of a surrogate pair, which no tokenizer takes: it becomes "?".
         yield text.encode("utf-8", errors="replace").decode("utf-8")

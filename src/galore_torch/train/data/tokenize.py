@@ -23,7 +23,7 @@ def choose_tokenizer(config: PretrainConfig, training_documents: Callable[[], It
     """The one that is named, for the model's rows where they are given, or a BPE of the first training documents."""
     if config.tokenizer_name:
         named = load_tokenizer(config.tokenizer_name)
-        return named if config.embedding_rows is None else named.within(config.embedding_rows)
+        return named if config.embedding_rows is None else named.within(config.embedding_rows, _own_tokenizer(config))
     budget = _BPE_CHARS
 
     def sample() -> Iterator[str]:
@@ -35,6 +35,11 @@ def choose_tokenizer(config: PretrainConfig, training_documents: Callable[[], It
             yield document
 
     return trained_tokenizer(sample(), config.embedding_rows or DEMO_VOCAB)
+
+
+def _own_tokenizer(config: PretrainConfig) -> str:
+    """The cure where a tokenizer has more ids than a trained model has rows, which --vocab_size does not change."""
+    return f"leave --tokenizer out: {config.hf_model} has its own" if config.hf_model and config.tokenizer else ""
 
 
 def tokenised(

@@ -40,8 +40,8 @@ class TextTokenizer:
             ids = [[unknown if i >= self.size else i for i in text] for text in ids]
         return ids
 
-    def within(self, rows: int) -> TextTokenizer:
-        """This tokenizer for an embedding of `rows`; UserError where text can have an id past its end.
+    def within(self, rows: int, cure: str = "") -> TextTokenizer:
+        """This tokenizer for an embedding of `rows`; UserError with the `cure` where text can have an id past its end.
 
         Special tokens past the end, such as T5's hundred sentinels behind the published 32,000 rows, are no part of text:
         where a text spells one, it becomes the unknown token. Those that end, begin or stand for text need rows.
@@ -55,7 +55,7 @@ class TextTokenizer:
         if unknown is None or not all(i in left_out and i in special and special[i].special for i in past):
             raise UserError(
                 f"the tokenizer has {self.size} ids, more than the {rows} rows of the model's "
-                f"vocabulary; give --vocab_size {self.size} or more, or a smaller tokenizer"
+                f"vocabulary; {cure or f'give --vocab_size {self.size} or more, or a smaller tokenizer'}"
             )
         return replace(self, size=rows, markers_left_out=True)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+_TIMED = ("timed_tokens", "timed_seconds")
 _COUNTERS = ("steps", "tokens_seen", "seconds", "state_bytes", "peak_memory_mb", "skipped", "skipped_in_a_row")
 
 
@@ -21,6 +22,8 @@ class RunResult:
     steps: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0  # of updates alone, without evaluation
+    timed_tokens: int = 0  # of the updates that tell a speed: not the first after a start, nor any that compiles
+    timed_seconds: float = 0.0
     peak_memory_mb: float = 0.0
     skipped: int = 0  # updates left out because the loss or the gradient was not finite
     skipped_in_a_row: int = 0  # the last ones
@@ -30,7 +33,9 @@ class RunResult:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens_seen / self.seconds if self.seconds else 0.0
+        """Of the updates that neither warm up nor compile; of all where there were no others."""
+        tokens, seconds = (self.timed_tokens, self.timed_seconds) if self.timed_seconds else (self.tokens_seen, self.seconds)
+        return tokens / seconds if seconds else 0.0
 
     @property
     def finished(self) -> bool:
@@ -38,7 +43,7 @@ class RunResult:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint has of this: the counters, and the best-known figures. The curves are in its metrics."""
-        return {counter: getattr(self, counter) for counter in _COUNTERS} | {
+        return {counter: getattr(self, counter) for counter in (*_COUNTERS, *_TIMED)} | {
             "last_loss": self.losses[-1] if self.losses else None,
             "last_eval": self.evals[-1] if self.evals else None,
             "best_eval": min(self.evals, key=lambda pair: pair[1], default=None),
@@ -48,6 +53,8 @@ class RunResult:
         """Become what this was when the checkpoint with `record` and the metrics `rows` was written."""
         for counter in _COUNTERS:
             setattr(self, counter, record[counter])
+        for counter in _TIMED:
+            setattr(self, counter, record.get(counter, 0))  # younger than some checkpoints
         self.losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         self.evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
 

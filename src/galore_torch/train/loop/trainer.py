@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from galore_torch.train.checkpoint.resume import METRICS, fill, identity, read_position, read_trainer, restore
 from galore_torch.train.checkpoint.storage import plain_failures, write_checkpoint
@@ -26,7 +27,8 @@ from galore_torch.train.loop.distributed import ALONE, Ranks
 from galore_torch.train.loop.evaluate import held_out_loss, published_loss
 from galore_torch.train.loop.probe import Probe
 from galore_torch.train.loop.result import RunResult, perplexity
-from galore_torch.train.model.compile import compile_layers
+from galore_torch.train.loop.watcher import Watcher
+from galore_torch.train.model.compile import compile_layers, compiled_so_far
 from galore_torch.train.model.flops import flops_per_token, peak_flops
 from galore_torch.train.model.loss import TokenLoss, counted
 from galore_torch.train.optimizers.registry import (
@@ -41,15 +43,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _RECENT = 50  # updates whose median --max_loss_rise is measured from
-
-
-class Watcher(Protocol):
-    """Who looks on: told of every update, asked whether to stop."""
-
-    def step(self, row: dict[str, Any], total: int) -> None: ...
-    def evaluated(self, row: dict[str, Any]) -> None: ...
-    def should_stop(self) -> bool: ...
-    def warn(self, message: str) -> None: ...
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -74,7 +67,9 @@ def train(
     model = model_for(config, data).to(device)
     result = RunResult(name, lr, parameters=sum(p.numel() for p in model.parameters()))
     result.adamw_state_bytes = adamw_state_bytes(model)
-    optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is projected has been said at the start
+        optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
     deferred = config.accumulation > 1 or config.grad_clipping > 0
     path = folder / METRICS
     with plain_failures("the run", folder):
@@ -112,6 +107,7 @@ class _Loop:
     folder: Path
     ranks: Ranks = ALONE
     saved: int = -1  # the update of the last checkpoint
+    starting: bool = True  # no update has been made since the start
     position: dict[str, int] | None = None  # in the text, behind the last update
 
     def __post_init__(self) -> None:
@@ -147,7 +143,7 @@ class _Loop:
         """One optimizer step over `accumulation` batches, left out where it would not be finite; writes one line of metrics."""
         config, result = self.config, self.result
         self.probe.begin()
-        start = time.perf_counter()
+        compiled, start = compiled_so_far(), time.perf_counter()
         lr = result.lr * config.lr_factor(step - 1, result.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -156,8 +152,9 @@ class _Loop:
         data_s = time.perf_counter() - drawing
         # Not a mean of means: parts, and the other ranks' parts, may hold more padding than others.
         tokens = int(self.ranks.total(sum(counted(targets) for _, targets in parts))[0])
-        mean_loss, bad = self.backward(parts, tokens)
+        mean_loss, auxiliary, bad = self.backward(parts, tokens)
         row: dict[str, Any] = {"step": step, "loss": mean_loss, "lr": lr}
+        row |= {"aux_loss": auxiliary} if self.token_loss.auxiliary_weight else {}
         if not bad:
             row |= self.gradient_norm()
             bad = "" if math.isfinite(row.get("grad_norm", 0.0)) else f"the gradient norm is {row['grad_norm']}"
@@ -176,9 +173,16 @@ class _Loop:
         result.seconds += seconds
         if math.isfinite(mean_loss):
             result.losses.append((step, mean_loss))
-        row |= {"tokens_seen": result.tokens_seen, "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        row |= {"tokens_seen": result.tokens_seen, "seconds": round(seconds, 6)}
         row["data_s"] = round(data_s, 6)  # of these seconds, waited for text
-        row |= self.speed(config.accumulation * config.batch_size * config.max_length / seconds)
+        if warm_up := "compiling" if compiled_so_far() > compiled else "first update" if self.starting else "":
+            row["warm_up"] = warm_up  # its time tells nothing of those that follow
+        else:
+            result.timed_tokens += tokens
+            result.timed_seconds += seconds
+            row["tokens_per_s"] = round(tokens / seconds, 1)
+            row |= self.speed(config.accumulation * config.batch_size * config.max_length / seconds)
+        self.starting = False
         row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
         result.peak_memory_mb = max(result.peak_memory_mb, row["peak_rss_mb"])
@@ -187,30 +191,32 @@ class _Loop:
         if result.skipped_in_a_row >= config.max_bad_steps:
             raise self.not_finite(f"{bad} at step {step}, {result.skipped_in_a_row} skipped in a row")
 
-    def backward(self, parts: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[float, str]:
-        """Gradients of the mean loss over the `tokens` targets of all ranks' `parts`; returns that loss, and why the update is to be
-        left out, if it is."""
-        mean_loss, bad = 0.0, ""
+    def backward(self, parts: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[float, float, str]:
+        """Gradients of the mean loss over the `tokens` targets of all ranks' `parts`; returns that loss as cross-entropy and auxiliary
+        part, and why the update is to be left out, if it is."""
+        mean_loss, auxiliary, bad = 0.0, 0.0, ""
         for index, (inputs, targets) in enumerate(parts, 1):
             with self.ranks.averaging(self.shared_loss, now=index == len(parts)):
                 with self.probe.saving():
                     loss = self.loss(inputs, targets) / tokens
-                mean_loss += self.ranks.total(loss.item())[0]
+                added = float(self.token_loss.auxiliary) / tokens  # of `loss`, beside its cross-entropy
+                mean_loss += self.ranks.total(loss.item() - added)[0]
+                auxiliary += self.ranks.total(added)[0] if self.token_loss.auxiliary_weight else 0.0
                 # Before the backward pass: with per-layer updates it is the one that moves weights.
-                if index == len(parts) or not math.isfinite(mean_loss):
-                    bad = self.why_bad(mean_loss)
+                if index == len(parts) or not math.isfinite(mean_loss + auxiliary):
+                    bad = self.why_bad(mean_loss, auxiliary)
                 if bad:
                     break
                 (loss * self.ranks.size).backward()  # what follows is an average over the ranks, and this a sum
-        return mean_loss, bad
+        return mean_loss, auxiliary, bad
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """`TokenLoss` of one part of an update."""
         return self.shared_loss(inputs.to(self.device), targets.to(self.device))
 
-    def why_bad(self, loss: float) -> str:
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
+    def why_bad(self, loss: float, auxiliary: float) -> str:
+        if not math.isfinite(loss + auxiliary):
+            return f"the loss is {loss}" if not math.isfinite(loss) else f"the auxiliary loss is {auxiliary}"
         recent = [value for _, value in self.result.losses[-_RECENT:]]
         rise = loss - median(recent) if len(recent) == _RECENT else 0.0
         if 0 < self.config.max_loss_rise < rise:

@@ -21,6 +21,16 @@ def check_compiler(device: str) -> None:
         raise UserError(f"--compile needs {_NEEDS[device]}, which torch does not find here; install it, or leave --compile out")
 
 
+def compiled_so_far() -> int:
+    """How many programs this process has compiled: of steps, and of --compile's layers."""
+    import sys
+
+    from galore_torch.engine.inductor import programs
+
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return len(programs) + (dynamo.counters["stats"]["unique_graphs"] if dynamo else 0)
+
+
 def compile_layers(model: nn.Module) -> None:
     """Compile each member of the longest list of modules in `model`, in place: all of them share one graph a shape and a mode.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -84,7 +84,8 @@ def model_shape(name: str) -> ModelShape:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise UserError(f"--model_config {name!r} is neither a preset nor a config file that exists; presets: {', '.join(PRESETS)}")
+        near = did_you_mean(name, PRESETS)
+        raise UserError(f"--model_config {name!r} is neither a preset nor a config file that exists; {near}presets: {', '.join(PRESETS)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

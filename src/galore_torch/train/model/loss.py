@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +17,52 @@ class TokenLoss(nn.Module):
     """The next-token loss of a causal language model.
 
     Logits exist of `chunk` tokens at once (0: of all, None: of as many as take 256 MiB) where a forward pass has more, `tokens` at most.
-    `whole_because`: why the model does not allow that, else "".
+    `whole_because`: why the model does not allow that, else "". In training a model's own auxiliary loss is added, such as the one that
+    balances a mixture's experts, where its config asks for it (`output_router_logits`); `auxiliary_weight` is its coefficient, or 0.
     """
 
     def __init__(self, model: nn.Module, chunk: int | None = 0, tokens: int = sys.maxsize) -> None:
         super().__init__()
         self.model = model
         self.whole_because = ""
+        self.auxiliary_weight = _auxiliary_weight(model)
+        self.auxiliary: Tensor | float = 0.0  # what it added to the last forward pass's sum
         vocabulary = len(model.get_output_embeddings().weight) if chunk is None else 0  # type: ignore[operator]
         self.chunk = settled_chunk(chunk, vocabulary, tokens)
         if self.chunk:
-            self.whole_because = _why_not_linear(model, model.get_output_embeddings())  # type: ignore[operator]
+            own = "the balancing loss of the experts comes with them" if self.auxiliary_weight else ""
+            self.whole_because = own or _why_not_linear(model, model.get_output_embeddings())  # type: ignore[operator]
             self.chunk = 0 if self.whole_because else self.chunk
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over the targets of their cross-entropy in nats, float32 for narrower weights too; `IGNORED` ones count for nothing.
 
-        `inputs` and `targets` are (B, L) token ids on the model's device.
+        Where it is trained on, each target that counts adds the weighted auxiliary loss of the batch: a mean over targets is then the
+        model's own loss. `inputs` and `targets` are (B, L) token ids on the model's device.
         """
         if self.chunk:
             hidden = self.model.base_model(input_ids=inputs).last_hidden_state  # type: ignore[operator]  # (B, L, d)
             head = self.model.get_output_embeddings()  # type: ignore[operator]
             return head_loss(hidden.flatten(0, 1), head.weight, targets.flatten(), self.chunk)
-        logits = self.model(input_ids=inputs).logits  # (B, L, vocabulary)
+        output = self.model(input_ids=inputs)
+        logits = output.logits  # (B, L, vocabulary)
         exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(exact, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = nn.functional.cross_entropy(exact, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if self.auxiliary_weight and self.training and torch.is_grad_enabled():
+            added = self.auxiliary_weight * (targets != IGNORED).sum() * output.aux_loss.to(loss)
+            self.auxiliary = added.detach()
+            loss = loss + added
+        return loss
+
+
+def _auxiliary_weight(model: nn.Module) -> float:
+    """The coefficient of the loss that the model's config adds to the cross-entropy of its tokens; 0: none."""
+    config: Any = getattr(model, "config", None)
+    text = config and config.get_text_config()
+    if not getattr(text, "output_router_logits", False):
+        return 0.0
+    weight: Any = getattr(text, "router_aux_loss_coef", None) or getattr(model, "router_aux_loss_coef", 0.0)
+    return float(weight)
 
 
 def settled_chunk(chunk: int | None, vocabulary: int, tokens: int) -> int:

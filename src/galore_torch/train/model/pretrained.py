@@ -60,6 +60,12 @@ def load_model(name: str, *, dtype: str, activation_checkpointing: bool, layers:
     return finish(model.train(), dtype=dtype, activation_checkpointing=activation_checkpointing)
 
 
+def model_folder(name: str) -> str:
+    """The folder where `name` is the config.json in it, else `name`."""
+    path = Path(name)
+    return str(path.parent) if path.name == "config.json" and path.is_file() else name
+
+
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 _CODECS = ("state_codec", "basis_codec")
-LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", *_CODECS})
+LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", *_CODECS})
 COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
 
 
@@ -86,8 +86,9 @@ def optimizer_spec(name: str) -> OptimizerSpec:
     try:
         return OPTIMIZERS[name.lower()]
     except KeyError:
-        known = ", ".join(OPTIMIZERS)
-        raise UserError(f"optimizer {name!r} is not known; choose one of: {known}") from None
+        raise UserError(
+            f"optimizer {name!r} is not known; {did_you_mean(name, OPTIMIZERS)}choose one of: {', '.join(OPTIMIZERS)}"
+        ) from None
 
 
 def unused_flags(name: str, given: Iterable[str]) -> list[str]:
@@ -99,7 +100,7 @@ def unused_flags(name: str, given: Iterable[str]) -> list[str]:
 def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline or Q-GaLore changes first.
 
-    `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, weight_decay, beta1, state_codec, basis_codec
+    `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, targets, weight_decay, beta1, state_codec, basis_codec
     (these three None: the optimizer's own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
     """
     import importlib
@@ -125,17 +126,20 @@ def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, An
         return [p for p in model.parameters() if p.requires_grad]
     from galore_torch import galore_param_groups, quantize_linears
 
+    targets = settings.get("targets")
+    targets = targets[0] if targets and len(targets) == 1 else targets  # "all-linear" is a word, not a pattern
     if spec.quantized:
         if getattr(getattr(model, "config", None), "rescale_every", 0) > 0:  # RWKV
             raise UserError(
                 "INT8 weights cannot be divided in place, as this model does to its layers before each evaluation: "
                 'set "rescale_every": 0 in its config.json, or choose another optimizer'
             )
-        quantize_linears(model)
+        quantize_linears(model, targets=targets)
     own = {} if spec.quantized and settings["gap_range"] is None else {"gap_range": settings["gap_range"]}  # Q-GaLore adapts its gap
     return galore_param_groups(
         model,
         settings["rank"],
+        targets=targets,
         update_proj_gap=settings["update_proj_gap"],
         scale=settings["galore_scale"],
         proj_type=settings["proj_type"],

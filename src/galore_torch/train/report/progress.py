@@ -36,6 +36,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.stopped_by: int | None = None  # the signal that asked for the end
+        self._training = False  # else what is being built is given up at once
         self._previous: dict[int, Any] = {}
         self._progress = _TwoLines(
             TextColumn("[bold]{task.description}"),
@@ -69,6 +70,9 @@ class Display:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self._training:
+            self.console.print("[yellow]stopped before the first update[/]")
+            raise SystemExit(128 + number)
         if self.stopped_by is None:
             self.stopped_by = number
             self.console.print("[yellow]stopping after this update; Ctrl-C again to drop the run[/]")
@@ -78,10 +82,11 @@ class Display:
     def begin(self, name: str, total: int, planned_mb: float | None = None) -> None:
         """A new run called `name` of `total` updates, whose memory is to peak at `planned_mb` (None: nobody knows)."""
         self._name, self._planned_mb = name, planned_mb
-        self._share = RefreshShare()
-        self._task = self._progress.add_task(name, total=total, figures="")
+        self._share, self._training = RefreshShare(), False
+        self._task = self._progress.add_task(name, total=total, figures="first update, compiling where that pays")
 
     def should_stop(self) -> bool:
+        self._training = True  # who asks will stop by himself
         return self.stopped_by is not None
 
     def step(self, row: dict[str, Any], total: int) -> None:
@@ -114,7 +119,7 @@ def _figures(row: dict[str, Any], share: float | None, planned_mb: float | None)
     memory = "/".join(f"{mb / 1e3:.1f}" if peak >= 10_000 else f"{mb:,.0f}" for mb in sizes) + (" GB" if peak >= 10_000 else " MB")
     refresh = "" if share is None else f"  refresh {share:.0%}"
     mfu = f"  mfu {row['mfu']:.0%}" if "mfu" in row else ""
-    speed = f"tokens/s {row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "compiling"
+    speed = f"tokens/s {row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else row.get("warm_up", "compiling")
     return f"loss {row['loss']:.3f}  lr {row['lr']:.3g}  {speed}{mfu}  memory {memory}{refresh}"
 
 

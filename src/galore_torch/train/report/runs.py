@@ -80,8 +80,8 @@ class Run:
         return (number(first.get("tokens_seen")) or 0.0) / max(1, first.get("step", 1))
 
     def seconds(self, *, refreshed: bool | None = None) -> list[float]:
-        """Of each update; those with (True) or without (False) a refresh, or all (None). The first is left out: it warms up."""
-        rows = [row for row in self.updates if row["step"] > 1 and refreshed in (None, bool(row.get("refreshes")))]
+        """Of each update; those with (True) or without (False) a refresh, or all (None). Those that warm up or compile are left out."""
+        rows = [row for row in self.updates if row["step"] > 1 and "warm_up" not in row and refreshed in (None, bool(row.get("refreshes")))]
         return [s for row in rows if (s := update_seconds(row, self.tokens_per_update))]
 
     @property

@@ -7,51 +7,25 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.checkpoint.lock import LOCK
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
-from galore_torch.train.errors import UserError
 from galore_torch.train.loop.result import RunResult, perplexity
 from galore_torch.train.model.loss import counted
 from galore_torch.train.report.palette import PALETTE
 from galore_torch.train.report.series import smooth
 
 
-def check_save_dir(save_dir: str | None, resume: str | None = None) -> None:
-    """Refuse a folder that already holds something: a run is never overwritten. What a killed run locked counts as nothing."""
-    if save_dir is not None:
-        folder = Path(save_dir)
-        if folder.is_file() or (folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())):
-            checkpoints = any(folder.glob("checkpoints/step-*")) or any(folder.glob("*/checkpoints/step-*"))
-            cure = "go on with the run in it by --resume auto, " if checkpoints and resume is None else ""
-            raise UserError(f"--save_dir {folder} already exists and is not empty; {cure}give a new folder, or move that one away")
-
-
-def new_run_folder(save_dir: str | None) -> Path:
-    """Make the run's folder: the one that is named, or a new one under runs/."""
-    check_save_dir(save_dir)
-    if save_dir is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder, copy = Path("runs") / f"pretrain-{stamp}", 1
-        while folder.exists():
-            copy += 1
-            folder = Path("runs") / f"pretrain-{stamp}-{copy}"
-    else:
-        folder = Path(save_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save_dir {folder} cannot be made: {error.strerror}") from error
-    return folder
-
-
 def write_config(folder: Path, config: PretrainConfig, data: TokenData, device: str) -> None:
-    """config.json: every setting with its settled value, and what the run was made with."""
+    """config.json: see `resolved_config`."""
+    write_json(folder / "config.json", resolved_config(config, data, device))
+
+
+def resolved_config(config: PretrainConfig, data: TokenData, device: str) -> dict[str, Any]:
+    """Every setting with its settled value, and what the run is made with."""
     settings = asdict(config)
     del settings["given"], settings["remarks"], settings["processes"]
     settings |= {
@@ -71,7 +45,7 @@ def write_config(folder: Path, config: PretrainConfig, data: TokenData, device: 
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("galore-torch", "torch", "transformers", "datasets")},
     }
-    write_json(folder / "config.json", settings | {"resolved": made_with})
+    return settings | {"resolved": made_with}
 
 
 def _version(package: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from galore_torch.train.checkpoint.resume import TRACKED
 from galore_torch.train.errors import UserError
-from galore_torch.train.loop.trainer import Watcher
+from galore_torch.train.loop.watcher import Watcher
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 _PROJECT = "galore"

@@ -1,0 +1,32 @@
+"""`galore ls`: the runs below a folder, one line each, the newest last. Imports neither torch nor matplotlib."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from galore_torch.train.errors import UserError
+from galore_torch.train.report.runs import Run, read_runs
+
+_HEADER = ("run", "optimizer", "status", "updates", "perplexity")
+
+
+def list_runs(folder: str) -> str:
+    """Of each run: its folder, optimizer, status, updates, and the validation perplexity last measured after an update."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder} {'is a file' if root.exists() else 'does not exist'}; give a folder with runs: galore ls FOLDER")
+    metrics = [path for pattern in ("", "*/", "*/*/") for path in root.glob(f"{pattern}metrics.jsonl")]  # a comparison has folders in it
+    if not metrics:
+        raise UserError(f"{folder} holds no run; give the folder that galore pretrain --save_dir wrote to, or one above it")
+    runs = read_runs([path.parent for path in sorted(metrics, key=lambda path: path.stat().st_mtime)])
+    rows = [_HEADER, *map(_row, runs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    updates = run.updates[-1]["step"] if run.updates else 0
+    steps, losses = run.held_out()
+    measured = f"{math.exp(losses[-1]):,.2f} at {steps[-1]:.0f}" if steps and steps[-1] > 0 else "-"
+    return str(run.folder), run.optimizer, run.status.split(":")[0], str(updates), measured
