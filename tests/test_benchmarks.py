@@ -76,3 +76,12 @@ def test_two_trees_are_timed_turn_by_turn(tmp_path: Path, forked: Forked) -> Non
     (row,) = [line for line in printed.splitlines() if line.startswith("| GaLoreAdamW, step")]
     before, after, ratio = (float(cell) for cell in row.split("|")[2:5])
     assert min(before, after, ratio) > 0
+
+
+@pytest.mark.slow
+def test_the_table_of_architectures_says_what_is_refused_and_why(tmp_path: Path, forked: Forked) -> None:
+    words = ["--architectures", "mixtral", "--optimizers", "galore_adamw", "muon", "--output", str(tmp_path / "page.md")]
+    printed = run("architectures/run.py", *words, forked=forked, folder=tmp_path)
+    assert "| mixtral | yes | [1] |" in printed
+    assert "\n1. muon: --optimizer muon takes matrices; some weights of this model are stacks of them, which" in printed
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").strip() == printed.strip()

@@ -33,3 +33,14 @@ def test_a_hybrid_with_experts_works_throughout(tmp_path: Path) -> None:
     """One of them at every commit: attention, Mamba and expert weights in one model, renamed on their way to a file."""
     outcomes = try_steps(make_model("jamba", tmp_path / "model"), "galore_adamw", tmp_path / "runs")
     assert {step: outcome.status for step, outcome in outcomes.items()} == dict.fromkeys(STEPS, "works")
+
+
+def test_the_page_names_each_of_them() -> None:
+    """docs/architectures.md is made by benchmarks/architectures/run.py from the same outcomes, and holds none that fails."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+    if not page.is_file():
+        pytest.skip("a source distribution has no docs")
+    head, _, *rows = [line.strip("| ").split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert head == ["architecture", *OPTIMIZERS]
+    assert {row[0] for row in rows} == set(ARCHITECTURES)
+    assert not [row for row in rows if len(row) != len(head) or "FAILS" in "".join(row)]
