@@ -2,7 +2,8 @@
 
 To autograd, hooks, groups and checkpoints it is an ordinary parameter of its floating dtype; its gradient is an ordinary tensor.
 A linear layer decodes it for each product and keeps nothing floating for the backward pass. Any other operation reads a decoded copy;
-writing goes through `subtract`, or `copy_`.
+writing goes through `write.subtract`, or `copy_` and ``.data``, which replace all of it. A view is a decoded copy that refuses to be
+written to.
 
 256 elements of the flattened weight share a scale and an offset in bf16: 1.0156 bytes a weight.
 """
