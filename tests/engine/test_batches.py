@@ -5,6 +5,7 @@ Oracle: E separate parameters, each with the same optimizer.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -173,4 +174,26 @@ def test_the_state_resumes_bit_by_bit() -> None:
     for G in grads:
         V.grad = G.clone()
         straight.step()
+    assert torch.equal(W, V)
+
+
+def test_an_older_checkpoint_whose_experts_were_one_matrix_goes_on_with_it() -> None:
+    """Its groups know no batch_dims. Oracle: the run that never stopped."""
+    grads = gradients(8, (40, 48))
+
+    def train(W: Parameter, optimizer: Any, part: list[Tensor]) -> None:
+        for G in part:
+            W.grad = G.clone()
+            optimizer.step()
+
+    W = Parameter(torch.ones(E, 40, 48))
+    optimizer = g.GaLoreAdamW([W], lr=0.01, rank=2, update_proj_gap=3, batch_dims=0)
+    train(W, optimizer, grads[:4])
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["batch_dims"]
+    V = Parameter(W.detach().clone())
+    fresh = g.GaLoreAdamW([V], lr=0.01, rank=2, update_proj_gap=3)
+    fresh.load_state_dict(saved)
+    train(W, optimizer, grads[4:])
+    train(V, fresh, grads[4:])
     assert torch.equal(W, V)

@@ -115,8 +115,8 @@ def layout_of(weight: Tensor, group: Group) -> Layout:
 
 def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> Layout:
     """The layout of a parameter of a (local) shape in a group."""
-    keys = tuple(group[key] for key in ("rank", "proj_type", "projector", "basis_codec"))
-    return _make_layout(shape, dtype, keys, group.get("batch_dims"))
+    keys = group["rank"], group["proj_type"], group["projector"], group["basis_codec"]
+    return _make_layout(shape, dtype, keys, group["batch_dims"])
 
 
 @lru_cache(maxsize=4096)

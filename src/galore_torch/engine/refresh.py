@@ -20,14 +20,18 @@ GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly howe
 STREAMS = 1 << 20  # random streams a step: the step counts them up from the first, a refresh takes the last 64
 
 
-def refresh_is_due(state: State, group: Group) -> bool:
-    """Whether this step refreshes a basis: once in every gap, and whenever there is one that no usable gradient has made."""
-    return not has_basis(state) or _gap_is_over(state, group)
+def refresh_is_due(state: State, group: Group, first: bool = True) -> bool:
+    """Whether this gradient refreshes a basis: once in every gap, and whenever there is one that no usable gradient has made.
+
+    ``first``: whether it begins a step; bases in use do not change within one.
+    """
+    return not has_basis(state) or (first and _gap_is_over(state, group))
 
 
 def has_basis(state: State) -> bool:
     """Whether every matrix has a basis that a usable gradient made."""
-    return bool(state["basis_ready"].all())
+    ready = state["basis_ready"]
+    return bool(ready if ready.dim() == 0 else ready.all())
 
 
 def _gap_is_over(state: State, group: Group) -> bool:

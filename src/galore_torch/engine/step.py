@@ -20,7 +20,7 @@ from galore_torch.engine import fused
 from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, state_spec, stored_error, stored_moments
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
-from galore_torch.engine.refresh import STREAMS, has_basis, refresh, refresh_is_due
+from galore_torch.engine.refresh import STREAMS, refresh, refresh_is_due
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, readable
 from galore_torch.ops.write import WeightUpdate
@@ -46,7 +46,7 @@ def step(view: ParamView, grad: Tensor) -> None:
         apply(view, grad)
         return
     carry, error = CARRIES[view.group["carry"]], stored_error(view.layout, view.group)
-    grad = grad.reshape(view.layout.view)
+    grad = _as_view(grad, view.layout)
     if carry and error:
         grad = carry.add(grad, error.decode(view.state))
     low = compress(view, grad)
@@ -67,20 +67,24 @@ def compress(view: ParamView, grad: Tensor, first: bool = True) -> Tensor:
     """
     if not view.layout.ranks:
         return grad
-    grad = grad.reshape(view.layout.view)
-    if not has_basis(view.state) or (first and refresh_is_due(view.state, view.group)):
+    grad = _as_view(grad, view.layout)
+    if refresh_is_due(view.state, view.group, first):
         refresh(view, grad, first)
     return project(view, grad)
 
 
 def project(view: ParamView, grad: Tensor) -> Tensor:
     """R in the bases as they are, in fp32 or fp64. A new tensor."""
-    return view.projector.project(grad.reshape(view.layout.view), bases_of(view)).to(view.layout.compute_dtype)
+    return view.projector.project(_as_view(grad, view.layout), bases_of(view)).to(view.layout.compute_dtype)
 
 
 def project_back(change: WeightUpdate, low: Tensor, bases: Bases, view: ParamView) -> None:
     """W <- decay_factor W - scale (low in full size), in place."""
     view.projector.project_back(change, low, bases)
+
+
+def _as_view(tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor if tensor.shape == layout.view else tensor.reshape(layout.view)
 
 
 def bases_of(view: ParamView) -> Bases:
@@ -175,22 +179,21 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, seen: tuple[
     low, grad, lr = seen
     if "grad" in recovery.reads and grad is None:
         raise ValueError(f"recovery={group['recovery']!r} reads the full gradient, which is not kept here: see engine.recipe.check_kept")
-    if not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group, view.state["step"]):
-        change = replace(change, subtract=fused.subtract)
+    compiled = not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group, view.state["step"])
+    subtract = fused.subtract if compiled else write.subtract
     back = partial(project_back, bases=bases_of(view), view=view)
+    read = (low if "low" in recovery.reads else None), (grad if "grad" in recovery.reads else None)
     with _viewed(view.weight, layout) as matrix:
-        recovery.apply(replace(change, weight=matrix), update, Seen(back, tuple(layout.ranks), low, grad, lr, view.state))
+        change = WeightUpdate(matrix, change.scale, change.decay_factor, change.seed, subtract)
+        recovery.apply(change, update, Seen(back, tuple(layout.ranks), *read, lr, view.state))
 
 
 @contextmanager
 def _viewed(weight: Tensor, layout: Layout) -> Iterator[Tensor]:
     """The weight as matrices; one whose memory is not theirs (a kernel in channels_last) through a copy, written back at the end."""
-    if tuple(weight.shape) == layout.view:
-        yield weight
-        return
-    matrix = weight.reshape(layout.view)
+    matrix = _as_view(weight, layout)
     yield matrix
-    if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+    if matrix is not weight and matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
         weight.copy_(matrix.view(weight.shape))
 
 

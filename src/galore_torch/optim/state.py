@@ -32,8 +32,9 @@ def seal(
     strict = any(saved_state.values()) and all("index" in state for state in saved_state.values() if state)  # those of 2.0.0 are whole
     for number, (given, group) in enumerate(zip(saved_groups, optimizer.param_groups, strict=False)):
         saved = _by_name(given, group, number)
-        # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them.
-        merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, **saved}
+        # Keys the checkpoint does not know, such as one of galore-torch 1.0, stay as this optimizer has them; but before there was
+        # batch_dims every tensor was one matrix.
+        merged = {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, "batch_dims": 0, **saved}
         groups.append(merged)
         check_group(merged)
         for index, p in zip(saved["params"], group["params"], strict=False):
