@@ -19,6 +19,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """A long name at the head of a column may break after an underscore."""
+    return re.sub(r"<th>.*?</th>", lambda head: head[0].replace("_", "_<wbr>"), html)
+
+
 def options() -> Iterator[str]:
     """A heading for each command, a table for each group of its arguments."""
     for name, parser in commands(cli._parser()).items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def refuse_sharded(p: Tensor) -> None:
-    """Raise ValueError for a DTensor, of which each process holds a part. Nothing is imported: whoever made one has done that."""
+    """Raise ValueError for a DTensor, of which each process holds a part. Nothing is imported: the code that made one has done that."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(p, module.DTensor):
         raise ValueError(
