@@ -60,20 +60,20 @@ def test_all_stays_finite_and_training_goes_on(name: str, rank: int | None, mask
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("projector", ["power", "rsvd", "gram", "svd", "random"])
-def test_a_whole_gradient_of_1e37_makes_no_basis_and_the_next_one_does(projector: str, dtype: torch.dtype) -> None:
-    def trained(seen: bool) -> torch.Tensor:
-        torch.manual_seed(0)
-        p = nn.Parameter(torch.randn(32, 64).to(dtype))
-        optimizer = g.GaLoreAdamW([{"params": [p], "rank": 8, "projector": projector}], compile=False, stochastic_rounding=False)
-        if seen:
-            p.grad = torch.full_like(p, 1e37)
-            optimizer.step()
-            optimizer.state[p]["step"] = 0  # the skipped step counts; all else is as it was
+def test_a_first_gradient_of_1e37_moves_nothing_and_ends_nothing(projector: str, dtype: torch.dtype) -> None:
+    """No error from a decomposition; what comes after trains."""
+    p = nn.Parameter(torch.randn(32, 64).to(dtype))
+    optimizer = g.GaLoreAdamW([{"params": [p], "rank": 8, "projector": projector, "update_proj_gap": 2}], compile=False)
+    start = p.detach().clone()
+    p.grad = torch.full_like(p, 1e37)
+    optimizer.step()
+    assert torch.equal(p, start)
+    for _ in range(4):
         p.grad = torch.randn(32, 64).to(dtype)
         optimizer.step()
-        return p.detach()
-
-    torch.testing.assert_close(trained(True), trained(False))
+    assert p.isfinite().all()
+    assert not torch.equal(p, start)
+    assert optimizer.state[p]["basis"].isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["project", "update"])

@@ -49,5 +49,5 @@ def test_usable_gradients_are_finite_and_not_zero(value: float, good: bool) -> N
 
 def test_mode_product_multiplies_rows_and_columns() -> None:
     X, A, B = torch.randn(4, 5), torch.randn(2, 4), torch.randn(3, 5)
-    torch.testing.assert_close(linalg.mode_product(X, A, 0), torch.einsum("ij,jk->ik", A, X))
-    torch.testing.assert_close(linalg.mode_product(X, B, 1), torch.einsum("ij,kj->ki", B, X))
+    torch.testing.assert_close(linalg.mode_product(X, A, -2), torch.einsum("ij,jk->ik", A, X))
+    torch.testing.assert_close(linalg.mode_product(X, B, -1), torch.einsum("ij,kj->ki", B, X))

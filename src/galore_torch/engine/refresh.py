@@ -11,7 +11,7 @@ from torch import Tensor
 from galore_torch.engine.fused import only_if
 from galore_torch.engine.layout import Group, ParamView, State, carried_moments
 from galore_torch.ops.codecs import StoredTensor
-from galore_torch.ops.linalg import readable, usable
+from galore_torch.ops.linalg import in_range, readable, usable
 from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
 from galore_torch.slots.rules import Moment
 from galore_torch.slots.transport import TRANSPORTS
@@ -101,8 +101,8 @@ def _renew(view: ParamView, grad: Tensor, warm: bool, can: Tensor) -> Overlaps:
         grad = torch.where(can.view(*layout.batch, 1, 1), grad, 0.0)
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
-    found = view.projector.find(grad.to(layout.compute_dtype), layout.ranks, old, seed)
-    for basis in found.values():  # a decomposition of a usable gradient may still overflow: the old basis is the better one
+    found = view.projector.find(in_range(grad.to(layout.compute_dtype)), layout.ranks, old, seed)
+    for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one
         total = basis.flatten(len(layout.batch)).sum(-1)
         can &= (total - total) == 0
     moments = carried_moments(view) if state["step"] else {}

@@ -21,13 +21,26 @@ def readable(tensor: Tensor) -> bool:
 
 
 def usable(grad_MN: Tensor) -> Tensor:
-    """Whether a gradient may make a basis: `finite` and not zero. A bool for each matrix of a batch, on the gradient's device, without a
+    """Whether a gradient may make a basis: finite and not zero. A bool for each matrix of a batch, on the gradient's device, without a
     sync."""
-    # One pass, no temporary; NaN propagates, and compares as False.
-    low, high = torch.aminmax(grad_MN) if grad_MN.dim() == 2 else torch.aminmax(grad_MN.flatten(-2), dim=-1)
+    low, high = _extremes(grad_MN)
+    return low.isfinite() & high.isfinite() & ((low < 0) | (high > 0))
+
+
+def _extremes(grad_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest element of each matrix, in one pass without a temporary; NaN propagates."""
+    return torch.aminmax(grad_MN) if grad_MN.dim() == 2 else torch.aminmax(grad_MN.flatten(-2), dim=-1)
+
+
+def in_range(grad_MN: Tensor) -> Tensor:
+    """A usable gradient in fp32 or fp64, over its largest magnitude where products of its elements would overflow: its subspaces are
+    the same. One that needs no scaling is returned as it is."""
+    low, high = _extremes(grad_MN)
     largest = torch.maximum(-low, high)
-    bound = math.sqrt(torch.finfo(_wide(grad_MN)).max / max(1, grad_MN.shape[-2:].numel()))
-    return (largest > 0) & (largest < bound)
+    bound = math.sqrt(torch.finfo(grad_MN.dtype).max / max(1, grad_MN.shape[-2:].numel()))
+    if readable(largest) and bool((largest < bound).all()):
+        return grad_MN
+    return grad_MN / torch.where(largest < bound, 1.0, largest)[..., None, None]
 
 
 def finite(grad: Tensor) -> Tensor:
