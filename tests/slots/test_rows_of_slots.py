@@ -15,6 +15,7 @@ from torch.nn import Parameter
 import galore_torch as g
 from galore_torch.engine.layout import layout_of, state_spec
 from galore_torch.engine.refresh import GOLDEN
+from galore_torch.galore_projector import GaLoreProjector
 from galore_torch.train.plan.optimizer_bytes import param_bytes
 from references.slots import ErrorFeedbackReference, FiraReference, RowsReference
 from support.memory import storage_bytes
@@ -276,3 +277,19 @@ def test_rows_take_their_turns() -> None:
         seen.append(int(optimizer.state[params[1]]["basis"][0]))
     turn = int(10 * GOLDEN)
     assert seen == [0] * turn + [2] * (10 - turn)
+
+
+def test_a_checkpoint_of_1_0_holds_a_dense_basis_and_rows_refuse_it() -> None:
+    projector = GaLoreProjector(3)
+    R = projector.project(torch.randn(12, 20), 0)
+    saved = {"step": 1, "projector": projector, "exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
+    W = Parameter(torch.zeros(12, 20))
+    for choice in ("rows", "power"):
+        optimizer = g.GaLoreAdamW([W], rank=3, projector=choice)
+        groups = [{"params": [0], "rank": 3}]
+        if choice == "rows":
+            with pytest.raises(ValueError, match="holds a dense basis"):
+                optimizer.load_state_dict({"state": {0: dict(saved)}, "param_groups": groups})
+        else:
+            optimizer.load_state_dict({"state": {0: dict(saved)}, "param_groups": groups})
+            torch.testing.assert_close(optimizer.state[W]["basis"], projector.ortho_matrix)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.layout import AnyRule, Layout, state_spec, stored_moments
+from galore_torch.ops.codecs import StoredTensor
 from galore_torch.slots.torch_rule import BaseRule
 
 MARKS = {"projector", "state1", "RMS"}  # keys only the published package (or bitsandbytes inside it) writes
@@ -37,6 +38,11 @@ def convert_published(saved: Mapping[str, Any], layout: Layout, group: Mapping[s
     state["step"] = int(saved["step"])
     if projector is not None:
         matrices = projector.ortho_matrix if isinstance(projector.ortho_matrix, list | tuple) else [projector.ortho_matrix]
+        if not all(isinstance(stored, StoredTensor) for stored in layout.bases.values()):
+            raise ValueError(
+                f"the checkpoint's state of a parameter of shape {layout.shape} holds a dense basis, and projector={layout.projector!r} "
+                "has none: load it with projector='power'"
+            )
         for matrix, (axis, stored) in zip(matrices, layout.bases.items(), strict=True):
             stored.encode(state, (matrix if axis == -2 else matrix.mT).to("cpu", layout.compute_dtype), None)
         state["basis_ready"].fill_(True)
