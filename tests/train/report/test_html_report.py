@@ -18,6 +18,7 @@ from galore_torch import cli
 from galore_torch.train.errors import UserError
 from galore_torch.train.report.charts import CHARTS
 from galore_torch.train.report.html import write_report
+from galore_torch.train.report.listing import list_runs
 from galore_torch.train.report.runs import read_runs
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'$\\alpha$"
@@ -235,11 +236,15 @@ def test_pngs_lie_beside_the_page(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
 
 
+def rows_of(page: Page) -> list[dict[str, str]]:
+    """The final table, each row by its header."""
+    table = page.source.split("</table>")[0]
+    header, *rows = [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in table.split("<tr>")[1:]]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 def cells(page: Page) -> dict[str, str]:
-    """The first row of the final table by its header."""
-    header = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<th>(.*?)</th>", page.source)]
-    row = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", page.source)]
-    return dict(zip(header, row, strict=False))
+    return rows_of(page)[0]
 
 
 def test_final_table(page: Page) -> None:
@@ -250,6 +255,25 @@ def test_final_table(page: Page) -> None:
     assert (first["updates"], first["tokens"], first["validation loss"], first["perplexity"]) == ("12", "1,200", "5.2000", "181.27")
     assert (first["time"], first["state MB"], first["peak MB"]) == ("2.2 s", "10.00", "500")
     assert first["tokens/s"] == f"{1100 / (11 * 0.1 + 4 * 0.01):,.0f}"
+
+
+def test_result_is_what_was_measured_after_an_update(tmp_path: Path) -> None:
+    """exp(5.2) = 181.27. The loss of 6.0 before training is in the curve and nowhere in the table; `galore ls` says the same."""
+    before = evaluation(0, 6.0)
+    runs = {
+        "a": ([before, *updates(5)], "-", "-"),  # interrupted before its first evaluation
+        "b": ([before, *updates(6), evaluation(6, 5.2)], "181.27", "5.2000"),
+        "c": ([before, *updates(8), evaluation(6, 5.2)], "181.27 at 6", "5.2000"),
+        "d": ([before, *updates(6), evaluation(6, 800.0)], "-", "800.0000"),  # beyond a float
+        "e": ([before, *updates(6), evaluation(6, 5.2) | {"eval_loss": None}], "-", "-"),
+        "f": ([before, evaluation(6, 5.2)], "181.27 at 6", "5.2000"),  # updates that could not be read
+    }
+    page = Page(write_report([str(write_run(tmp_path / name, rows)) for name, (rows, *_) in runs.items()], str(tmp_path / "all.html"))[0])
+    listed = {Path(line.split()[0]).name: line for line in list_runs(str(tmp_path)).splitlines()[1:]}
+    for row, (name, (_, perplexity, loss)) in zip(rows_of(page), runs.items(), strict=True):
+        assert (row["run"], row["perplexity"], row["validation loss"]) == (name, perplexity, loss)
+        assert perplexity.split()[0] in listed[name].split()
+        assert "403.43" not in listed[name]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from galore_torch.train.report.chart_style import house_style, printable
 from galore_torch.train.report.charts import CHARTS, Chart
 from galore_torch.train.report.palette import DARK, INK, PALETTE
 from galore_torch.train.report.runs import Run, read_runs
+from galore_torch.train.report.series import reading
 
 _LOSSES = 3  # charts in the first row
 _TEMPLATES = Environment(
@@ -101,11 +102,11 @@ _HEADER = (
 
 def _summary(run: Run) -> list[str]:
     """One row of the final table."""
-    _, held_out = run.held_out()
     steps, tokens = run.series("tokens_seen")
     spent = sum(run.seconds())
     speed = run.tokens_per_update * len(run.seconds()) / spent if spent else None
-    share = run.refresh_share
+    step, held_out = run.result or (None, None)
+    late = f" at {step}" if step and step != run.last_step else ""  # trained on since
     state = run.memory.get("optimizer", run.summary.get("optimizer_state_mb"))
     return [
         run.name,
@@ -113,19 +114,15 @@ def _summary(run: Run) -> list[str]:
         run.status,
         f"{steps[-1]:,.0f}" if steps else "0",
         f"{tokens[-1]:,.0f}" if tokens else "0",
-        _figures(run.last_loss, ".4f"),
-        _figures(held_out[-1] if held_out else None, ".4f"),
-        _figures(perplexity(held_out[-1]) if held_out else None, ",.2f"),
-        _figures(speed, ",.0f"),
+        reading(run.last_loss, ".4f"),
+        reading(held_out, ".4f"),
+        reading(None if held_out is None else perplexity(held_out)) + late,
+        reading(speed, ",.0f"),
         _duration(run.wall),
-        "-" if share is None else f"{share:.1%}",
-        _figures(state, ",.2f"),
-        _figures(run.peak_mb, ",.0f"),
+        reading(run.refresh_share, ".1%"),
+        reading(state),
+        reading(run.peak_mb, ",.0f"),
     ]
-
-
-def _figures(value: Any, how: str) -> str:
-    return format(value, how) if isinstance(value, (int, float)) else "-"
 
 
 def _duration(seconds: float) -> str:

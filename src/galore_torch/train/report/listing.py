@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from galore_torch.train.errors import UserError
+from galore_torch.train.loop.result import perplexity
 from galore_torch.train.report.runs import Run, read_runs
+from galore_torch.train.report.series import reading
 
 _HEADER = ("run", "optimizer", "status", "updates", "perplexity")
 
@@ -26,7 +27,5 @@ def list_runs(folder: str) -> str:
 
 
 def _row(run: Run) -> tuple[str, ...]:
-    updates = run.updates[-1]["step"] if run.updates else 0
-    steps, losses = run.held_out()
-    measured = f"{math.exp(losses[-1]):,.2f} at {steps[-1]:.0f}" if steps and steps[-1] > 0 else "-"
-    return str(run.folder), run.optimizer, run.status.split(":")[0], str(updates), measured
+    measured = "-" if run.result is None else f"{reading(perplexity(run.result[1]))} at {run.result[0]}"
+    return str(run.folder), run.optimizer, run.status.split(":")[0], str(run.last_step), measured

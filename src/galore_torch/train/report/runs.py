@@ -42,12 +42,17 @@ class Run:
     @property
     def status(self) -> str:
         """What the run said of itself at its last update, else what that update says."""
-        last, planned = self.updates[-1]["step"] if self.updates else 0, number(self.config.get("num_training_steps"))
+        last, planned = self.last_step, number(self.config.get("num_training_steps"))
         if self.summary.get("status") and number(self.summary.get("steps", last)) == last:  # else it was resumed after that
             return str(self.summary["status"])
         if planned is None:
             return f"at update {last}"
         return "finished" if last >= planned else f"not finished: update {last} of {planned:.0f}"
+
+    @property
+    def last_step(self) -> int:
+        """Of its updates; 0 where it made none."""
+        return int(self.updates[-1]["step"]) if self.updates else 0
 
     def series(self, y: str, x: str = "step") -> Points:
         """A field of the updates over `step`, `tokens_seen` or `wall` (seconds); updates without the field are left out."""
@@ -56,6 +61,12 @@ class Run:
     def held_out(self, x: str = "step") -> Points:
         """Held-out loss (nats per token)."""
         return self._points(self.evals, lambda row: number(row.get("eval_loss")), x)
+
+    @property
+    def result(self) -> tuple[int, float] | None:
+        """(step, loss) of the last validation after an update; the one before training is no result."""
+        steps, losses = self.held_out()
+        return (int(steps[-1]), losses[-1]) if steps and steps[-1] > 0 else None
 
     def _points(self, rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], x: str) -> Points:
         at = (lambda row: self._seconds.get(row["step"])) if x == "wall" else (lambda row: number(row.get(x)))

@@ -18,6 +18,12 @@ def number(value: object) -> float | None:
     return None
 
 
+def reading(value: object, how: str = ",.2f") -> str:
+    """A number for people; a dash for no reading, and for one that is not finite."""
+    found = number(value)
+    return "-" if found is None else format(found, how)
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Exponential mean with the start's bias taken out."""
     smoothed, total, weight = [], 0.0, 0.0

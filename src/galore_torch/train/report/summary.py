@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from galore_torch.train.data.loader import TokenData
 from galore_torch.train.loop.result import RunResult, perplexity
 from galore_torch.train.model.loss import counted
 from galore_torch.train.report.palette import PALETTE
-from galore_torch.train.report.series import smooth
+from galore_torch.train.report.series import number, reading, smooth
 
 
 def write_config(folder: Path, config: PretrainConfig, data: TokenData, device: str) -> None:
@@ -83,17 +82,13 @@ def summary(results: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 def first_perplexity(result: RunResult) -> float | None:
     """Before the first update; None where it was not measured, or is beyond a float."""
-    return _finite(perplexity(result.evals[0][1])) if result.evals else None
+    return number(perplexity(result.evals[0][1])) if result.evals else None
 
 
 def final_perplexity(result: RunResult) -> float | None:
     """After the last update; None where the run stopped before it was measured."""
     step, loss = result.evals[-1] if result.evals else (0, 0.0)
-    return _finite(perplexity(loss)) if step and step == result.steps else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no infinity
+    return number(perplexity(loss)) if step and step == result.steps else None
 
 
 def headline(config: PretrainConfig, results: Sequence[RunResult]) -> str:
@@ -102,7 +97,7 @@ def headline(config: PretrainConfig, results: Sequence[RunResult]) -> str:
     return (
         f"{config.model_name}: {first.parameters:,} parameters, {config.num_training_steps} updates of "
         f"{config.sequences_per_update} x {config.max_length} tokens, rank {config.resolved_rank}, seed {config.seed}; "
-        f"before training: perplexity {_number(first_perplexity(first))}; AdamW's state: {first.adamw_state_bytes / 1e6:.2f} MB"
+        f"before training: perplexity {reading(first_perplexity(first))}; AdamW's state: {first.adamw_state_bytes / 1e6:.2f} MB"
     )
 
 
@@ -116,7 +111,7 @@ def table_rows(config: PretrainConfig, results: Sequence[RunResult]) -> tuple[li
             f"{r.lr:g}",
             f"{r.state_bytes / 1e6:.2f}",
             f"{r.state_bytes / r.adamw_state_bytes:.0%}",
-            _number(final_perplexity(r)),
+            reading(final_perplexity(r)),
             f"{r.tokens_per_s:,.0f}",
             str(r.steps) if r.finished else f"{r.steps}, stopped",
         ]
@@ -131,16 +126,12 @@ def _single_rows(r: RunResult) -> list[list[str]]:
         ["peak learning rate", f"{r.lr:g}"],
         [f"optimizer state, {r.optimizer}", f"{r.state_bytes / 1e6:.2f} MB ({share:.0%} of AdamW)"],
         ["optimizer state, AdamW", f"{r.adamw_state_bytes / 1e6:.2f} MB (measured, same model)"],
-        ["validation perplexity before", _number(first_perplexity(r))],
-        ["validation perplexity after", _number(final_perplexity(r))],
+        ["validation perplexity before", reading(first_perplexity(r))],
+        ["validation perplexity after", reading(final_perplexity(r))],
         ["tokens/s", f"{r.tokens_per_s:,.0f}"],
         ["updates", f"{r.steps} ({r.tokens_seen:,} tokens, {r.seconds:.0f} s)"],
         ["peak memory of the process", f"{r.peak_memory_mb:,.0f} MB"],
     ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}"
 
 
 def markdown_table(config: PretrainConfig, results: Sequence[RunResult]) -> str:
@@ -170,7 +161,7 @@ def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> No
             [step for step, _ in result.evals],
             [perplexity(loss) for _, loss in result.evals],
             color=colour, marker="o", markersize=4, linewidth=1.8,
-            label=f"{label}: {_number(final_perplexity(result))}, "
+            label=f"{label}: {reading(final_perplexity(result))}, "
             f"state {result.state_bytes / 1e6:.2f} MB",
         )  # fmt: skip
     left.set(xlabel="update", ylabel="loss (nats per token)", title="training loss")
