@@ -108,3 +108,31 @@ def test_never_from_a_gradient_that_is_not_finite(projector: str, value: float) 
     fresh = run(Parameter(torch.zeros(12, 20)), spoilt[4:], projector=projector)
     torch.testing.assert_close(basis_of(optimizer), basis_of(fresh))
     assert W.isfinite().all()
+
+
+def test_optimizers_of_one_parameter_each_take_turns_and_a_resumed_one_keeps_its_turn() -> None:
+    """As layer-wise frameworks make them: no step carries all refreshes."""
+
+    def refreshed(optimizer: torch.optim.Optimizer, p: Parameter, steps: int = 40) -> list[int]:
+        seen = []
+        for step in range(steps):
+            old = optimizer.state[p]["basis"].clone()
+            p.grad = torch.randn(p.shape)
+            optimizer.step()
+            if not torch.equal(optimizer.state[p]["basis"], old):
+                seen.append(step)
+        return seen
+
+    def make(p: Parameter) -> GaLoreAdamW:
+        return GaLoreAdamW([{"params": [p], "rank": 4, "update_proj_gap": 20}], compile=False)
+
+    weights = [Parameter(torch.randn(24, 16)) for _ in range(32)]
+    optimizers = [make(p) for p in weights]
+    turns = [next(step for step in refreshed(optimizer, p) if step) for optimizer, p in zip(optimizers, weights, strict=True)]
+    assert turns[:8] == [20] * 8, "few are compared, and have one schedule"
+    assert len(set(turns[8:])) >= 18
+    assert max(turns[8:].count(turn) for turn in turns) <= 2
+    later = [make(p) for p in weights[:8]]
+    assert [optimizer.state[p]["index"] for optimizer, p in zip(later, weights, strict=False)] == [0] * 8
+    later[0].load_state_dict(optimizers[9].state_dict())
+    assert later[0].state[weights[0]]["index"] == 9

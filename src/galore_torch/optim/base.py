@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -111,6 +112,10 @@ def without_autocast(params: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+_NEW: weakref.WeakSet[LowRankOptimizer] = weakref.WeakSet()  # optimizers of one parameter, made since the last step of any
+FEW = 8
+
+
 class LowRankOptimizer(torch.optim.Optimizer):
     """Any inner optimizer in the low-rank subspace of each gradient (GaLore, arXiv 2403.03507, Alg. 1 and 2).
 
@@ -146,6 +151,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"beside its own it takes {sorted(Projection.__annotations__)}"
             )
         super().__init__(params, {**PROJECTION_DEFAULTS, **self.row.group_keys(), **settings, **projection})
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Number the parameters: that decides on which step of the gap each refreshes.
+
+        Layer-wise frameworks make one optimizer a parameter, each of which would be the first. So those that are made one after the other,
+        before any of them steps, are numbered through, but for the first few: those are compared, and have one schedule.
+        """
+        first = len(_NEW) if len(self._present) == 1 and len(_NEW) >= FEW else 0
+        for p, place in self._places.items():
+            if p in self.state:
+                self.state[p]["index"] = first + place
+        if len(self._present) == 1:
+            _NEW.add(self)
 
     # --- groups ---------------------------------------------------------------------------------------------------------
 
@@ -223,6 +242,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss."""
+        _NEW.clear()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -343,9 +363,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._places = {p: place for place, (p, _) in enumerate(self._present)}
         for p in [p for p in self.state if p not in self._places]:
             del self.state[p]
-        for turn, (p, group) in enumerate(self._present):
+        for p, group in self._present:
             if (p.requires_grad or p is also) and not self.state.get(p):
-                self.state[p] = engine.new_state(p, group, self.rule, turn)
+                self.state[p] = engine.new_state(p, group, self.rule, self._places[p])
         for group in changed:
             self._warn_of_full_rank(group)
 
