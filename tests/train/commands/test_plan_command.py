@@ -45,9 +45,9 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("--model 7b --card GTX-9000", "is not known; give --memory"),
         ("--model 7b --card T4 --memory 24GB", "leave one of them out"),
         ("--model 7b --card T4 --device cpu", "leave one of them out"),
-        ("--model 7b --optimizer adamv", "is not known; choose one of"),
+        ("--model 7b --optimizer adamv", "is not known; did you mean adam? choose one of"),
         ("--model 7b --dtype int3", "is not known; choose one of"),
-        ("--model 7b --state_codec int3", "is not known; choose one of"),
+        ("--model 7b --state_codec int3", "is not known; did you mean int8? choose one of"),
         ("--model 7b -o recipe.json", "give --memory or --card"),
         ("--model 7b --picture a.png", "has no effect alone"),
         ("--model 7b --sweep rank --optimizer adamw", "has no rank"),
@@ -71,6 +71,20 @@ def test_rows_of_a_plan_add_up(capsys: Out) -> None:
     plan = planned(plan_request(config, device="cuda"), traced=True)
     assert sum(parts(plan).values()) == plan.peak
     assert gb(plan.needed) in shown
+
+
+def test_targets_are_planned_and_in_the_recipe(capsys: Out) -> None:
+    """Named in the plan's title; a pattern that matches nothing is one line."""
+    words = "plan --model 9m --optimizer galore_adamw --dtype float32 --targets q_proj v_proj"
+    assert cli.main(words.split()) == 0
+    assert "targets q_proj v_proj" in capsys.readouterr().out
+    assert cli.main([*words.split(), "--memory", "2GB", "-o", "recipe.json"]) == 0
+    assert config_from({"config": "recipe.json"}).targets == ("q_proj", "v_proj")
+    capsys.readouterr()
+    assert cli.main(["plan", "--model", "9m", "--targets", "nothing_of_the_kind"]) == 2
+    error = capsys.readouterr().err
+    assert "matches no linear layer" in error
+    assert error.count("\n") == 1
 
 
 def test_best_recipe_for_a_card_is_a_config_that_pretrain_takes(tmp_path: Path, capsys: Out) -> None:

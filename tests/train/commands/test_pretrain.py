@@ -231,8 +231,10 @@ def test_few_targets_are_projected_alone_and_warned_of(make_config: Make, tmp_pa
         pretrain(make_config(**settings, resume="auto"))
 
 
-def test_dry_run_shows_config_plan_and_batch_and_makes_nothing(make_config: Make, tmp_path: Path) -> None:
-    code, output = command(make_config(optimizer="galore_adamw", rank=4, batch_size=4, total_batch_size=8, dry_run=True))
+@pytest.mark.parametrize("targets", [None, ("q_proj",)])
+def test_dry_run_shows_config_plan_and_batch_and_makes_nothing(targets: tuple[str, ...] | None, make_config: Make, tmp_path: Path) -> None:
+    settings = {"optimizer": "galore_adamw", "rank": 4, "batch_size": 4, "total_batch_size": 8, "targets": targets}
+    code, output = command(make_config(**settings, dry_run=True))
     assert code == 0
     assert not (tmp_path / "run").exists()
     assert '"warmup_steps": 0' in output

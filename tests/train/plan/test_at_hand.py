@@ -51,6 +51,23 @@ def test_the_bound_is_the_planned_peak(spare: int, fits: bool, monkeypatch: pyte
             at_hand.check_memory(config, "cpu")
 
 
+def test_targets_are_in_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few projected layers leave more state: what fits by default is refused, where the plan of the chosen layers does not fit."""
+    settings = {"model_config": "60m", "optimizer": "galore_adamw", "device": "cpu"}
+    default = planned_peak_bytes(PretrainConfig(**settings), 32000, "galore_adamw")  # type: ignore[arg-type]
+    few = PretrainConfig(**settings, rank=128, targets=("q_proj",))  # type: ignore[arg-type]
+    needed = planned_peak_bytes(few, 32000, "galore_adamw")
+    assert default is not None
+    assert needed is not None
+    assert needed > default
+    with_memory(monkeypatch, cpu=default)
+    at_hand.check_memory(PretrainConfig(**settings), "cpu")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="free"):
+        at_hand.check_memory(few, "cpu")
+    with_memory(monkeypatch, cpu=needed)
+    at_hand.check_memory(few, "cpu")
+
+
 def test_every_contender_and_every_process_of_a_machine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     config = PretrainConfig(model_config="60m", compare=("galore_adamw8bit", "adamw"), device="cpu")
     peaks = [planned_peak_bytes(config, 32000, name) for name in config.compare]

@@ -21,10 +21,10 @@ from galore_torch.train.loop import trainer
 from galore_torch.train.model.flops import flops_per_token
 from galore_torch.train.model.llama import PRESETS, ModelShape, build_model, model_shape
 from galore_torch.train.model.loss import TokenLoss
+from galore_torch.train.model.sizes import llama_sizes, sizes_of
 from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, per_layer_updates, state_bytes
 from galore_torch.train.plan.answer import plan_request, planned, planned_peak_bytes
 from galore_torch.train.plan.optimizer_bytes import param_bytes
-from galore_torch.train.plan.sizes import llama_sizes, sizes_of
 from support.memory import peak_bytes
 from support.whole_runs import Silent
 
@@ -85,6 +85,23 @@ def test_weights_and_state_equal_what_a_real_run_holds(name: str, dtype: str, be
     request = plan_request(config, device="cpu")
     assert request.total("weight") == sum(p.nbytes for p in model.parameters())
     assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", r"down_proj$"), (r"layers\.[02]\.mlp",), ("all-linear",)])
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw8bit_per_layer", "qgalore_adamw8bit"])
+def test_targets_are_planned(name: str, targets: tuple[str, ...], tiny: str) -> None:
+    """Weights and state of a real optimizer on the chosen layers, of every layer alike or not; and less than on all of them."""
+    settings = {"model_config": tiny, "optimizer": name, "dtype": "bfloat16", "rank": 8, "max_length": 8, "device": "cpu"}
+    config = PretrainConfig(**settings, targets=targets)
+    model = build(config)
+    optimizer = build_optimizer(name, model, lr=1e-3, settings=config.optimizer_settings)
+    request = plan_request(config, device="cpu")
+    assert request.total("weight") == sum(p.nbytes for p in model.parameters())
+    assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
+    everything = plan_request(PretrainConfig(**settings), device="cpu")
+    assert request.total("basis") != everything.total("basis")
+    assert plan_request(config, device="cpu", optimizer="adamw").sizes == everything.sizes, "adamw does not use them"
+    assert planned_peak_bytes(config, TINY["vocab_size"], name), "the display has a planned peak"
 
 
 @pytest.mark.parametrize("basis_codec", [None, "fp32", "bf16", "int4"])

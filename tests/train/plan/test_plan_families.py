@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from galore_torch import cli
+from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import load_model
-from galore_torch.train.optimizers.registry import build_optimizer, state_bytes
+from galore_torch.train.optimizers.registry import as_targets, build_optimizer, state_bytes
 from galore_torch.train.plan.answer import plan_request, planned, planned_peak_bytes
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -80,6 +81,22 @@ def test_adamw_on_a_model_without_attention_has_a_planned_peak_or_none(tmp_path:
     """What `galore pretrain` asks for its display: a traceback once."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", **_SMALL, **_MAMBA}))
     assert planned_peak_bytes(config_of(str(tmp_path), optimizer="adamw"), 300, "adamw") is None
+
+
+@pytest.mark.parametrize("targets", [None, ("experts",), ("q_proj",)])
+def test_default_rank_is_below_the_short_side_of_what_is_projected(targets: tuple[str, ...] | None, tmp_path: Path) -> None:
+    """Experts of 32 x 64 and 64 x 16: a quarter of the width, 16, is not below the second's side, and leaves it at full rank."""
+    narrow = {"model_type": "mixtral", **_SMALL, "intermediate_size": 16, "num_local_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(narrow))
+    config = config_of(str(tmp_path), rank=None, targets=targets)
+    assert config.resolved_rank == (16 if targets == ("q_proj",) else 8)
+    with torch.device("meta"):
+        model = load_model(str(tmp_path), dtype="bfloat16", activation_checkpointing=False)
+    optimizer = build_optimizer("galore_adamw8bit", model, lr=1e-3, settings=config.optimizer_settings)
+    chosen = chosen_weights(model, as_targets(targets))
+    assert all(any(key.startswith("basis") for key in optimizer.state[weight.parameter]) for weight in chosen)
+    request = plan_request(config, device="cpu")
+    assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
 
 
 @pytest.mark.parametrize("name", ["lora", "muon"])

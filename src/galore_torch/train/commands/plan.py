@@ -37,6 +37,7 @@ COMPARED = {
 _CODECS = ("state_codec", "basis_codec")
 _SETTINGS = (
     *("max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype", "activation_checkpointing", "vocab_size"),
+    "targets",
     *_CODECS,
 )
 _CYCLE = 200  # updates between relora's merges: they cost no memory, but it has no default
@@ -57,6 +58,8 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     given["dtype"] = given.get("dtype", _DEFAULTS["dtype"])
     name = given.get("optimizer", "").lower()
     given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
+    if "targets" in given:
+        given["targets"] = tuple(given["targets"])
     config = PretrainConfig(**{**_DEFAULTS, **given}, given=frozenset(given))
     if arguments.get("output") and (budget is None or arguments.get("compare") or arguments.get("sweep")):
         raise UserError("-o writes the best recipe that fits: give --memory or --card, and neither --compare nor --sweep")
@@ -158,8 +161,9 @@ def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str)
 
 
 def _recipe(config: PretrainConfig, found: Plan, budget: Budget) -> dict[str, Any]:
-    names = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
-    settings = {name: getattr(config, name) for name in (*names, "activation_checkpointing", "vocab_size", "cycle_length", *_CODECS)}
+    names: tuple[str, ...] = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
+    names += ("activation_checkpointing", "vocab_size", "cycle_length", "targets", *_CODECS)
+    settings = {name: getattr(config, name) for name in names}
     if config.hf_model:
         del settings["model_config"]
     about = f"planned: {describe(found)}; needs {gb(found.needed)} of {gb(budget.bytes)} GB"

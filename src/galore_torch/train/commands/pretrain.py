@@ -191,8 +191,6 @@ def _planned_mb(config: PretrainConfig, data: TokenData, name: str, device: str)
     """The peak that the run's memory is planned to have, as the display counts memory: on a CPU the process is in it."""
     from galore_torch.train.plan.answer import planned_peak_bytes
 
-    if config.targets:  # the formulas know the layers of the body alone
-        return None
     tensors = planned_peak_bytes(config, data.vocab_size, name)
     process = memory_mb(device)["rss_mb"] if device == "cpu" else 0.0
     return None if tensors is None else process + tensors / 1e6

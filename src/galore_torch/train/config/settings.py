@@ -5,16 +5,21 @@ The only owner of defaults; config.py checks them. Names are the published pre-t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from galore_torch.choices import BASIS_CODECS, PROJ_TYPES, STATE_CODECS
 from galore_torch.train.config.compare import contenders, run_names
-from galore_torch.train.model.llama import ModelShape, model_shape, preset_name
+from galore_torch.train.errors import UserError
+from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, model_shape, preset_name
 from galore_torch.train.model.pretrained import HFShape, hf_shape
-from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
+from galore_torch.train.optimizers.registry import as_targets, optimizer_spec, unused_flags
 from galore_torch.train.optimizers.schedule import SCHEDULERS, Schedule
+
+if TYPE_CHECKING:
+    from galore_torch.train.model.sizes import Sizes
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 DEVICES = ("auto", "cpu", "cuda")
@@ -85,7 +90,7 @@ class Settings:
     beta1: float | None = _setting(
         None, "optimizer", "first-moment decay; momentum of sgd (default: the optimizer's own)", at_least=0, below=1
     )
-    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: width / 4)", at_least=1)
+    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: short side of the matrices / 4)", at_least=1)
     update_proj_gap: int = _setting(50, "optimizer", "steps between two subspaces", at_least=1)
     galore_scale: float = _setting(0.25, "optimizer", "factor on the projected update", above=0)
     gap_range: tuple[int, int] | None = _setting(
@@ -267,9 +272,22 @@ class Settings:
 
     @property
     def resolved_rank(self) -> int:
+        """A quarter of the short side of what is projected: a LLaMA's width, a mixture's experts where they are narrower."""
         if self.rank is not None:
             return self.rank
-        return max(1, self.shape.hidden_size // 4)
+        side = self.shape.hidden_size
+        if self.hf_model or self.targets:
+            with suppress(UserError):  # what builds the model, or the optimizer, refuses it
+                side = self.sizes(as_targets(self.targets)).short_side
+        return max(1, side // 4)
+
+    def sizes(self, targets: str | tuple[str, ...] | None = None, vocab_size: int | None = None) -> Sizes:
+        """The model's parameters; `vocab_size` where it is known from the text."""
+        from galore_torch.train.model.sizes import hf_sizes, llama_sizes  # torch
+
+        if self.hf_model:
+            return hf_sizes(self.hf_model, targets)
+        return llama_sizes(model_shape(self.model_config), vocab_size or self.embedding_rows or DEMO_VOCAB, targets)
 
     @property
     def optimizer_settings(self) -> dict[str, Any]:

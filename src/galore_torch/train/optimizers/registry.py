@@ -126,8 +126,7 @@ def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, An
         return [p for p in model.parameters() if p.requires_grad]
     from galore_torch import galore_param_groups, quantize_linears
 
-    targets = settings.get("targets")
-    targets = targets[0] if targets and len(targets) == 1 else targets  # "all-linear" is a word, not a pattern
+    targets = as_targets(settings.get("targets"))
     if spec.quantized:
         if getattr(getattr(model, "config", None), "rescale_every", 0) > 0:  # RWKV
             raise UserError(
@@ -145,6 +144,11 @@ def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, An
         proj_type=settings["proj_type"],
         **own,
     )
+
+
+def as_targets(given: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """The words after --targets as `galore_param_groups` takes them: "all-linear" is a word, not a pattern."""
+    return given[0] if given is not None and len(given) == 1 else given
 
 
 def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:

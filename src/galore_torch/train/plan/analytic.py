@@ -12,9 +12,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from galore_torch.train.model.sizes import Part, Sizes, Targets
 from galore_torch.train.optimizers.registry import optimizer_spec
 from galore_torch.train.plan.methods import FACTORED, Cost, cost, trained_parts
-from galore_torch.train.plan.sizes import Part, Sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -36,6 +36,7 @@ class PlanRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""  # name or path, for a trace
     pretrained: bool = False  # whether `model` is transformers' own, not a LLaMA's sizes
+    targets: Targets = None  # what `sizes` has as projected
 
     @property
     def tokens(self) -> int:

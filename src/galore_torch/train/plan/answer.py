@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError, first_line
-from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, build_model, model_shape
-from galore_torch.train.optimizers.registry import optimizer_spec
+from galore_torch.train.model.llama import ModelShape, build_model, model_shape
+from galore_torch.train.optimizers.registry import as_targets, optimizer_spec
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
-from galore_torch.train.plan.sizes import Sizes, hf_sizes, llama_sizes
 
 # What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
 # An assumption from common practice, not measured by this project. On a CPU the process has its libraries.
@@ -53,7 +51,7 @@ class Plan:
     def on_disk(self) -> int:
         """Bytes of one checkpoint: weights, floating ones beside INT8 ones, and the optimizer's state."""
         request = self.request
-        decoded = sum(part.elements for part in request.sizes.parts if part.role == "matrix") * request.itemsize
+        decoded = sum(part.elements for part in request.sizes.parts if part.quantizable) * request.itemsize
         return self.weights + self.basis + self.moments + (decoded if optimizer_spec(request.optimizer).quantized else 0)
 
     @property
@@ -78,10 +76,12 @@ def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None =
     """The memory side of a config, for its first optimizer or for another."""
     from galore_torch.train.model.loss import settled_chunk
 
-    sizes = _sizes(config, vocab_size)
+    name = (optimizer or config.contenders[0][0]).lower()
+    targets = as_targets(config.targets) if optimizer_spec(name).low_rank else None
+    sizes = config.sizes(targets, vocab_size)
     return PlanRequest(
         sizes=sizes,
-        optimizer=(optimizer or config.contenders[0][0]).lower(),
+        optimizer=name,
         dtype=config.torch_dtype,
         length=config.max_length,
         batch=config.batch_size,
@@ -93,18 +93,8 @@ def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None =
         settings=config.optimizer_settings,
         model=config.hf_model or config.model_config,
         pretrained=config.hf_model is not None,
+        targets=targets,
     )
-
-
-def _sizes(config: PretrainConfig, vocab_size: int | None) -> Sizes:
-    if config.hf_model:
-        return hf_sizes(config.hf_model)
-    return _llama(config.model_config, vocab_size or config.embedding_rows or DEMO_VOCAB)
-
-
-@lru_cache(maxsize=64)
-def _llama(name: str, vocabulary: int) -> Sizes:
-    return llama_sizes(model_shape(name), vocabulary)
 
 
 def planned(request: PlanRequest, *, traced: bool) -> Plan:
@@ -122,6 +112,8 @@ def _traced(request: PlanRequest) -> tuple[tuple[Phase, ...] | None, str]:
         return None, "this torch has no MemTracker"
     if request.sizes.recurrent:  # and take minutes, token by token
         return None, f"the reference code of {request.model}'s recurrent layers does not hold what their kernels hold"
+    if request.per_layer and request.targets is not None:
+        return None, "--targets can choose other matrices from layer to layer"
     try:
         return tuple(traced_phases(request, _builder(request))), ""
     except UserError:

@@ -10,8 +10,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from galore_torch.train.errors import UserError
+from galore_torch.train.model.sizes import Part
 from galore_torch.train.optimizers.registry import optimizer_spec
-from galore_torch.train.plan.sizes import Part
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 _BLOCK, _BLOCK_BYTES = 256, 4  # Q-GaLore's int8 weights (arXiv 2407.08296): a bf16 scale and offset a block
 _COUNTER = 4  # a 0-d fp32 tensor: the count of steps, or a root mean square
 FACTORED = {"low_rank": False, "lora": True, "relora": True}  # baselines whose matrices get two factors: do the matrices stay, frozen?
-
-
-PROJECTED = ("matrix", "experts")
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,9 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     from galore_torch.train.plan.optimizer_bytes import param_bytes
 
     rule, full, projected = _groups(name, frozen(settings))
-    group = projected if part.role in PROJECTED else full
+    group = projected if part.projected else full
     found = param_bytes(part.shape, kind, group, rule, device)
-    if not optimizer_spec(name).quantized or part.role != "matrix":
+    if not optimizer_spec(name).quantized or not part.quantizable:
         return Cost(weight, weight, found.low, found.basis, found.moments, found.transient)
     coded, unpacked = size + _BLOCK_BYTES * -(-size // _BLOCK), size * product_dtype(kind, device).itemsize
     return Cost(coded, weight, found.low, found.basis, found.moments, found.transient, unpacked)
@@ -114,7 +111,7 @@ def _foreign(part: Part, name: str, itemsize: int, beta1: float | None) -> tuple
     """
     size = prod(part.shape)
     if name == "muon":
-        if part.role in PROJECTED:
+        if part.role in ("matrix", "experts"):
             return size * itemsize, size * (3 * itemsize + 3 * 2)  # Newton-Schulz runs in bf16
         name = "adamw"
     if name in ("adam", "adamw"):

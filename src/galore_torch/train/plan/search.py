@@ -34,7 +34,7 @@ def best_that_fits(given: Mapping[str, Any], budget: int, device: str, *, traced
 
 def _candidates(given: Mapping[str, Any]) -> Iterator[PretrainConfig]:
     """Configs from the best to the least."""
-    model = PretrainConfig(**{key: given[key] for key in ("model_config", "hf_model", "max_length") if key in given})
+    model = PretrainConfig(**{key: given[key] for key in ("model_config", "hf_model", "max_length", "targets") if key in given})
     width = plan_request(model, device="cpu").sizes.short_side
     batches = [2**power for power in range(MOST_SEQUENCES.bit_length())][::-1]
     tiers = ((given["optimizer"],),) if "optimizer" in given else PREFERRED

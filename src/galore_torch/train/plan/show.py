@@ -35,6 +35,8 @@ def describe(plan: Plan) -> str:
     words = [q.model, q.optimizer]
     if plan.basis or q.optimizer in ("low_rank", "lora", "relora"):
         words.append(f"rank {q.rank}")
+    if q.targets is not None:
+        words.append(f"targets {q.targets if isinstance(q.targets, str) else ' '.join(q.targets)}")
     words += [q.dtype, f"{q.batch} x {q.length} tokens"]
     if q.accumulation > 1:
         words.append(f"accumulated {q.accumulation} times")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.model.chunked_loss import head_loss
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
-from galore_torch.train.plan.methods import PROJECTED, Cost
+from galore_torch.train.plan.methods import Cost
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -154,7 +154,7 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
         for p in model.parameters():
             p.grad = torch.empty_like(p) if again and p.requires_grad else None
         return kept
-    costs = {(part.shape, part.role in PROJECTED): each for part, each in [*request.outer, *request.layer]}
+    costs = {(part.shape, part.projected): each for part, each in [*request.outer, *request.layer]}
     projected = {weight.parameter for weight in chosen_weights(model)}
     mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in projected] for p in model.parameters()}
 

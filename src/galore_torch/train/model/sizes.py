@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
+import torch
+
 from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.errors import UserError, first_line
-from galore_torch.train.model.llama import ModelShape
+from galore_torch.train.model.llama import ModelShape, build_model
 from galore_torch.train.model.pretrained import load_model
 
+Targets = str | tuple[str, ...] | None  # which layers are projected, as `galore_param_groups` takes it
 _LAYER = re.compile(r"\.\d+\.")  # model.layers.0.mlp..., transformer.h.0....
 
 # Fields of a config that say how large a recurrent state is.
@@ -27,16 +30,23 @@ _RECURRENT = (
 class Part:
     """``count`` parameters of one shape.
 
-    ``role``: "matrix" of a linear layer, which GaLore projects; "experts": what it projects else; "plain", "embedding" or "head".
+    ``role``: "matrix" of a linear layer of the body; "experts": a weight of the body outside of them; "plain", "embedding" or "head".
+    ``projected``: by a low-rank optimizer; the body, where no targets say otherwise.
     """
 
     shape: tuple[int, ...]
     count: int
     role: str
+    projected: bool = False
 
     @property
     def elements(self) -> int:
         return self.count * prod(self.shape)
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether an optimizer with INT8 weights holds it so: of linear layers alone."""
+        return self.projected and self.role in ("matrix", "head")
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Sizes:
     @property
     def parts(self) -> list[Part]:
         """Every parameter of the model."""
-        inner = [Part(part.shape, part.count * self.layers, part.role) for part in self.layer]
+        inner = [replace(part, count=part.count * self.layers) for part in self.layer]
         return [*self.outer, *inner]
 
     @property
@@ -69,7 +79,7 @@ class Sizes:
     @property
     def short_side(self) -> int:
         """Of the projected matrices that hold most: what a rank must be below. A mixture's experts can be narrower than its width."""
-        projected = [part for part in self.parts if part.role in ("matrix", "experts")]
+        projected = [part for part in self.parts if part.projected]
         return min(max(projected, key=lambda part: part.elements).shape[-2:]) if projected else self.hidden
 
     def flops_per_token(self, length: int) -> float:
@@ -80,8 +90,20 @@ class Sizes:
         return float(6 * products + 12 * self.layers * self.attention * length)
 
 
-def llama_sizes(shape: ModelShape, vocabulary: int) -> Sizes:
-    """A LLaMA by arithmetic, at once."""
+@lru_cache(maxsize=64)
+def llama_sizes(shape: ModelShape, vocabulary: int, targets: Targets = None) -> Sizes:
+    """A LLaMA by arithmetic, at once; where `targets` choose its layers, from its names, on a model without memory."""
+    if targets is not None:
+        with torch.device("meta"):
+            named = build_model(
+                shape.with_vocab(vocabulary),
+                seed=0,
+                dtype="float32",
+                bos_token_id=None,
+                eos_token_id=None,
+                activation_checkpointing=False,
+            )
+        return sizes_of(named, targets)
     extras = dict(shape.extras)
     D, I, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
     width = extras.get("head_dim") or D // heads
@@ -96,46 +118,47 @@ def llama_sizes(shape: ModelShape, vocabulary: int) -> Sizes:
     outer = [Part((vocabulary, D), 1, "embedding"), Part((D,), 1, "plain")]
     if not extras.get("tie_word_embeddings"):
         outer.append(Part((vocabulary, D), 1, "head"))
-    parts = tuple(Part(size, count, role) for (role, size), count in layer.items())
+    parts = tuple(Part(size, count, role, role == "matrix") for (role, size), count in layer.items())
     return Sizes(D, I, shape.num_hidden_layers, heads, Q, KV, vocabulary, parts, tuple(outer))
 
 
 @lru_cache(maxsize=4)
-def hf_sizes(name: str) -> Sizes:
+def hf_sizes(name: str, targets: Targets = None) -> Sizes:
     """Any causal language model of transformers, counted on a model without memory; UserError for what transformers cannot make."""
-    import torch
-
     try:
         with torch.device("meta"):
             model = load_model(name, dtype="float32", activation_checkpointing=False)
-        return sizes_of(model)
+        return sizes_of(model, targets)
     except UserError:
         raise
     except Exception as error:  # a family's own code, on a config that it does not take
         raise UserError(f"{name} cannot be planned: transformers makes no model of its config ({first_line(error)})") from error
 
 
-def sizes_of(model: Any) -> Sizes:
-    """The same of a model that exists, on any device."""
+def sizes_of(model: Any, targets: Targets = None) -> Sizes:
+    """The same of a model that exists, on any device. UserError for `targets` that match nothing."""
     config = model.config.get_text_config()
     roles = _roles(model)
+    projected = _projected(model, targets) if targets is not None else set(roles)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    layer: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    layer: Counter[tuple[tuple[int, ...], str, bool]] = Counter()
+    shapes: Counter[tuple[int, ...]] = Counter()
     outer = []
     for name, p in model.named_parameters():
         if _LAYER.search(name):
-            layer[roles.get(id(p), "plain"), tuple(p.shape)] += 1
+            layer[tuple(p.shape), roles.get(id(p), "plain"), id(p) in projected] += 1
+            shapes[tuple(p.shape)] += 1
         else:
             role = "embedding" if p is embedding.weight else "head" if head is not None and p is head.weight else roles.get(id(p), "plain")
-            outer.append(Part(tuple(p.shape), 1, role))
+            outer.append(Part(tuple(p.shape), 1, role, id(p) in projected))
     layers, D = config.num_hidden_layers, config.hidden_size
     heads = _first(config, "num_attention_heads", "num_heads") or 1  # a state space model has none
     width = _first(config, "head_dim") or D // heads
     KV = (_first(config, "num_key_value_heads") or heads) * width
-    parts = tuple(Part(shape, count // layers, role) for (role, shape), count in layer.items() if count >= layers)
+    parts = tuple(Part(shape, count // layers, role, chosen) for (shape, role, chosen), count in layer.items() if count >= layers)
     # What not every layer has: counted, and to the byte, but outside of the pass from layer to layer.
-    outer += [Part(shape, count % layers, role) for (role, shape), count in layer.items() if count % layers]
-    uniform = all(count % layers == 0 for count in layer.values())
+    outer += [Part(shape, count % layers, role, chosen) for (shape, role, chosen), count in layer.items() if count % layers]
+    uniform = all(count % layers == 0 for count in shapes.values())
     recurrent = _first(config, *_RECURRENT) is not None
     like_llama = hasattr(config, "rms_norm_eps") and uniform and "experts" not in roles.values() and not recurrent
     vocabulary, inner = embedding.weight.shape[0], _intermediate(config)
@@ -144,11 +167,18 @@ def sizes_of(model: Any) -> Sizes:
 
 
 def _roles(model: Any) -> dict[int, str]:
-    """id of a parameter -> what it is: "matrix" of a linear layer, "experts" where it is projected and belongs to none."""
+    """id of a parameter of the body -> what it is: "matrix" of a linear layer, or "experts"."""
     try:
         return {id(weight.parameter): "experts" if weight.layer is None else "matrix" for weight in chosen_weights(model)}
     except ValueError:  # no linear layer: nothing is projected
         return {}
+
+
+def _projected(model: Any, targets: Targets) -> set[int]:
+    try:
+        return {id(weight.parameter) for weight in chosen_weights(model, targets)}
+    except ValueError as error:
+        raise UserError(f"--targets: {error}") from error
 
 
 def _intermediate(config: Any) -> int:
