@@ -53,6 +53,16 @@ def test_it_finds_what_the_run_found(finished: Path, held_out_file: Path, capsys
         assert found["perplexity"] == pytest.approx(own["eval_perplexity"])
 
 
+def test_length_is_that_of_the_run(finished: Path, held_out_file: Path) -> None:
+    """Trained on 16 tokens: what --max_length 16 gives, of the run, its checkpoint and its model's folder; another length differs."""
+    data = (str(held_out_file),)
+    given = evaluate(str(finished), data=data, max_length=16)
+    assert evaluate(str(finished), data=data, max_length=32)["loss"] != given["loss"]
+    for source in (finished, next((finished / "checkpoints").iterdir()), finished / "model"):
+        found = evaluate(str(source), data=data)
+        assert (found["max_length"], found["loss"]) == (16, given["loss"])
+
+
 def test_mean_over_tokens_and_bits_per_byte_by_hand(finished: Path, held_out_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of the text: the sum of its windows' losses, over its tokens and over its bytes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -51,6 +51,24 @@ def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(tmp_path: Path) -> N
     assert read(path) == ["bad ? here"]
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("null", "it is null"),
+        ('{"text": null}', "it is null there"),
+        ('{"text": 3}', "it is int there"),
+        ("[1]", "it is no object"),
+        ('{"body": "a"}', "it has 'body'"),
+    ],
+)
+def test_row_without_text_is_called_what_it_is(row: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "first"}}\n{row}')
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path} line 2 has no text in 'text': {says}; name the right one with --text_field"
+
+
 def test_parquet_gives_its_rows(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")

@@ -16,6 +16,8 @@ from galore_torch.train.commands.export import export
 from galore_torch.train.commands.pretrain import pretrain
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import load_data
+from galore_torch.train.data.tokenize import choose_tokenizer
+from galore_torch.train.data.tokenizer import trained_tokenizer
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import hf_shape, load_model
 
@@ -43,6 +45,17 @@ def test_training_goes_on_where_the_weights_stand(first_run: Path, make_config: 
     (after,) = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert after["perplexity_before"] == pytest.approx(before["perplexity_after"], rel=1e-5)
     assert after["perplexity_after"] != after["perplexity_before"]
+
+
+def test_tokenizer_that_is_too_large_for_the_model_names_the_cure(tmp_path: Path) -> None:
+    """--vocab_size is no cure here: it is refused beside --hf_model."""
+    trained_tokenizer(iter(["some words to make ids of"]), 300).fast.save_pretrained(tmp_path / "words")
+    small = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 48, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    config = PretrainConfig(hf_model=str(tmp_path), tokenizer=str(tmp_path / "words"), max_length=16)
+    with pytest.raises(UserError, match=f"leave --tokenizer out: {tmp_path} has its own") as caught:
+        choose_tokenizer(config, lambda: iter(()))
+    assert "--vocab_size" not in str(caught.value)
 
 
 def test_other_families_are_trained_too(tmp_path: Path, make_config: Callable[..., PretrainConfig], first_run: Path) -> None:
