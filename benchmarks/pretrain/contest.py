@@ -120,6 +120,9 @@ def optimizers(model: nn.Module, task: Task, run: Run) -> dict[str, torch.optim.
             "cycle_length": task.cycle,
         }
         built["matrices"] = build_optimizer(method.optimizer, model, lr=run.lr, settings=settings)
+        others = set(map(id, rest))
+        for group in built["matrices"].param_groups:  # what is frozen would train here too, once thawed
+            group["params"] = [p for p in group["params"] if id(p) not in others]
     for p in rest:
         p.requires_grad_(True)
     return {"rest": torch.optim.AdamW(rest, lr=run.rest_lr, weight_decay=0.0), **built}

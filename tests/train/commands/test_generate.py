@@ -111,7 +111,7 @@ def test_prompt_has_the_special_tokens_that_the_model_was_trained_on(run: Path) 
     ("words", "says"),
     [
         (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of bounds: give a number at least 1"),
-        (["--temperature", "-1"], "--temperature -1.0 is out of bounds: give a number from 0, such as 0.8"),
+        (["--temperature", "-1"], "--temperature -1.0 is out of bounds: give a number at least 0"),
         (["--temperature", "nan"], "--temperature nan is out of bounds"),
         (["--top_k", "-1"], "--top_k -1 is out of bounds: give a number at least 0"),
         (["--count", "0"], "--count 0 is out of bounds: give a number at least 1"),

@@ -74,4 +74,4 @@ def test_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("action", ["show", "copy"])
 def test_unknown_recipe_lists_them(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", action, "61m"]) == 2
-    assert "recipe '61m' is not known; choose one of: 60m, 130m" in capsys.readouterr().err
+    assert "recipe '61m' is not known; did you mean 60m? choose one of: 60m, 130m" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_service_that_breaks_does_not_cost_the_run(broken: str, make_config: Mak
 
 
 def test_unknown_tracker_is_refused() -> None:
-    with pytest.raises(UserError, match="--tracker 'mlflow' is not known; choose from: tensorboard, wandb, trackio"):
+    with pytest.raises(UserError, match="--tracker 'mlflow' is not known; choose one of: tensorboard, wandb, trackio"):
         PretrainConfig(tracker=("tensorboard", "mlflow"))
 
 
