@@ -20,6 +20,7 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import load_data, windows_in_order
 from galore_torch.train.errors import UserError
 from galore_torch.train.report.progress import Display
+from support.architectures import make_model
 
 Make = Callable[..., PretrainConfig]
 
@@ -195,6 +196,35 @@ def test_note_where_a_flag_does_not_reach_everyone(make_config: Make) -> None:
     config = make_config(compare=("adamw", "galore_adamw"), rank=4, num_training_steps=1, given=frozenset({"compare", "rank"}))
     _, printed = command(config)
     assert "note: adamw does not use --rank" in printed
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "says"),
+    [
+        ("mamba", "galore_adamw", "no layer of MambaForCausalLM is named as attention or MLP"),
+        ("mixtral", "qgalore_adamw8bit", "weights outside of linear layers stay floating"),
+    ],
+)
+def test_warnings_of_the_library_are_notes_said_once(
+    model: str, optimizer: str, says: str, make_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No warning reaches Python's own display, which names a file and a line: here one would be an error. Nor does a resumed run's."""
+    folder = make_model(model, tmp_path / model)
+    settings = {"hf_model": str(folder), "model_config": "demo", "compare": (optimizer, f"{optimizer}_per_layer")}
+    settings |= {"max_length": 16, "batch_size": 2, "eval_tokens": 64, "num_training_steps": 1, "rank": 4}
+    capfd.readouterr()
+    for resume in (None, "auto"):
+        code, printed = command(make_config(**settings, resume=resume))
+        assert code == 0
+        assert [line.startswith("note: ") for line in printed.splitlines() if says in line] == [True]
+    assert "Warning" not in capfd.readouterr().err
+
+
+def test_names_in_brackets_are_shown(make_config: Make, tmp_path: Path) -> None:
+    """The name of the run's folder, before and after it, is not taken for a colour."""
+    code, printed = command(make_config(num_training_steps=1, save_dir=str(tmp_path / "run[red]")))
+    assert code == 0
+    assert printed.count("run[red]") == 2
 
 
 def test_real_text(make_config: Make, shared_data: Path) -> None:

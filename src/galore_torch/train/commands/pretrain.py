@@ -12,6 +12,7 @@ from os import devnull
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from galore_torch.train.checkpoint.lock import run_lock
 from galore_torch.train.checkpoint.resume import (
@@ -67,7 +68,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
 
 def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Ranks, held: ExitStack) -> int:
     def note(text: str) -> None:
-        console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+        _note(console, text)
 
     starts = find_starts(config)
     if starts.folder is None:
@@ -197,9 +198,8 @@ def _planned_mb(config: PretrainConfig, data: TokenData, name: str, device: str)
 
 
 def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
-    notes = [f"skipped: {what}" for what in starts.skipped] + differences(starts.checkpoints.values(), device)
-    for note in notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+    for text in [f"skipped: {what}" for what in starts.skipped] + differences(starts.checkpoints.values(), device):
+        _note(console, text)
     for run_name, path in starts.checkpoints.items():
         console.print(f"resumed    {run_name} after update {step_of(path)}", highlight=False)
 
@@ -240,19 +240,20 @@ def _introduce(console: Console, config: PretrainConfig, data: TokenData, covere
     else:
         lines += [f"projected  {name}: {text}" for name, text in covered.items()]
     lines += [] if folder is None else [f"run        {folder}"]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
     if data.tokenizer.end_id is None:
-        console.print(
-            "[yellow]note:[/] this tokenizer names no end-of-text token; documents run together",
-            highlight=False,
-        )
+        _note(console, "this tokenizer names no end-of-text token; documents run together")
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequence[RunResult], stopped_by: int | None) -> int:
     if results:
         header, rows = table_rows(config, results)
-        show_table(console, headline(config, results), header, rows)
-        console.print(f"config, metrics, picture, checkpoints and model: {folder}", highlight=False, soft_wrap=True)
+        show_table(console, escape(headline(config, results)), header, rows)
+        console.print(f"config, metrics, picture, checkpoints and model: {folder}", highlight=False, soft_wrap=True, markup=False)
     for result in results:
         if result.skipped:
             console.print(f"[yellow]{result.optimizer}: {result.skipped} updates were skipped, see {METRICS}[/]", highlight=False)
@@ -260,12 +261,12 @@ def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequ
     if interrupted and stopped_by is not None:
         console.print(
             f"[yellow]interrupted by {signal.Signals(stopped_by).name}: what was trained so far is saved; "
-            f"go on with the same command and --save_dir {shlex.quote(str(folder))} --resume auto[/]",
+            f"go on with the same command and --save_dir {escape(shlex.quote(str(folder)))} --resume auto[/]",
             highlight=False,
             soft_wrap=True,
         )
         return EXIT_SIGNAL + stopped_by
     stopped = [result for result in results if not result.finished]
     for result in stopped:
-        console.print(f"[red]{result.optimizer} stopped: {result.status}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[red]{result.optimizer} stopped: {escape(result.status)}[/]", highlight=False, soft_wrap=True)
     return EXIT_STOPPED if stopped else EXIT_DONE
