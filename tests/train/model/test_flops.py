@@ -18,6 +18,7 @@ from galore_torch.train.loop.trainer import train
 from galore_torch.train.model.flops import flops_per_token, peak_flops
 from galore_torch.train.model.gpus import find_gpu
 from galore_torch.train.model.llama import ModelShape, build_model
+from galore_torch.train.model.sizes import sizes_of
 from galore_torch.train.optimizers.registry import build_optimizer
 from support.whole_runs import Silent
 
@@ -60,6 +61,21 @@ def test_frozen_matrices_have_no_gradient_to_compute() -> None:
     build_optimizer("lora", model.train(), lr=1e-3, settings=settings)
     by_formula = 2 * LENGTH * flops_per_token(model, LENGTH)
     assert by_formula <= counted(model) <= by_formula * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_of_a_mixture_those_experts_count_that_a_token_goes_through(family: str) -> None:
+    """Two of eight; the planner, which has no model, counts the same."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 200, "num_experts_per_tok": 2, "head_dim": 16}
+    sizes |= {"num_local_experts": 8} if family == "mixtral" else {"num_experts": 8, "moe_intermediate_size": 48}
+    config = AutoConfig.for_model(family, **sizes, pad_token_id=None, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config)
+    by_formula = 2 * LENGTH * flops_per_token(model, LENGTH)
+    assert by_formula <= counted(model) <= by_formula * (1 + 1e-3)
+    assert flops_per_token(model, LENGTH) == sizes_of(model).flops_per_token(LENGTH)
 
 
 def test_low_rank_factors_are_what_is_multiplied() -> None:

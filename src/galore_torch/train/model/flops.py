@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from galore_torch.train.model.gpus import find_gpu
+from galore_torch.train.model.sizes import experts_used, roles_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 def flops_per_token(model: nn.Module, length: int) -> float:
     """6 N + 12 layers width length: one token, forward and backward, in sequences of `length`.
 
-    N: entries of the matrices that a token is multiplied with (the head, not the embedding, which is looked up); 2 each forward, 2
-    for the gradient of what came in, 2 for that of the matrix, which a frozen one does not have. The second term: queries times keys
+    N: entries of the matrices that a token is multiplied with (the head, not the embedding, which is looked up; of a mixture's experts
+    those that it goes through); 2 each forward, 2 for the gradient of what came in, 2 for that of the matrix, which a frozen one does
+    not have. The second term: queries times keys
     and shares times values, over the whole sequence as in the paper, causal or not; width is heads times their size.
     """
     from torch import nn
@@ -29,7 +31,11 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()  # type: ignore[operator]
     multiplied = [p for p in model.parameters() if p.dim() >= 2 and (p not in looked_up or p is head.weight)]
-    products = sum(p.numel() * (6 if p.requires_grad else 4) for p in multiplied)
+    stacks = {key for key, role in roles_of(model).items() if role == "experts"}
+    products = 0.0
+    for p in multiplied:
+        share = experts_used(config, p.shape[0]) if p.dim() == 3 and id(p) in stacks else 1.0  # (E, out, in)
+        products += share * p.numel() * (6 if p.requires_grad else 4)
     return float(products + 12 * config.num_hidden_layers * width * length)
 
 

@@ -86,7 +86,7 @@ class Sizes:
         """As `model.flops.flops_per_token`, where all is trained; of experts those that a token goes through."""
         tied = all(part.role != "head" for part in self.outer)
         multiplied = [part for part in self.parts if len(part.shape) > 1 and (part.role != "embedding" or tied)]
-        products = sum(part.elements * (self.experts_used if part.role == "experts" else 1) for part in multiplied)
+        products = sum(part.elements * (self.experts_used if is_stack(part) else 1) for part in multiplied)
         return float(6 * products + 12 * self.layers * self.attention * length)
 
 
@@ -138,7 +138,7 @@ def hf_sizes(name: str, targets: Targets = None) -> Sizes:
 def sizes_of(model: Any, targets: Targets = None) -> Sizes:
     """The same of a model that exists, on any device. UserError for `targets` that match nothing."""
     config = model.config.get_text_config()
-    roles = _roles(model)
+    roles = roles_of(model)
     projected = _projected(model, targets) if targets is not None else set(roles)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     layer: Counter[tuple[tuple[int, ...], str, bool]] = Counter()
@@ -162,11 +162,21 @@ def sizes_of(model: Any, targets: Targets = None) -> Sizes:
     recurrent = _first(config, *_RECURRENT) is not None
     like_llama = hasattr(config, "rms_norm_eps") and uniform and "experts" not in roles.values() and not recurrent
     vocabulary, inner = embedding.weight.shape[0], _intermediate(config)
-    used = min(1.0, (_chosen_experts(config) or 1) / max((part.shape[0] for part in parts if part.role == "experts"), default=1))
+    used = experts_used(config, max((part.shape[0] for part in [*parts, *outer] if is_stack(part)), default=1))
     return Sizes(D, inner, layers, heads, heads * width, KV, vocabulary, parts, tuple(outer), like_llama, used, recurrent)
 
 
-def _roles(model: Any) -> dict[int, str]:
+def is_stack(part: Part) -> bool:
+    """Whether it is E x out x in: a matrix for each expert."""
+    return part.role == "experts" and len(part.shape) == 3
+
+
+def experts_used(config: Any, experts: int) -> float:
+    """Share of so many experts that a token goes through; 1 where the config does not say how many it chooses."""
+    return min(1.0, (_chosen_experts(config) or experts) / experts)
+
+
+def roles_of(model: Any) -> dict[int, str]:
     """id of a parameter of the body -> what it is: "matrix" of a linear layer, or "experts"."""
     try:
         return {id(weight.parameter): "experts" if weight.layer is None else "matrix" for weight in chosen_weights(model)}
@@ -194,7 +204,7 @@ def _intermediate(config: Any) -> int:
 
 
 def _chosen_experts(config: Any) -> int | None:
-    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
     return chosen if isinstance(chosen, int) else None
 
 
