@@ -93,6 +93,12 @@ class ListInGroup(_Counting):
         return float(len(group["seen"]))
 
 
+class FromAllGradients(InGroup):
+    def before(self, group: dict[str, Any]) -> None:
+        super().before(group)
+        group["norm"] = float(sum(p.grad.norm() for p in group["params"]))
+
+
 KEPT = [InGroup, InGroupFromDefaults, TensorInGroup, FloatInGroup, NumberInState]
 TORCH: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (torch.optim.Adadelta, {}),
@@ -156,7 +162,10 @@ def test_inside_a_subspace_it_counts_as_alone(base: type[Optimizer]) -> None:
     torch.testing.assert_close(W.detach() @ basis, x.detach())
 
 
-@pytest.mark.parametrize(("base", "why"), [(OnItself, r"counts on itself.*steps"), (ListInGroup, r"group_seen.*list")])
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [(OnItself, r"counts on itself.*steps"), (ListInGroup, r"group_seen.*list"), (FromAllGradients, r"norm.*from all gradients")],
+)
 def test_what_cannot_be_kept_is_refused_when_it_is_made(base: type[Optimizer], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         GaLore(base, [nn.Parameter(torch.randn(4, 4))])

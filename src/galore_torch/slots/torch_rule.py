@@ -55,22 +55,33 @@ class BaseRule:
         return self._specs[key]
 
     def _observe(self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, TensorSpec]:
-        """Step a scratch parameter and see what it left."""
+        """Step scratch parameters, without a gradient to speak of and with one, and see what the class kept."""
+        state, kept = self._step_twice(shape, dtype, settings, 0.0)
+        _, other = self._step_twice(shape, dtype, settings, 1.0)
+        if computed := _changed(kept, other):
+            raise ValueError(f"it computes {sorted(computed)} of its parameter group from all gradients, and here sees one parameter")
+        state |= {GROUP + key: value for key, value in kept.items()}
+        if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor | int | float)}:
+            raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors and numbers only")
+        self._kinds |= {key: type(value) for key, value in state.items() if isinstance(value, int | float)}
+        tensors = {key: torch.as_tensor(value, dtype=_DTYPES.get(type(value)), device="cpu") for key, value in state.items()}
+        return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in tensors.items()}
+
+    def _step_twice(
+        self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any], grad: float
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What two steps leave: the state of the parameter, and what has changed in its group."""
         x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
-        x.grad = torch.zeros_like(x)
+        x.grad = torch.full_like(x, grad)
         optimizer = self._new(x, settings)
         attributes, group = _values(vars(optimizer)), _values(optimizer.param_groups[0])
         for _ in range(2):
             _bare_step(optimizer)
         if counted := _changed(attributes, _values(vars(optimizer))):
             raise ValueError(f"it counts on itself, in {sorted(counted)}, and not for each parameter")
+        after = optimizer.param_groups[0]
         state = {key: value for key, value in optimizer.state[x].items() if value is not None}
-        state |= {GROUP + key: optimizer.param_groups[0][key] for key in _changed(group, _values(optimizer.param_groups[0]))}
-        if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor | int | float)}:
-            raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors and numbers only")
-        self._kinds |= {key: type(value) for key, value in state.items() if isinstance(value, int | float)}
-        tensors = {key: torch.as_tensor(value, dtype=_DTYPES.get(type(value)), device="cpu") for key, value in state.items()}
-        return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in tensors.items()}
+        return state, {key: after[key] for key in _changed(group, _values(after))}
 
     def _new(self, x: Tensor, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
         optimizer = self.base([x], **self.kwargs)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from galore_torch.train.checkpoint import storage
 from galore_torch.train.checkpoint.resume import check_identity, find_starts, identity
 from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.config.config import PretrainConfig
@@ -84,6 +85,22 @@ def test_a_folder_resumes_just_that_one(make_config: Make, tmp_path: Path) -> No
     shutil.rmtree(last)
     assert command(make_config(resume=str(second), save_dir=None))[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "branch")
+
+
+def test_a_checkpoint_from_before_the_release_goes_on_bit_by_bit(make_config: Make, tmp_path: Path) -> None:
+    """Its optimizer state says "turn" where it says "index" now. Oracle: the run that was not interrupted."""
+    settings: dict[str, Any] = {"optimizer": "galore_adamw", "rank": 4, "num_training_steps": 6, "save_every": 3}
+    assert command(make_config(**settings, save_dir=str(tmp_path / "whole")))[0] == 0
+    older = tmp_path / "older" / "checkpoints" / "step-000003"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-000003", older)
+    file = older / "optimizer.json"
+    text = file.read_text()
+    assert '"index"' in text
+    file.write_text(text.replace('"index"', '"turn"'))
+    (older / storage.MANIFEST).unlink()
+    storage._seal(older, 3)
+    assert command(make_config(**settings, save_dir=str(tmp_path / "on"), resume=str(older)))[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "on")
 
 
 def test_what_is_not_a_run_is_never_touched(make_config: Make, tmp_path: Path) -> None:

@@ -270,8 +270,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         for key, value in saved["state"].get(index, {}).items():
-            held = optimizer.state[parameter][key]
-            if isinstance(value, torch.Tensor) and held.dtype != value.dtype:
+            held = optimizer.state[parameter].get(key)  # not there: an older key, which has been converted
+            if isinstance(value, torch.Tensor) and held is not None and held.dtype != value.dtype:
                 optimizer.state[parameter][key] = value.to(held.device)
 
 
