@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import table
 
 from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.model.sizes import Part, Sizes
 from galore_torch.train.plan.answer import plan_request
-from galore_torch.train.plan.sizes import Part, Sizes
 
 SHARES = (4, 8)  # rank: the width over this
 Row = tuple[str, str, int]  # name, how its state is kept, bytes
