@@ -238,3 +238,14 @@ def test_the_compiled_move_of_a_weight_is_the_move() -> None:
     assert ((plain - compiled).abs() <= 1.01 * plain.scale.max()).all()
     assert (plain.codes != compiled.codes).float().mean() < 1e-2
     assert not torch.equal(plain.codes, start.codes)
+
+
+def test_a_projector_that_looks_at_no_gradient_keeps_its_gap() -> None:
+    """The default gap_range adapts a gap to overlaps, which such a projector has by chance: nobody asked for it, so nothing is refused."""
+    for projector, gaps in (("power", (50, 400)), ("random", None), ("rows", None)):
+        m = model()
+        optimizer = g.QGaLoreAdamW8bit(g.galore_param_groups(m, 3, targets="all-linear", projector=projector, update_proj_gap=50), lr=0.01)
+        assert [group["gap_range"] for group in optimizer.param_groups if group["rank"]] == [gaps]
+        before = loss(m).item()
+        train(m, optimizer, range(20))
+        assert loss(m).item() < before

@@ -9,6 +9,7 @@ import torch
 
 from galore_torch.engine.recipe import RECIPES
 from galore_torch.optim.base import LowRankOptimizer, Projection
+from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.rules import adafactor_lr
 from galore_torch.slots.torch_rule import BaseRule
 
@@ -123,7 +124,9 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         group = {**self.defaults, **param_group}
         if group["gap_range"] == LAZY:
             gap = group["update_proj_gap"]
-            fixed = group["projector"] == "random" or not isinstance(gap, int)  # the check of the group says what is wrong with a gap
+            projector = PROJECTORS.get(group["projector"])
+            blind = projector is not None and not projector.looks
+            fixed = blind or not isinstance(gap, int)  # the check of the group says what is wrong with a gap or a projector
             param_group = {**param_group, "gap_range": None if fixed else (gap, 8 * gap)}
         super().add_param_group(param_group)
 
