@@ -20,8 +20,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 
     N: entries of the matrices that a token is multiplied with (the head, not the embedding, which is looked up; of a mixture's experts
     those that it goes through); 2 each forward, 2 for the gradient of what came in, 2 for that of the matrix, which a frozen one does
-    not have. The second term: queries times keys
-    and shares times values, over the whole sequence as in the paper, causal or not; width is heads times their size.
+    not have. The second term: queries times keys and shares times values, over the whole sequence as in the paper, causal or not; width
+    is heads times their size.
     """
     from torch import nn
 
@@ -32,11 +32,11 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     head = model.get_output_embeddings()  # type: ignore[operator]
     multiplied = [p for p in model.parameters() if p.dim() >= 2 and (p not in looked_up or p is head.weight)]
     stacks = {key for key, role in roles_of(model).items() if role == "experts"}
-    products = 0.0
+    products = 12.0 * config.num_hidden_layers * width * length
     for p in multiplied:
         share = experts_used(config, p.shape[0]) if p.dim() == 3 and id(p) in stacks else 1.0  # (E, out, in)
         products += share * p.numel() * (6 if p.requires_grad else 4)
-    return float(products + 12 * config.num_hidden_layers * width * length)
+    return products
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
