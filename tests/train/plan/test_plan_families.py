@@ -16,6 +16,7 @@ from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import load_model
 from galore_torch.train.optimizers.registry import as_targets, build_optimizer, state_bytes
 from galore_torch.train.plan.answer import plan_request, planned, planned_peak_bytes
+from galore_torch.train.plan.search import best_that_fits
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 _SMALL |= {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -89,7 +90,7 @@ def test_default_rank_is_below_the_short_side_of_what_is_projected(targets: tupl
     narrow = {"model_type": "mixtral", **_SMALL, "intermediate_size": 16, "num_local_experts": 8}
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     config = config_of(str(tmp_path), rank=None, targets=targets)
-    assert config.resolved_rank == (16 if targets == ("q_proj",) else 8)
+    assert config.resolved_rank == (16 if targets == ("q_proj",) else 4)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(tmp_path))).to(torch.bfloat16)
@@ -98,6 +99,9 @@ def test_default_rank_is_below_the_short_side_of_what_is_projected(targets: tupl
     assert all(any(key.startswith("basis") for key in optimizer.state[weight.parameter]) for weight in chosen)
     request = plan_request(config, device="cpu")
     assert request.total("basis") + request.total("moments") == state_bytes(optimizer)
+    largest = best_that_fits({"hf_model": str(tmp_path), "targets": targets, "max_length": 16}, 10**10, "cpu", traced=False)
+    assert largest is not None
+    assert largest[0].rank == 2 * config.resolved_rank, "the planner tries half of that side first"
 
 
 @pytest.mark.parametrize("name", ["lora", "muon"])

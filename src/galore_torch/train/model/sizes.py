@@ -78,9 +78,13 @@ class Sizes:
 
     @property
     def short_side(self) -> int:
-        """Of the projected matrices that hold most: what a rank must be below. A mixture's experts can be narrower than its width."""
+        """Of the projected matrices that hold most, or half as much (an MLP's way back): what a rank must be below.
+
+        A mixture's experts can be narrower than its width.
+        """
         projected = [part for part in self.parts if part.projected]
-        return min(max(projected, key=lambda part: part.elements).shape[-2:]) if projected else self.hidden
+        most = max((part.elements for part in projected), default=0)
+        return min((min(part.shape[-2:]) for part in projected if 2 * part.elements >= most), default=self.hidden)
 
     def flops_per_token(self, length: int) -> float:
         """As `model.flops.flops_per_token`, where all is trained; of experts those that a token goes through."""
