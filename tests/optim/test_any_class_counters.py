@@ -99,7 +99,34 @@ class FromAllGradients(InGroup):
         group["norm"] = float(sum(p.grad.norm() for p in group["params"]))
 
 
-KEPT = [InGroup, InGroupFromDefaults, TensorInGroup, FloatInGroup, NumberInState]
+class LateInGroup(_Counting):
+    """As RAdam without a schedule: a number of the group that changes at the sixth step first."""
+
+    def before(self, group: dict[str, Any]) -> None:
+        group["step"] = group.get("step", 0) + 1
+        group["peak"] = max(group.get("peak", 1.0), group["step"] / 5)
+
+    def count(self, group: dict[str, Any], state: dict[str, Any]) -> float:
+        return float(group["peak"])
+
+
+class InStateOfAll(_Counting):
+    """As MADGRAD counts: in the state, but of no parameter."""
+
+    def before(self, group: dict[str, Any]) -> None:
+        state: Any = self.state
+        state["k"] = state["k"] + 1 if "k" in state else 1
+
+    def count(self, group: dict[str, Any], state: dict[str, Any]) -> float:
+        return float(self.state["k"])  # type: ignore[arg-type,index]
+
+
+class WithARankOfItsOwn(InGroup):
+    def __init__(self, params: Any, lr: float = 1e-2, rank: int = 2):
+        _Counting.__init__(self, params, lr, rank=rank)
+
+
+KEPT = [InGroup, InGroupFromDefaults, TensorInGroup, FloatInGroup, NumberInState, LateInGroup]
 TORCH: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (torch.optim.Adadelta, {}),
     (torch.optim.Adafactor, {}),
@@ -164,7 +191,13 @@ def test_inside_a_subspace_it_counts_as_alone(base: type[Optimizer]) -> None:
 
 @pytest.mark.parametrize(
     ("base", "why"),
-    [(OnItself, r"counts on itself.*steps"), (ListInGroup, r"group_seen.*list"), (FromAllGradients, r"norm.*from all gradients")],
+    [
+        (OnItself, r"counts on itself.*steps"),
+        (ListInGroup, r"group_seen.*list"),
+        (FromAllGradients, r"norm.*from all gradients"),
+        (InStateOfAll, r"counts on itself.*'k'"),
+        (WithARankOfItsOwn, r"'rank'.*names of the subspace's"),
+    ],
 )
 def test_what_cannot_be_kept_is_refused_when_it_is_made(base: type[Optimizer], why: str) -> None:
     with pytest.raises(ValueError, match=why):

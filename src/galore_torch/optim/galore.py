@@ -272,5 +272,6 @@ class GaLore(LowRankOptimizer):
         for key in ("foreach", "fused", "maximize"):  # the base class has its own
             if key in projection:
                 kwargs[key] = projection.pop(key)
-        rule = BaseRule(base, kwargs)
+        shared = {"maximize", "foreach", "fused", "capturable", "differentiable"}  # these mean in a base class what they mean here
+        rule = BaseRule(base, kwargs, Projection.__annotations__.keys() - shared)
         super().__init__(params, {"weight_decay": 0.0, **rule.defaults}, projection, rule)

@@ -6,7 +6,7 @@ coordinates x = basis^T W of the weight inside the subspace, whose gradient is e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -29,12 +29,16 @@ DECOUPLED = {"AdamW", "Adafactor", "Muon"}  # classes whose weight_decay shrinks
 class BaseRule:
     """Runs ``base`` (a torch.optim.Optimizer subclass) one parameter at a time, with its state held outside."""
 
-    def __init__(self, base: type[torch.optim.Optimizer], kwargs: dict[str, Any]):
+    def __init__(self, base: type[torch.optim.Optimizer], kwargs: dict[str, Any], reserved: Collection[str] = ()):
+        """``reserved``: group keys that mean something else here."""
         self.base, self.kwargs = base, kwargs
         self._specs: dict[Any, dict[str, TensorSpec]] = {}
         self._kinds: dict[str, type] = {}  # of what the class keeps as a number, by its own name
         try:
             self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))], **kwargs).defaults)
+            if taken := sorted(self.defaults.keys() & set(reserved)):
+                raise ValueError(f"its own arguments {taken} have the names of the subspace's, and a group can hold only one of each")
+            self.counted = self._counted()
             self.spec((2, 2), torch.float32, self.defaults)
         except Exception as error:
             raise ValueError(
@@ -54,34 +58,38 @@ class BaseRule:
             self._specs[key] = self._observe(shape, dtype, settings)
         return self._specs[key]
 
-    def _observe(self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, TensorSpec]:
-        """Step scratch parameters, without a gradient to speak of and with one, and see what the class kept."""
-        state, kept = self._step_twice(shape, dtype, settings, 0.0)
-        _, other = self._step_twice(shape, dtype, settings, 1.0)
-        if computed := _changed(kept, other):
+    def _counted(self) -> set[str]:
+        """What the class changes in its parameter group. Some change a key late, as RAdam after five steps, so a dozen are looked at."""
+        ends, keys = [], set[str]()
+        for grad in (0.0, 1.0):  # without a gradient to speak of, and with one
+            optimizer = self._new(torch.nn.Parameter(torch.zeros(2, 2, device="cpu")), self.defaults)
+            (x,) = optimizer.param_groups[0]["params"]
+            x.grad = torch.full_like(x, grad)
+            attributes, group = _values(vars(optimizer)), _values(optimizer.param_groups[0])
+            for _ in range(12):
+                _bare_step(optimizer)
+            if counted := _changed(attributes, _values(vars(optimizer))) | {str(key) for key in optimizer.state if key is not x}:
+                raise ValueError(f"it counts on itself, in {sorted(counted)}, and not for each parameter")
+            ends.append(_values(optimizer.param_groups[0]))
+            keys |= _changed(group, ends[-1])
+        if computed := _changed(*ends) & keys:
             raise ValueError(f"it computes {sorted(computed)} of its parameter group from all gradients, and here sees one parameter")
-        state |= {GROUP + key: value for key, value in kept.items()}
+        return keys
+
+    def _observe(self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, TensorSpec]:
+        """Step a scratch parameter and see what the class keeps of it, and in its group."""
+        x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
+        x.grad = torch.zeros_like(x)
+        optimizer = self._new(x, settings)
+        for _ in range(2):
+            _bare_step(optimizer)
+        state = {key: value for key, value in optimizer.state[x].items() if value is not None}
+        state |= {GROUP + key: optimizer.param_groups[0][key] for key in sorted(self.counted)}
         if wrong := {key: type(value).__name__ for key, value in state.items() if not isinstance(value, Tensor | int | float)}:
             raise ValueError(f"its state holds {wrong}, and checkpoints hold tensors and numbers only")
         self._kinds |= {key: type(value) for key, value in state.items() if isinstance(value, int | float)}
         tensors = {key: torch.as_tensor(value, dtype=_DTYPES.get(type(value)), device="cpu") for key, value in state.items()}
         return {PREFIX + key: TensorSpec(tuple(value.shape), value.dtype, host=value.dim() == 0) for key, value in tensors.items()}
-
-    def _step_twice(
-        self, shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any], grad: float
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What two steps leave: the state of the parameter, and what has changed in its group."""
-        x = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
-        x.grad = torch.full_like(x, grad)
-        optimizer = self._new(x, settings)
-        attributes, group = _values(vars(optimizer)), _values(optimizer.param_groups[0])
-        for _ in range(2):
-            _bare_step(optimizer)
-        if counted := _changed(attributes, _values(vars(optimizer))):
-            raise ValueError(f"it counts on itself, in {sorted(counted)}, and not for each parameter")
-        after = optimizer.param_groups[0]
-        state = {key: value for key, value in optimizer.state[x].items() if value is not None}
-        return state, {key: after[key] for key in _changed(group, _values(after))}
 
     def _new(self, x: Tensor, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
         optimizer = self.base([x], **self.kwargs)
@@ -115,13 +123,8 @@ class BaseRule:
         finally:
             x.grad = ordinary
         after = {key: value for key, value in optimizer.state[x].items() if value is not None}
-        after |= {key: optimizer.param_groups[0][key.removeprefix(GROUP)] for key in self._group_keys(x, group)}
+        after |= {GROUP + key: optimizer.param_groups[0][key] for key in self.counted}
         return {PREFIX + key: _stored(value) for key, value in after.items()}
-
-    def _group_keys(self, x: Tensor, group: Group) -> list[str]:
-        """The state keys of what the class counts in its parameter group."""
-        keys = [key.removeprefix(PREFIX) for key in self.spec(tuple(x.shape), x.dtype, group)]
-        return [key for key in keys if key.startswith(GROUP)]
 
 
 def _stored(value: Any) -> Tensor:
