@@ -77,3 +77,24 @@ def test_a_weight_changed_between_the_passes_is_noticed() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
         early.backward()
+
+
+def test_an_optimizer_over_weights_that_the_model_no_longer_has_is_refused_at_the_step() -> None:
+    """Such weights get no gradient: before, the step trained the biases alone and said nothing."""
+    for change, quantized in ((g.quantize_linears, False), (g.dequantize_linears, True)):
+        for fused in (False, True):
+            m = model(quantized=quantized)
+            early = g.GaLoreAdamW(g.galore_param_groups(m, 3, targets="all-linear"), lr=0.01)
+            if fused:
+                g.fused_backward(m, early)
+            change(m)
+            loss(m).backward()
+            before = [p.detach().clone() for p in m.parameters()]
+            with pytest.raises(ValueError, match=r"no longer in its model.*then make the groups and the optimizer"):
+                early.step()
+            assert all(torch.equal(p, q) for p, q in zip(m.parameters(), before, strict=True))
+            late = g.GaLoreAdamW(g.galore_param_groups(m, 3, targets="all-linear"), lr=0.01)
+            m.zero_grad()
+            loss(m).backward()
+            late.step()
+            assert not any(torch.equal(p, q) for p, q in zip(m.parameters(), before, strict=True))

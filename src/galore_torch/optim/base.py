@@ -20,6 +20,7 @@ from galore_torch.engine.layout import AnyRule, ParamView, state_spec
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept
 from galore_torch.engine.sharding import refuse_sharded
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
+from galore_torch.optim.quantize import refuse_replaced
 from galore_torch.optim.state import seal, unseal
 from galore_torch.slots.rules import RULES
 
@@ -250,6 +251,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             plain_numbers(group)
             self._check_group(group)
+            refuse_replaced(group["params"])
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):

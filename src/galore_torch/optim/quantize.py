@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from galore_torch.ops.int8_weight import DTYPES, Int8Weight
 from galore_torch.optim.param_groups import LinearWeight, chosen_weights
+
+_REPLACED = "_galore_replaced"  # the mark of a parameter that a model had
 
 
 def quantize_linears(model: nn.Module, *, targets: str | Sequence[str] | None = None) -> nn.Module:
@@ -71,6 +73,17 @@ def _replace(places: list[tuple[nn.Module, str]], change: Callable[[Any], Tensor
     new = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
     for module, name in places:
         setattr(module, name, new)
+    setattr(old, _REPLACED, True)
+
+
+def refuse_replaced(params: Iterable[Tensor]) -> None:
+    """Raise ValueError for a parameter that its model no longer has: it gets no gradient, so a step would train nothing and not say so."""
+    for p in params:
+        if hasattr(p, _REPLACED):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is no longer in its model: quantize_linears or dequantize_linears replaced it "
+                "after the optimizer or its groups were made; call that first, then make the groups and the optimizer"
+            )
 
 
 def _check(weight: LinearWeight, places: list[tuple[nn.Module, str]], layers: set[nn.Module | None]) -> None:
