@@ -51,6 +51,8 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("--model 7b -o recipe.json", "give --memory or --card"),
         ("--model 7b --picture a.png", "has no effect alone"),
         ("--model 7b --sweep rank --optimizer adamw", "has no rank"),
+        ("--model 7b --compare --optimizer muon", "--optimizer muon has no effect with --compare"),
+        ("--model 7b --compare --sweep rank", "--sweep rank has no effect with --compare"),
         ("--model 7b --batch many", "invalid int value"),
         ("--memory 24GB", "--model"),
     ],

@@ -63,6 +63,10 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     config = PretrainConfig(**{**_DEFAULTS, **given}, given=frozenset(given))
     if arguments.get("output") and (budget is None or arguments.get("compare") or arguments.get("sweep")):
         raise UserError("-o writes the best recipe that fits: give --memory or --card, and neither --compare nor --sweep")
+    if arguments.get("compare") and (other := next((flag for flag in ("sweep", "optimizer") if arguments.get(flag)), None)):
+        raise UserError(
+            f"--{other} {arguments[other]} has no effect with --compare, which has optimizers of its own; leave one of them out"
+        )
     if arguments.get("compare") or arguments.get("sweep"):
         return _side_by_side(console, arguments, config, device, budget)
     if arguments.get("picture"):
