@@ -165,7 +165,12 @@ def test_yaml_says_what_json_says(tmp_path: Path, parsed: Callable[[str], Pretra
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("rank: [", "is not valid YAML"), ("!!python/object/apply:os.getcwd []", "is not valid YAML"), ("- 1", "holds a list")],
+    [
+        ("rank: [", "is not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("- 1", "holds a list"),
+        ("", "is empty; give one"),
+    ],
 )
 def test_bad_yaml_is_one_line_and_runs_nothing(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text(text)

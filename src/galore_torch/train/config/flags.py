@@ -98,7 +98,8 @@ def _read(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--config {path} is not valid {kind}: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f'--config {path} holds a {type(raw).__name__}; give one object, such as {{"optimizer": "galore_adamw"}}')
+        kind = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        raise UserError(f'--config {path} {kind}; give one object, such as {{"optimizer": "galore_adamw"}}')
     for key in raw:
         if key not in SETTINGS and key not in _FREE_KEYS:
             cure = did_you_mean(str(key).replace("-", "_"), SETTINGS) or "`galore pretrain --help` lists the settings"
