@@ -82,6 +82,7 @@ def test_two_trees_are_timed_turn_by_turn(tmp_path: Path, forked: Forked) -> Non
 def test_the_table_of_architectures_says_what_is_refused_and_why(tmp_path: Path, forked: Forked) -> None:
     words = ["--architectures", "mixtral", "--optimizers", "galore_adamw", "muon", "--output", str(tmp_path / "page.md")]
     printed = run("architectures/run.py", *words, forked=forked, folder=tmp_path)
-    assert "| mixtral | yes | [1] |" in printed
-    assert "\n1. muon: --optimizer muon takes matrices; some weights of this model are stacks of them, which" in printed
-    assert (tmp_path / "page.md").read_text(encoding="utf-8").strip() == printed.strip()
+    assert "| mixtral | yes | [1], [2] |" in printed
+    page = (tmp_path / "page.md").read_text(encoding="utf-8").strip()
+    assert "muon: --optimizer muon takes matrices; some weights of this model are stacks of them, which" in page
+    assert page in printed

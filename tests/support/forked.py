@@ -40,6 +40,8 @@ for line in sys.stdin:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
                 os.dup2(1, 2)
                 code = run(words) or 0
+            except SystemExit as end:
+                code = end.code or 0
             except BaseException:
                 import traceback
                 traceback.print_exc()
