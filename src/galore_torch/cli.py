@@ -125,7 +125,7 @@ def _copy_recipe(arguments: dict[str, Any]) -> int:
 
 
 def _add_ls(commands: Any) -> None:
-    ls = commands.add_parser("ls", help="the runs below a folder: optimizer, status, updates, perplexity")
+    ls = commands.add_parser("ls", help="the runs below a folder: optimizer, status, steps, perplexity")
     ls.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="with runs in it, or one run (default: runs)")
     ls.set_defaults(run=lambda arguments: _say(list_runs(arguments["folder"])))
 
@@ -278,7 +278,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--batch", "--batch_size", dest="batch_size", type=int, metavar="N", help="sequences in one forward pass (default: 1)"
     )
-    plan.add_argument("--gradient_accumulation", type=int, metavar="N", help="forward passes in one update (default: 1)")
+    plan.add_argument("--gradient_accumulation", type=int, metavar="N", help="forward passes in one step (default: 1)")
     plan.add_argument("--optimizer", metavar="NAME", help="one of the names below (default: galore_adamw8bit_per_layer)")
     plan.add_argument("--rank", type=int, metavar="N", help="rank of the subspace (default: short side of the matrices / 4)")
     plan.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers that are projected (default: the linear layers of the body)")

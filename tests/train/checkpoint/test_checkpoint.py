@@ -143,7 +143,7 @@ def test_broken_checkpoint_is_named_and_skipped(tmp_path: Path, damage: Callable
     assert str(new) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert newest_whole(tmp_path) == (old, [str(caught.value)])
-    write_checkpoint(tmp_path, 2, two_files, keep=1)  # the run comes to that update again
+    write_checkpoint(tmp_path, 2, two_files, keep=1)  # the run comes to that step again
     assert (names(tmp_path), newest_whole(tmp_path)) == (["step-000002"], (new, []))
 
 
@@ -165,7 +165,7 @@ def test_full_disk_is_one_clear_line(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     good = write_checkpoint(tmp_path, 1, two_files, keep=1)
-    with pytest.raises(UserError, match=r"update 2 cannot be written to .*: No space left on device; make room .* --resume auto"):
+    with pytest.raises(UserError, match=r"step 2 cannot be written to .*: No space left on device; make room .* --resume auto"):
         write_checkpoint(tmp_path, 2, full, keep=1)
     assert names(tmp_path) == ["step-000001"]
     verify(good)
@@ -184,7 +184,7 @@ def test_refusal_inside_a_library_is_the_same_line(make_config: Make, token_data
 
         patch.setattr("galore_torch.train.checkpoint.resume.save_tree", limited)
         try:
-            with pytest.raises(UserError, match=r"^the checkpoint of update 3 cannot be written to \S*: .*File too large"):
+            with pytest.raises(UserError, match=r"^the checkpoint of step 3 cannot be written to \S*: .*File too large"):
                 train(config, "adamw", 0.01, token_data, tmp_path, Silent())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

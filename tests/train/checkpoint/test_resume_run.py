@@ -52,7 +52,7 @@ def test_auto_names_and_skips_the_broken_ones(make_config: Make, tmp_path: Path)
     code, printed = command(config)
     assert code == 0
     assert f"skipped: {third} is broken: optimizer.safetensors has" in printed
-    assert "resumed    adamw after update 4" in printed
+    assert "resumed    adamw after step 4" in printed
     assert rows(tmp_path / "run") == whole
     for path in (first, second, third):
         (path / "model.safetensors").unlink()
@@ -66,7 +66,7 @@ def test_finished_run_is_left_as_it_is(make_config: Make, tmp_path: Path) -> Non
     command(make_config())
     before, summary = rows(tmp_path / "run"), (tmp_path / "run" / "summary.json").read_text()
     code, printed = command(make_config(resume="auto"))
-    assert (code, "resumed    adamw after update 6" in printed) == (0, True)
+    assert (code, "resumed    adamw after step 6" in printed) == (0, True)
     assert rows(tmp_path / "run") == before
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(summary)
 
@@ -80,7 +80,7 @@ def test_a_folder_resumes_just_that_one(make_config: Make, tmp_path: Path) -> No
     ):
         command(make_config(resume=str(second), save_dir=None))
     code, printed = command(make_config(resume=str(second), save_dir=str(tmp_path / "branch")))
-    assert (code, "after update 4" in printed) == (0, True)
+    assert (code, "after step 4" in printed) == (0, True)
     assert_same_run(tmp_path / "branch", tmp_path / "run")
     shutil.rmtree(last)
     assert command(make_config(resume=str(second), save_dir=None))[0] == 0
@@ -232,7 +232,7 @@ def test_moved_hf_model_is_the_same_and_another_one_is_not(make_config: Make, tm
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
     model = model.rename(tmp_path / "moved")
     code, printed = command(make_config(hf_model=str(model), resume="auto", **changes))
-    assert (code, "resumed    galore_adamw after update 3" in printed) == (0, True)
+    assert (code, "resumed    galore_adamw after step 3" in printed) == (0, True)
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
     other = Path(shutil.copytree(model, tmp_path / "other"))

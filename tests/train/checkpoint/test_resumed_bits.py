@@ -25,7 +25,7 @@ Make = Callable[..., PretrainConfig]
 
 
 class Until:
-    """A watcher that stops the run after update `last`."""
+    """A watcher that stops the run after step `last`."""
 
     def __init__(self, last: int = 10**9) -> None:
         self.last, self.at = last, 0
@@ -89,7 +89,7 @@ def test_resumed_run_is_bit_equal(name: str, mode: str, make_config: Make, model
     config = make_config(optimizer=name, num_training_steps=9, eval_every=4, update_proj_gap=3, **(MODES | GAPS).get(mode, {}), **merges)
     whole, model = run("whole", Until())
     run("parts", Until(4))
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")[:5], "stopped before the evaluation after update 4"
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")[:5], "stopped before the evaluation after step 4"
     checkpoint, broken = newest_whole(tmp_path / "parts" / "checkpoints")
     assert checkpoint is not None
     assert (checkpoint.name, broken) == ("step-000004", [])

@@ -165,7 +165,7 @@ def test_ctrl_c_saves_model_table_and_picture(make_config: Make, tmp_path: Path,
     run = tmp_path / "run"
     assert code == 130
     assert "interrupted by SIGINT" in printed
-    assert "| - |" in (run / "results.md").read_text(), "no perplexity was measured after the last update"
+    assert "| - |" in (run / "results.md").read_text(), "no perplexity was measured after the last step"
     (summary,) = json.loads((run / "summary.json").read_text())
     assert (summary["optimizer"], summary["status"], summary["steps"]) == ("adamw", "interrupted", 3)
     assert (run / "adamw" / "model" / "model.safetensors").is_file()
@@ -269,7 +269,7 @@ def test_dry_run_shows_config_plan_and_batch_and_makes_nothing(targets: tuple[st
     assert not (tmp_path / "run").exists()
     assert '"warmup_steps": 0' in output
     assert "plan       galore_adamw: a peak of" in output
-    assert "inputs (4, 16), targets (4, 16) of int64; 2 in one update" in output
+    assert "inputs (4, 16), targets (4, 16) of int64; 2 in one step" in output
 
 
 def test_speed_leaves_out_the_first_update(make_config: Make, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_speed_leaves_out_the_first_update(make_config: Make, tmp_path: Path) ->
     assert pretrain(make_config(num_training_steps=4)) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, *others = [row for row in rows if "loss" in row]
-    assert first["warm_up"] in ("first update", "compiling")
+    assert first["warm_up"] in ("first step", "compiling")
     assert not first.keys() & {"tokens_per_s", "tflops", "mfu"}
     timed = [row for row in others if "warm_up" not in row]
     (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())

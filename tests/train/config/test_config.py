@@ -101,7 +101,7 @@ def test_each_contender_has_its_own_lr() -> None:
 
 @pytest.mark.parametrize(("scheduler", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
 def test_schedule_at_its_corners(scheduler: str, middle: float) -> None:
-    """4 updates of warm-up, then 9: the first is the peak, the last min_lr_ratio, the fifth halfway between."""
+    """4 steps of warm-up, then 9: the first is the peak, the last min_lr_ratio, the fifth halfway between."""
     config = PretrainConfig(num_training_steps=13, warmup_steps=4, min_lr_ratio=0.1, scheduler=scheduler)
     factors = [config.lr_factor(step) for step in range(13)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

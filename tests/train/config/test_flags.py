@@ -125,7 +125,7 @@ def test_token_budget_is_a_number_of_updates(text: str, tokens: int, parsed: Cal
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--max_train_tokens 100", "--max_train_tokens 100 is less than one update of 2048 tokens"),
+        ("--max_train_tokens 100", "--max_train_tokens 100 is less than one step of 2048 tokens"),
         ("--max_train_tokens 1M --num_training_steps 5", "both say how long to train"),
         ("--max_train_tokens -1", "'-1' is no number of tokens"),
         ("--gradient_accumulation 3 --total_batch_size 20", "--gradient_accumulation 3 times --batch_size 16 is 48"),
@@ -138,7 +138,7 @@ def test_token_budget_is_a_number_of_updates(text: str, tokens: int, parsed: Cal
         ("--restart_warmup_steps 100", "--restart_warmup_steps 100 has no effect here"),
         ("--scheduler cosine_restarts --cycle_length 100 --restart_warmup_steps 100", "must be less than --cycle_length 100"),
         ("--decay_steps 5", "--decay_steps 5 has no effect on --scheduler cosine"),
-        ("--scheduler wsd --decay_steps 399", "--decay_steps 399 is more than the 360 updates after warm-up"),
+        ("--scheduler wsd --decay_steps 399", "--decay_steps 399 is more than the 360 steps after warm-up"),
         ("--optimizer galore_adam8bit", "did you mean galore_adamw8bit?"),
         ("--model_config 60b", "did you mean 60m?"),
         ("--scheduler cosin", "did you mean cosine?"),
@@ -189,10 +189,10 @@ def test_yaml_without_the_package_is_one_line(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("shorter", [{"num_training_steps": 500}, {"max_train_tokens": 500 * 512 * 256}])
 def test_shortened_recipe_scales_its_warm_up_and_says_so(shorter: dict[str, int]) -> None:
-    """60m has 10,000 updates with 1,000 of warm-up: 500 updates have 50."""
+    """60m has 10,000 steps with 1,000 of warm-up: 500 steps have 50."""
     config = config_from({"config": "60m", **shorter})
     assert (config.num_training_steps, config.warmup) == (500, 50)
-    assert "--warmup_steps 1000 of 60m becomes 50, as its 10000 updates become 500" in config.notes
+    assert "--warmup_steps 1000 of 60m becomes 50, as its 10000 steps become 500" in config.notes
 
 
 def test_warm_up_that_is_given_and_a_recipe_that_is_not_shortened_stay() -> None:
@@ -209,7 +209,7 @@ def test_targets_are_patterns_and_of_projecting_optimizers_alone(parsed: Callabl
 
 
 def test_trained_model_goes_on_at_a_tenth_of_the_rate(tmp_path: Path) -> None:
-    """A demo model of validation perplexity 103 went to 117 in 40 updates at the whole default rate, to 96 at a tenth of it."""
+    """A demo model of validation perplexity 103 went to 117 in 40 steps at the whole default rate, to 96 at a tenth of it."""
     write(tmp_path / "config.json", model_type="llama", hidden_size=16, num_attention_heads=2, vocab_size=300)
     config = PretrainConfig(hf_model=str(tmp_path / "config.json"), compare=("galore_adamw", "adamw:0.5"))
     assert config.hf_model == str(tmp_path)  # the file means its folder

@@ -11,7 +11,7 @@ from galore_torch import cli
 from galore_torch.train.config.flags import config_from
 from galore_torch.train.config.recipes import recipe_names
 
-# The published scripts: optimizer, lr, rank, gap, sequences at once, updates, warm-up, clipping, activation checkpointing.
+# The published scripts: optimizer, lr, rank, gap, sequences at once, steps, warm-up, clipping, activation checkpointing.
 RUNS = {
     "60m": ("galore_adamw", 0.01, 128, 200, 256, 10_000, 1_000, 0.0, False),
     "130m": ("galore_adamw", 0.01, 256, 200, 256, 20_000, 2_000, 0.0, False),

@@ -1,4 +1,4 @@
-"""Updates that would not be finite are skipped; too many end the run."""
+"""Steps that would not be finite are skipped; too many end the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Make = Callable[..., PretrainConfig]
 def test_bad_update_is_skipped_and_counted(
     name: str, broken: str, make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Updates 3 and 4 meet NaN: the weights stay as update 2 left them, and the run learns on."""
+    """Steps 3 and 4 meet NaN: the weights stay as step 2 left them, and the run learns on."""
     loss = _Loop.loss
 
     def sometimes(self: _Loop, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(make_config: Make, tmp
 def test_loss_that_jumps_is_skipped_where_that_is_asked_for(
     name: str, make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Update 56 reads 9 nats too much; update 3 does too, but then nothing is known yet."""
+    """Step 56 reads 9 nats too much; step 3 does too, but then nothing is known yet."""
     loss = _Loop.loss
     monkeypatch.setattr(_Loop, "loss", lambda self, x, y: loss(self, x, y) + 9 * y.numel() * (self.result.steps in (2, 55)))
     settings: dict[str, Any] = {"optimizer": name, "num_training_steps": 58}

@@ -1,4 +1,4 @@
-"""What an update is said to cost, against torch by hand; and that looking changes nothing."""
+"""What a step is said to cost, against torch by hand; and that looking changes nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_tracking_the_subspace_changes_no_bit(
 
 
 def test_refreshes_and_overlap_are_those_of_the_schedule(make_config: Make, token_data: TokenData, tmp_path: Path) -> None:
-    """Every matrix at the first update, then each once in a gap of three; an overlap for each refresh that had an old basis."""
+    """Every matrix at the first step, then each once in a gap of three; an overlap for each refresh that had an old basis."""
     rows, model = updates(make_config(optimizer="galore_adamw", rank=4, num_training_steps=7, track_subspace=True), token_data, tmp_path)
     matrices = {name for name, p in model.named_parameters() if "proj" in name and p.dim() == 2}
     assert len(matrices) == 7
@@ -106,7 +106,7 @@ def test_consumed_gradients_have_no_norm_and_no_optimizer_time(make_config: Make
 def test_bad_gradient_inside_the_backward_pass_is_counted(
     make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One matrix meets NaN in update 3: the optimizer leaves it as it is, and the loop says that the update was bad."""
+    """One matrix meets NaN in step 3: the optimizer leaves it as it is, and the loop says that the step was bad."""
     bad, weights = "model.layers.0.mlp.gate_proj.weight", []
 
     def model_for(*args: Any) -> torch.nn.Module:
@@ -139,7 +139,7 @@ def one_update(probe: Probe, model: torch.nn.Module, inputs: torch.Tensor) -> di
 
 
 def test_overlap_of_a_refresh_is_between_the_bases_before_and_after_it() -> None:
-    """By hand from copies of the state, at a refresh in every update."""
+    """By hand from copies of the state, at a refresh in every step."""
     model = torch.nn.Linear(24, 16, bias=False)
     optimizer = GaLoreAdamW([{"params": model.parameters(), "rank": 4, "update_proj_gap": 1}])
     probe = Probe(model, optimizer, "cpu", track_subspace=True)
@@ -181,7 +181,7 @@ def test_tracking_what_has_no_subspace_is_refused() -> None:
 
 
 def test_refresh_share_is_the_cost_of_refreshes() -> None:
-    """Updates of 1 s with 0.5 s more for each refresh: found exactly, whatever the first update took."""
+    """Steps of 1 s with 0.5 s more for each refresh: found exactly, whatever the first step took."""
     share = RefreshShare()
     for step in range(1, 21):
         refreshes = 5 if step == 1 else step % 3

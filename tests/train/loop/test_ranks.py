@@ -47,7 +47,7 @@ def words(config: PretrainConfig) -> list[str]:
 
 
 def assert_close_runs(one: Path, other: Path) -> None:
-    """Equal but for the order in which float32 gradients are added: 1e-6 of the largest, times Adam's quotient, over few updates."""
+    """Equal but for the order in which float32 gradients are added: 1e-6 of the largest, times Adam's quotient, over few steps."""
     for mine, theirs in zip(rows(one), rows(other), strict=True):
         assert mine.keys() == theirs.keys()
         assert {key: mine[key] for key in ("step", "tokens_seen")} == {key: theirs[key] for key in ("step", "tokens_seen")}
@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.dist
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "padded in" in case else []) for case in CASES])
 def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, forked: Forked) -> None:
-    """The same documents in every update: the same losses, norms, weights, validation loss and number of tokens."""
+    """The same documents in every step: the same losses, norms, weights, validation loss and number of tokens."""
     settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]
     two = make_config(**settings, save_dir=str(tmp_path / "two"))
     one = make_config(**(settings | {"batch_size": 8}), save_dir=str(tmp_path / "one"))
@@ -119,7 +119,7 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_ranks_share_the_windows_of_a_pass_exactly_once(ranks: int) -> None:
-    """40 windows: after as many draws together as one process makes in three passes, the same ones in the same updates."""
+    """40 windows: after as many draws together as one process makes in three passes, the same ones in the same steps."""
     tokens = torch.arange(40 * 8 + 1, dtype=torch.int32)
     one = [inputs[:, 0].tolist() for inputs, _ in islice(batches(tokens, 8, ranks, seed=1), 120 // ranks)]
     shares = [

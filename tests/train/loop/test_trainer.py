@@ -28,7 +28,7 @@ Make = Callable[..., PretrainConfig]
 
 
 class Silent:
-    """A watcher that stops the run after `steps` updates."""
+    """A watcher that stops the run after `steps` steps."""
 
     def __init__(self, steps: int | None = None) -> None:
         self.left = steps
@@ -80,7 +80,7 @@ def test_matches_a_loop_by_hand(make_config: Make, token_data: TokenData, tmp_pa
 
 @pytest.mark.parametrize("name", ["adamw", "galore_adamw", "galore_adamw_per_layer"])
 def test_accumulated_batches_equal_one_large_batch(name: str, make_config: Make, token_data: TokenData, tmp_path: Path) -> None:
-    """Losses over four updates. Per-layer updates take the basis from the first small batch, so theirs stay near, not equal."""
+    """Losses over four steps. Per-layer updates take the basis from the first small batch, so theirs stay near, not equal."""
     common: dict[str, Any] = {"optimizer": name, "lr": 0.01, "num_training_steps": 4, "total_batch_size": 8}
     tolerance = 2e-2 if name == "galore_adamw_per_layer" else 1e-5
     small, _ = run(make_config(**common, batch_size=2), token_data, tmp_path)

@@ -157,7 +157,7 @@ def test_the_papers_table_in_one_command(make_config: Callable[..., PretrainConf
     assert len({row["perplexity_before"] for row in summary if row["optimizer"] != "low_rank"}) == 1
     rates = {name: [row["lr"] for row in metrics(tmp_path / "run" / name) if "lr" in row] for name in names}
     assert rates["lora"] == rates["galore_adamw"] == rates["adamw"]
-    assert rates["relora"] == rates["adamw"], "a cycle of three warms up in one update"
+    assert rates["relora"] == rates["adamw"], "a cycle of three warms up in one step"
     wide = make_config(optimizer="relora", restart_warmup_steps=2, save_dir=str(tmp_path / "wide"), **settings)
     assert wide.lr_factor(3, "relora") == wide.lr_factor(3) / 2
 

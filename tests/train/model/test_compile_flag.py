@@ -76,7 +76,7 @@ def test_it_decides_bits_so_a_resumed_run_keeps_it(make_config: Make, token_data
 def test_curve_is_the_eager_one(
     name: str, settings: dict[str, Any], make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, validation losses and what is kept for the backward pass, which fusion makes less of; six updates."""
+    """Losses, validation losses and what is kept for the backward pass, which fusion makes less of; six steps."""
     monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # LoRA's dropout then draws what it draws eagerly
     curves = []
     for on in (False, True):

@@ -155,7 +155,7 @@ def test_peak_memory_is_that_of_a_chunk() -> None:
 def test_a_run_learns_the_same_in_chunks(
     name: str, settings: dict[str, Any], make_config: Make, token_data: TokenData, tmp_path: Path
 ) -> None:
-    """Losses and validation losses of six updates, chunks of 7 tokens beside whole logits; all modes of per-layer updates."""
+    """Losses and validation losses of six steps, chunks of 7 tokens beside whole logits; all modes of per-layer updates."""
     if name == "relora":
         settings = settings | {"cycle_length": 3, "warmup_steps": 1}
     results = []

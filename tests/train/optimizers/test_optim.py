@@ -169,7 +169,7 @@ def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:
     muon, adamw = optimizer.parts
     assert [type(part) for part in optimizer.parts] == [torch.optim.Muon, torch.optim.AdamW]
     assert {tuple(p.shape) for p in muon.param_groups[0]["params"]} == {(16, 16), (24, 16), (16, 24)}
-    for group in optimizer.param_groups:  # what a trainer does at every update
+    for group in optimizer.param_groups:  # what a trainer does at every step
         group["lr"] = 0.5
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.5, 0.5)
 

@@ -18,7 +18,7 @@ def factors(kind: str, **more: int) -> list[float]:
 
 
 def cosine(step: int) -> float:
-    """The half cosine from 1 at the first update after warm-up to the floor at the last."""
+    """The half cosine from 1 at the first step after warm-up to the floor at the last."""
     return FLOOR + (1 - FLOOR) * math.cos(math.pi / 2 * (step - WARMUP) / (STEPS - 1 - WARMUP)) ** 2
 
 
@@ -60,7 +60,7 @@ def test_factor_depends_on_the_update_alone() -> None:
     other = PretrainConfig(num_training_steps=30, batch_size=1, total_batch_size=32, optimizer="galore_adamw8bit_per_layer")
     assert [plain.lr_factor(step) for step in range(30)] == [other.lr_factor(step, other.optimizer) for step in range(30)]
     peaks = [step for step in range(30) if other.lr_factor(step) == 1.0]
-    assert peaks == [2, 3], "one cycle: the last update of warm-up and the first after it"
+    assert peaks == [2, 3], "one cycle: the last step of warm-up and the first after it"
 
 
 def test_only_relora_turns_the_cosine_into_restarts() -> None:

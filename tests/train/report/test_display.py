@@ -15,7 +15,7 @@ TOTAL = 30
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
-    """An update of 1 s, and 0.5 s more at every second step, which refreshes."""
+    """A step of 1 s, and 0.5 s more at every second step, which refreshes."""
     refreshes = step % 2
     speed = {"tokens_per_s": 123_456.0, "seconds": 1 + 0.5 * refreshes, "refreshes": refreshes}
     return {"step": step, "loss": 3.14159, "lr": 1e-3, "rss_mb": 8123.4, "peak_rss_mb": 9876.5} | speed | more

@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 
 def updates(count: int, **more: Any) -> list[dict[str, Any]]:
-    """Rows as a low-rank run writes them: a refresh at every third update, two layers."""
+    """Rows as a low-rank run writes them: a refresh at every third step, two layers."""
     rows: list[dict[str, Any]] = []
     for step in range(1, count + 1):
         row = {"step": step, "loss": 6.0 - step / count, "lr": 0.01, "grad_norm": 1.0 + 1 / step, "tokens_seen": 100 * step}
@@ -103,7 +103,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 
 def test_sizes_that_a_resumed_run_wrote_twice_count_once(tmp_path: Path) -> None:
-    """Each process measures them in its first update; the table and the picture of memory read this."""
+    """Each process measures them in its first step; the table and the picture of memory read this."""
     rows = updates(12)
     again = [*rows[:6], rows[6] | {"memory_mb": rows[0]["memory_mb"]}, *rows[7:]]
     once, twice = (write_run(tmp_path / name, each) for name, each in (("once", rows), ("twice", again)))
@@ -128,15 +128,15 @@ def test_every_series_of_every_run_is_there(page: Page) -> None:
     assert list(page.figures) == [chart.key for chart in CHARTS]
     for key, text in page.figures.items():
         assert "Not recorded" not in text
-        assert "No update" not in text
+        assert "No step" not in text
         assert "plain" in text, key
         assert HOSTILE in text, key
         if key not in ("overlap", "memory"):  # there a colour is a layer, or a part
             assert {"var(--c0)", "var(--c1)"} <= set(re.findall(r"var\(--c\d\)", svg(page, key))), key
-    for word in ("update", "loss (nats per token)", "validation"):
+    for word in ("step", "loss (nats per token)", "validation"):
         assert word in page.figures["loss-steps"]
     assert "training tokens" in page.figures["loss-tokens"]
-    assert "time of updates and evaluations (s)" in page.figures["loss-time"]
+    assert "time of steps and evaluations (s)" in page.figures["loss-time"]
     for word in ("layer 0", "layer 1"):
         assert word in page.figures["overlap"]
     for word in ("without a refresh: 7, median 100 ms", "with a refresh: 4, median 110 ms"):
@@ -248,11 +248,11 @@ def cells(page: Page) -> dict[str, str]:
 
 
 def test_final_table(page: Page) -> None:
-    """By hand: 12 updates of 100 tokens, 1.24 s of updates and two evaluations of 0.5 s; 4 of 12 refresh, 10 ms each."""
+    """By hand: 12 steps of 100 tokens, 1.24 s of steps and two evaluations of 0.5 s; 4 of 12 refresh, 10 ms each."""
     first = cells(page)
     assert first["optimizer"] == "galore_adamw"
     assert first["status"] == "finished"
-    assert (first["updates"], first["tokens"], first["validation loss"], first["perplexity"]) == ("12", "1,200", "5.2000", "181.27")
+    assert (first["steps"], first["tokens"], first["validation loss"], first["perplexity"]) == ("12", "1,200", "5.2000", "181.27")
     assert (first["time"], first["state MB"], first["peak MB"]) == ("2.2 s", "10.00", "500")
     assert first["tokens/s"] == f"{1100 / (11 * 0.1 + 4 * 0.01):,.0f}"
 
@@ -266,7 +266,7 @@ def test_result_is_what_was_measured_after_an_update(tmp_path: Path) -> None:
         "c": ([before, *updates(8), evaluation(6, 5.2)], "181.27 at 6", "5.2000"),
         "d": ([before, *updates(6), evaluation(6, 800.0)], "-", "800.0000"),  # beyond a float
         "e": ([before, *updates(6), evaluation(6, 5.2) | {"eval_loss": None}], "-", "-"),
-        "f": ([before, evaluation(6, 5.2)], "181.27 at 6", "5.2000"),  # updates that could not be read
+        "f": ([before, evaluation(6, 5.2)], "181.27 at 6", "5.2000"),  # steps that could not be read
     }
     page = Page(write_report([str(write_run(tmp_path / name, rows)) for name, (rows, *_) in runs.items()], str(tmp_path / "all.html"))[0])
     listed = {Path(line.split()[0]).name: line for line in list_runs(str(tmp_path)).splitlines()[1:]}
@@ -279,20 +279,20 @@ def test_result_is_what_was_measured_after_an_update(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "tail", "status"),
     [
-        ([evaluation(0, 6.0), *updates(5)], '{"step": 6, "lo', "not finished: update 5 of 12"),  # killed while writing
+        ([evaluation(0, 6.0), *updates(5)], '{"step": 6, "lo', "not finished: step 5 of 12"),  # killed while writing
         (updates(12), "", "finished"),  # no evaluation
-        (updates(1), "", "not finished: update 1 of 12"),
-        ([evaluation(0, 6.0)], "", "not finished: update 0 of 12"),
-        ([], "", "not finished: update 0 of 12"),
-        ([*updates(2), updates(3, loss=float("nan"))[-1]], "", "not finished: update 3 of 12"),
-        ([*updates(2), {"step": 3, "lr": 0.01, "skipped": "the loss is nan", "seconds": 0.1}], "", "not finished: update 3 of 12"),
+        (updates(1), "", "not finished: step 1 of 12"),
+        ([evaluation(0, 6.0)], "", "not finished: step 0 of 12"),
+        ([], "", "not finished: step 0 of 12"),
+        ([*updates(2), updates(3, loss=float("nan"))[-1]], "", "not finished: step 3 of 12"),
+        ([*updates(2), {"step": 3, "lr": 0.01, "skipped": "the loss is nan", "seconds": 0.1}], "", "not finished: step 3 of 12"),
         (
             [{"step": 1, "loss": 6.0, "refreshes": "two", "overlap": [], "lr": None, "memory_mb": 3, "seconds": True}],
             "[]\n7\n",
             "not finished",
         ),
     ],
-    ids=["killed", "no evaluation", "one update", "no update", "empty", "diverged", "skipped", "foreign values"],
+    ids=["killed", "no evaluation", "one step", "no step", "empty", "diverged", "skipped", "foreign values"],
 )
 def test_short_and_broken_runs_have_a_report(rows: list[dict[str, Any]], tail: str, status: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", rows, tail)
@@ -301,7 +301,7 @@ def test_short_and_broken_runs_have_a_report(rows: list[dict[str, Any]], tail: s
     assert list(page.figures) == [chart.key for chart in CHARTS]
     assert ("could not be read" in page.text) == bool(tail)
     if not rows:
-        assert page.figures["loss-steps"].count("No update was written") == 1
+        assert page.figures["loss-steps"].count("No step was written") == 1
 
 
 def test_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
     assert rates == [0.01] * 4 + [0.5] * 5
 
 
-@pytest.mark.parametrize(("steps", "status"), [(6, "interrupted"), (4, "not finished: update 6 of 12")])
+@pytest.mark.parametrize(("steps", "status"), [(6, "interrupted"), (4, "not finished: step 6 of 12")])
 def test_summary_counts_until_a_resumed_run_goes_beyond_it(steps: int, status: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", updates(6))
     (folder / "summary.json").write_text(json.dumps([{"optimizer": "adamw", "status": "interrupted", "steps": steps}]))

@@ -28,7 +28,7 @@ def test_each_run_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     write_run(tmp_path / "runs" / "cut", 4, (0, 300.0))
     assert cli.main(["ls", str(tmp_path / "runs")]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["run", "optimizer", "status", "updates", "perplexity"]
+    assert header.split() == ["run", "optimizer", "status", "steps", "perplexity"]
     found = {line.split()[0]: line.split()[1:] for line in lines}
     assert found[str(tmp_path / "runs" / "whole")] == ["galore_adamw", "finished", "10", "42.50", "at", "10"]
     assert found[str(tmp_path / "runs" / "cut")] == ["galore_adamw", "not", "finished", "4", "-"]

@@ -166,7 +166,7 @@ def test_names_of_values() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_real_tensorboard_reads_back_the_losses_of_a_resumed_run(make_config: Make, tmp_path: Path) -> None:
-    """Written by torch's SummaryWriter, read by TensorBoard's own reader: each update once, though some were written twice."""
+    """Written by torch's SummaryWriter, read by TensorBoard's own reader: each step once, though some were written twice."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

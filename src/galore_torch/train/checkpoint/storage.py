@@ -1,6 +1,6 @@
 """Checkpoint folders: written whole or not at all, checked before they are used, bounded in number.
 
-    checkpoints/step-000123/    the files of one update; manifest.json has the size and SHA-256 of each
+    checkpoints/step-000123/    the files of one step; manifest.json has the size and SHA-256 of each
     checkpoints/.tmp-...        being written, or left by a crash: never read, removed at the next save
 Knows files and trees of tensors, not training. Nothing is pickled: tensors are safetensors, the rest is JSON.
 """
@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     the last good one stands. UserError, and nothing left behind, where the disk is full or refuses.
     """
     target = folder / f"step-{step:06d}"
-    with plain_failures(f"the checkpoint of update {step}", folder):
+    with plain_failures(f"the checkpoint of step {step}", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(_TEMPORARY + "*"):
             shutil.rmtree(left_over)
@@ -87,7 +87,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The update that the checkpoint `path` was written after."""
+    """The step that the checkpoint `path` was written after."""
     return int(path.name.removeprefix("step-"))
 
 

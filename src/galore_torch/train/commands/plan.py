@@ -40,7 +40,7 @@ _SETTINGS = (
     "targets",
     *_CODECS,
 )
-_CYCLE = 200  # updates between relora's merges: they cost no memory, but it has no default
+_CYCLE = 200  # steps between relora's merges: they cost no memory, but it has no default
 _DEFAULTS = {"dtype": "bfloat16", "batch_size": 1, "optimizer": "galore_adamw8bit_per_layer"}
 
 

@@ -173,7 +173,7 @@ def _dry_run(console: Console, config: PretrainConfig, data: TokenData, covered:
         inputs, targets = next(stream)
     console.print(
         f"batch      inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} of {str(inputs.dtype).removeprefix('torch.')}; "
-        f"{config.accumulation} in one update of each of {config.processes} process{'es' if config.processes > 1 else ''}\n"
+        f"{config.accumulation} in one step of each of {config.processes} process{'es' if config.processes > 1 else ''}\n"
         "--dry_run: no run was made",
         highlight=False,
         soft_wrap=True,
@@ -201,7 +201,7 @@ def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
     for text in [f"skipped: {what}" for what in starts.skipped] + differences(starts.checkpoints.values(), device):
         _note(console, text)
     for run_name, path in starts.checkpoints.items():
-        console.print(f"resumed    {run_name} after update {step_of(path)}", highlight=False)
+        console.print(f"resumed    {run_name} after step {step_of(path)}", highlight=False)
 
 
 def _one_run(
@@ -256,7 +256,7 @@ def _close(console: Console, config: PretrainConfig, folder: Path, results: Sequ
         console.print(f"config, metrics, picture, checkpoints and model: {folder}", highlight=False, soft_wrap=True, markup=False)
     for result in results:
         if result.skipped:
-            console.print(f"[yellow]{result.optimizer}: {result.skipped} updates were skipped, see {METRICS}[/]", highlight=False)
+            console.print(f"[yellow]{result.optimizer}: {result.skipped} steps were skipped, see {METRICS}[/]", highlight=False)
     interrupted = any(result.status == "interrupted" for result in results) or len(results) < len(config.contenders)
     if interrupted and stopped_by is not None:
         console.print(

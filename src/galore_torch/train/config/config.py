@@ -60,7 +60,7 @@ class PretrainConfig(Settings):
             steps = self.max_train_tokens // (self.sequences_per_update * self.max_length)
             if not steps:
                 raise UserError(
-                    f"--max_train_tokens {self.max_train_tokens} is less than one update of "
+                    f"--max_train_tokens {self.max_train_tokens} is less than one step of "
                     f"{self.sequences_per_update * self.max_length} tokens; give more, or a smaller batch"
                 )
             object.__setattr__(self, "num_training_steps", steps)
@@ -147,7 +147,7 @@ class PretrainConfig(Settings):
             raise UserError(f"--decay_steps {self.decay_steps} has no effect on --scheduler {self.scheduler}; leave it out, or choose wsd")
         if self.decay_steps is not None and self.decay_steps > steps - self.warmup:
             raise UserError(
-                f"--decay_steps {self.decay_steps} is more than the {steps - self.warmup} updates after warm-up; "
+                f"--decay_steps {self.decay_steps} is more than the {steps - self.warmup} steps after warm-up; "
                 f"try --decay_steps {max(1, steps // 5)}"
             )
         restarts = "relora" if "relora" in names else "--scheduler cosine_restarts" if self.scheduler == "cosine_restarts" else None
@@ -158,7 +158,7 @@ class PretrainConfig(Settings):
                 )
         if restarts and not (self.cycle_length and self.warmup < self.cycle_length < steps):
             raise UserError(
-                f"{restarts} needs --cycle_length, the updates between two restarts, above --warmup_steps {self.warmup} and below "
+                f"{restarts} needs --cycle_length, the steps between two restarts, above --warmup_steps {self.warmup} and below "
                 f"--num_training_steps {steps} (now {self.cycle_length})"
             )
         if restarts and self.restart_warmup_steps is not None and self.restart_warmup_steps >= (self.cycle_length or 0):

@@ -78,7 +78,7 @@ def _shortened(path: str, values: dict[str, Any], flags: Mapping[str, Any]) -> l
     for key in _OF_THE_SCHEDULE - flags.keys():
         if steps < was and values.get(key):
             scaled = max(1, values[key] * steps // was)
-            remarks.append(f"--{key} {values[key]} of {path} becomes {scaled}, as its {was} updates become {steps}")
+            remarks.append(f"--{key} {values[key]} of {path} becomes {scaled}, as its {was} steps become {steps}")
             values[key] = scaled
     return sorted(remarks)
 

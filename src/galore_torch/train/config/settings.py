@@ -114,13 +114,13 @@ class Settings:
     total_batch_size: int | None = _setting(
         None,
         "training",
-        "sequences in one update: a multiple of --batch_size x processes (default: equal)",
+        "sequences in one step: a multiple of --batch_size x processes (default: equal)",
         at_least=1,
     )
     gradient_accumulation: int | None = _setting(
-        None, "training", "forward passes in one update: another way to say --total_batch_size", at_least=1
+        None, "training", "forward passes in one step: another way to say --total_batch_size", at_least=1
     )
-    num_training_steps: int = _setting(400, "training", "updates", at_least=1)
+    num_training_steps: int = _setting(400, "training", "steps", at_least=1)
     max_train_tokens: int | None = _setting(
         None,
         "training",
@@ -128,19 +128,19 @@ class Settings:
         parse="tokens",
         at_least=1,
     )
-    warmup_steps: int | None = _setting(None, "training", "updates of linear warm-up (default: a tenth)")
+    warmup_steps: int | None = _setting(None, "training", "steps of linear warm-up (default: a tenth)")
     scheduler: str = _setting("cosine", "training", "after warm-up: " + ", ".join(SCHEDULERS), choices=SCHEDULERS)
-    decay_steps: int | None = _setting(None, "training", "updates of the decay that ends --scheduler wsd (default: a fifth)", at_least=1)
+    decay_steps: int | None = _setting(None, "training", "steps of the decay that ends --scheduler wsd (default: a fifth)", at_least=1)
     cycle_length: int | None = _setting(
-        None, "training", "updates between restarts: of --scheduler cosine_restarts, and of relora", at_least=1
+        None, "training", "steps between restarts: of --scheduler cosine_restarts, and of relora", at_least=1
     )
     restart_warmup_steps: int | None = _setting(
-        None, "training", "updates of warm-up after a restart (default: a tenth of the cycle)", at_least=1
+        None, "training", "steps of warm-up after a restart (default: a tenth of the cycle)", at_least=1
     )
     min_lr_ratio: float = _setting(0.1, "training", "last lr as a share of --lr", at_least=0, at_most=1)
     grad_clipping: float = _setting(0.0, "training", "largest gradient norm, 0: no clipping", at_least=0)
     max_loss_rise: float = _setting(
-        0.0, "training", "skip an update whose loss is this far above the median of the last 50, 0: never", at_least=0
+        0.0, "training", "skip a step whose loss is this far above the median of the last 50, 0: never", at_least=0
     )
     loss_chunk: int | None = _setting(
         None,
@@ -148,11 +148,11 @@ class Settings:
         "tokens whose logits exist at once, 0: all of a forward pass (default: as many as take 256 MiB in float32)",
         at_least=0,
     )
-    compile: bool = _setting(False, "training", "torch.compile for the model's layers: slow first updates, faster later ones")
+    compile: bool = _setting(False, "training", "torch.compile for the model's layers: slow first steps, faster later ones")
     seed: int = _setting(0, "training", "weights and data order", at_least=0, at_most=2**63 - 1)
     device: str = _setting("auto", "training", "auto, cpu or cuda", choices=DEVICES)
     # -- run
-    eval_every: int = _setting(100, "run", "updates between evaluations, 0: before and after only", at_least=0)
+    eval_every: int = _setting(100, "run", "steps between evaluations, 0: before and after only", at_least=0)
     eval_tokens: int = _setting(65536, "run", "validation tokens to evaluate on, at most", at_least=1)
     legacy_eval: bool = _setting(
         False, "run", "also write legacy_eval_loss, the published script's: mean of batch means, divided by their number + 1"
@@ -163,12 +163,10 @@ class Settings:
     track_subspace: bool = _setting(False, "run", "write to metrics.jsonl how much of each matrix's subspace every refresh kept")
     tracker: tuple[str, ...] = _setting((), "run", "also log to: " + ", ".join(TRACKERS), metavar="NAME")
     save_dir: str | None = _setting(None, "run", "new folder for the run (default: runs/pretrain-<date>-<time>)")
-    save_every: int = _setting(1000, "run", "updates between checkpoints, 0: only when the run ends or is stopped", at_least=0)
+    save_every: int = _setting(1000, "run", "steps between checkpoints, 0: only when the run ends or is stopped", at_least=0)
     keep: int = _setting(2, "run", "checkpoints to keep, the newest", at_least=1)
     resume: str | None = _setting(None, "run", "auto: go on from the newest whole checkpoint of --save_dir; or one checkpoint's folder")
-    max_bad_steps: int = _setting(
-        5, "run", "stop after so many skipped updates in a row; one is skipped where it is not finite", at_least=1
-    )
+    max_bad_steps: int = _setting(5, "run", "stop after so many skipped steps in a row; one is skipped where it is not finite", at_least=1)
     dry_run: bool = _setting(False, "run", "print the resolved config, the plan and the first batch's shapes, and stop: no run is made")
     force: bool = _setting(False, "run", "start although the plan needs more memory than there is")
     # -- flags of the published script that have nothing to set here: accepted, and a note says why
@@ -257,7 +255,7 @@ class Settings:
 
     @property
     def accumulation(self) -> int:
-        """Forward passes in one update."""
+        """Forward passes in one step."""
         return (self.total_batch_size or self.sequences_at_once) // self.sequences_at_once
 
     @property
@@ -267,7 +265,7 @@ class Settings:
 
     @property
     def warmup(self) -> int:
-        """Updates of linear warm-up, settled."""
+        """Steps of linear warm-up, settled."""
         return self.num_training_steps // 10 if self.warmup_steps is None else self.warmup_steps
 
     @property
@@ -316,5 +314,5 @@ class Settings:
         return Schedule(kind, self.num_training_steps, self.warmup, self.min_lr_ratio, decay, cycle, restart)
 
     def lr_factor(self, step: int, optimizer: str = "") -> float:
-        """Share of the peak learning rate at update `step` (from 0)."""
+        """Share of the peak learning rate at step `step` (from 0)."""
         return self.schedule(optimizer).factor(step)

@@ -39,7 +39,7 @@ class Ranks:
         return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
 
     def averaging(self, wrapped: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward pass: whether they end in the average; the last of an update's do."""
+        """Around forward and backward pass: whether they end in the average; the last of a step's do."""
         return contextlib.nullcontext() if now or self.size == 1 else wrapped.no_sync()  # type: ignore[operator]
 
     def total(self, *values: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""What an update costs, measured from outside: gradient norm, time, refreshes, memory, and how far each subspace turned.
+"""What a step costs, measured from outside: gradient norm, time, refreshes, memory, and how far each subspace turned.
 
 Reads the optimizer's state and changes nothing in it: a run is bit-equal with and without. Imports torch only inside functions.
 """
@@ -23,14 +23,14 @@ _MB = 1e6
 
 
 class Probe:
-    """Measures one update after the other: begin, saving, gradient_norm, stepping, finish, in this order."""
+    """Measures one step after the other: begin, saving, gradient_norm, stepping, finish, in this order."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str, *, track_subspace: bool) -> None:
         from galore_torch.optim.fused_backward import attachment_of
 
         self.model, self.optimizer, self.device, self.track_subspace = model, optimizer, device, track_subspace
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._first = True  # sizes do not change from update to update: they are measured in the first
+        self._first = True  # sizes do not change from step to step: they are measured in the first
         self._memory: dict[str, int] = {}
         self._due: list[_Matrix] = []
         self._old: dict[str, Bases] = {}
@@ -94,7 +94,7 @@ class Probe:
         self._optimizer_s = time.perf_counter() - start if whole else None
 
     def finish(self) -> dict[str, Any]:
-        """Fields of this update's row: optimizer_s, refreshes, overlap, and once memory_mb; left out where not known."""
+        """Fields of this step's row: optimizer_s, refreshes, overlap, and once memory_mb; left out where not known."""
         from galore_torch.optim.base import LowRankOptimizer
 
         row: dict[str, Any] = {}

@@ -21,11 +21,11 @@ class RunResult:
     adamw_state_bytes: int = 0
     steps: int = 0
     tokens_seen: int = 0
-    seconds: float = 0.0  # of updates alone, without evaluation
-    timed_tokens: int = 0  # of the updates that tell a speed: not the first after a start, nor any that compiles
+    seconds: float = 0.0  # of steps alone, without evaluation
+    timed_tokens: int = 0  # of the steps that tell a speed: not the first after a start, nor any that compiles
     timed_seconds: float = 0.0
     peak_memory_mb: float = 0.0
-    skipped: int = 0  # updates left out because the loss or the gradient was not finite
+    skipped: int = 0  # steps left out because the loss or the gradient was not finite
     skipped_in_a_row: int = 0  # the last ones
     status: str = "finished"  # or "interrupted", or why it stopped
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
@@ -33,7 +33,7 @@ class RunResult:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the updates that neither warm up nor compile; of all where there were no others."""
+        """Of the steps that neither warm up nor compile; of all where there were no others."""
         tokens, seconds = (self.timed_tokens, self.timed_seconds) if self.timed_seconds else (self.tokens_seen, self.seconds)
         return tokens / seconds if seconds else 0.0
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-_RECENT = 50  # updates whose median --max_loss_rise is measured from
+_RECENT = 50  # steps whose median --max_loss_rise is measured from
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -106,9 +106,9 @@ class _Loop:
     watcher: Watcher
     folder: Path
     ranks: Ranks = ALONE
-    saved: int = -1  # the update of the last checkpoint
-    starting: bool = True  # no update has been made since the start
-    position: dict[str, int] | None = None  # in the text, behind the last update
+    saved: int = -1  # the step of the last checkpoint
+    starting: bool = True  # no step has been made since the start
+    position: dict[str, int] | None = None  # in the text, behind the last step
 
     def __post_init__(self) -> None:
         tokens = self.config.batch_size * self.config.max_length
@@ -175,7 +175,7 @@ class _Loop:
             result.losses.append((step, mean_loss))
         row |= {"tokens_seen": result.tokens_seen, "seconds": round(seconds, 6)}
         row["data_s"] = round(data_s, 6)  # of these seconds, waited for text
-        if warm_up := "compiling" if compiled_so_far() > compiled else "first update" if self.starting else "":
+        if warm_up := "compiling" if compiled_so_far() > compiled else "first step" if self.starting else "":
             row["warm_up"] = warm_up  # its time tells nothing of those that follow
         else:
             result.timed_tokens += tokens
@@ -193,7 +193,7 @@ class _Loop:
 
     def backward(self, parts: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[float, float, str]:
         """Gradients of the mean loss over the `tokens` targets of all ranks' `parts`; returns that loss as cross-entropy and auxiliary
-        part, and why the update is to be left out, if it is."""
+        part, and why the step is to be left out, if it is."""
         mean_loss, auxiliary, bad = 0.0, 0.0, ""
         for index, (inputs, targets) in enumerate(parts, 1):
             with self.ranks.averaging(self.shared_loss, now=index == len(parts)):
@@ -211,7 +211,7 @@ class _Loop:
         return mean_loss, auxiliary, bad
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """`TokenLoss` of one part of an update."""
+        """`TokenLoss` of one part of a step."""
         return self.shared_loss(inputs.to(self.device), targets.to(self.device))
 
     def why_bad(self, loss: float, auxiliary: float) -> str:
@@ -286,7 +286,7 @@ class _Loop:
         return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
 
     def save(self) -> None:
-        """Write a checkpoint, but no second one of an update, and none of weights that are not finite: those push out good ones."""
+        """Write a checkpoint, but no second one of a step, and none of weights that are not finite: those push out good ones."""
         config, result = self.config, self.result
         positions = self.ranks.every(self.position or {})  # asked of all ranks before any of them may return
         if result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):

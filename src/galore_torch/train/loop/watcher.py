@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Watcher(Protocol):
-    """Told of every update and evaluation by its row of metrics.jsonl, asked whether to stop."""
+    """Told of every step and evaluation by its row of metrics.jsonl, asked whether to stop."""
 
     def step(self, row: dict[str, Any], total: int) -> None: ...
     def evaluated(self, row: dict[str, Any]) -> None: ...

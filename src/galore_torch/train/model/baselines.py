@@ -57,13 +57,13 @@ def lora(model: nn.Module, settings: Mapping[str, Any], **adamw: Any) -> torch.o
 
 
 def relora(model: nn.Module, settings: Mapping[str, Any], **adamw: Any) -> torch.optim.Optimizer:
-    """LoRA whose adapters are merged into the matrices and begun anew every `cycle_length` updates (arXiv 2307.05695)."""
+    """LoRA whose adapters are merged into the matrices and begun anew every `cycle_length` steps (arXiv 2307.05695)."""
     _inject(model, settings["rank"])
     return ReLoRA(model, settings["cycle_length"], **adamw)
 
 
 class ReLoRA(torch.optim.AdamW):
-    """AdamW that merges after every `cycle_length`-th update, and then forgets the adapters' moments."""
+    """AdamW that merges after every `cycle_length`-th step, and then forgets the adapters' moments."""
 
     def __init__(self, model: nn.Module, cycle_length: int, **adamw: Any):
         super().__init__(_trainable(model), **adamw)

@@ -64,7 +64,7 @@ class CombinedOptimizer:
 def muon_with_adamw(model: nn.Module, settings: Mapping[str, Any], *, lr: float, weight_decay: float) -> CombinedOptimizer:
     """torch.optim.Muon where `galore_param_groups` would project, torch.optim.AdamW elsewhere, at one learning rate.
 
-    Muon's update is scaled to the size of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that one rate suits both.
+    Muon's step is scaled to the size of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that one rate suits both.
     """
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch.optim.Muon, which came with torch 2.9; this is torch {torch.__version__}")

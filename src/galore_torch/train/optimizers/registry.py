@@ -75,7 +75,7 @@ _PER_LAYER = {
     "adamw": OptimizerSpec("GaLoreAdamW", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
     "adafactor": OptimizerSpec("GaLoreAdafactor", "galore_torch", 3e-3, extra=_ADAFACTOR),
 }
-# Every one of this package's optimizers can update a layer inside the backward pass.
+# Every one of this package's optimizers can step a layer inside the backward pass.
 OPTIMIZERS |= {
     f"{name}_per_layer": replace(row, per_layer=True) for name, row in (OPTIMIZERS | _PER_LAYER).items() if row.home == "galore_torch"
 }

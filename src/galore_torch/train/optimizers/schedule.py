@@ -1,6 +1,6 @@
-"""The learning rate as a share of its peak, a function of the update's number alone. Imports no torch.
+"""The learning rate as a share of its peak, a function of the step's number alone. Imports no torch.
 
-Accumulation and per-layer updates do not enter: the number counts updates, not forward passes.
+Accumulation and per-layer updates do not enter: the number counts steps, not forward passes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ SCHEDULERS = ("cosine", "linear", "constant", "wsd", "cosine_restarts")
 
 @dataclass(frozen=True)
 class Schedule:
-    """One schedule over `steps` updates. Every kind warms up linearly over `warmup` updates, the last of which is at the peak.
+    """One schedule over `steps` steps. Every kind warms up linearly over `warmup` steps, the last of which is at the peak.
 
-    cosine, linear: from the peak to `floor`, which is the share of the last update.
+    cosine, linear: from the peak to `floor`, which is the share of the last step.
     constant: the peak.
-    wsd: the peak, then `floor` at the last of `decay` updates along 1 - sqrt (Hägele et al., arXiv 2405.18392, section 3).
-    cosine_restarts: the cosine, multiplied at the start of every `cycle` updates but the first by a warm-up of
-        `restart_warmup` updates (the "jagged" cosine of ReLoRA, arXiv 2307.05695, section 3).
+    wsd: the peak, then `floor` at the last of `decay` steps along 1 - sqrt (Hägele et al., arXiv 2405.18392, section 3).
+    cosine_restarts: the cosine, multiplied at the start of every `cycle` steps but the first by a warm-up of
+        `restart_warmup` steps (the "jagged" cosine of ReLoRA, arXiv 2307.05695, section 3).
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Schedule:
     restart_warmup: int = 0
 
     def factor(self, step: int) -> float:
-        """Share of the peak at update `step`, counted from 0."""
+        """Share of the peak at step `step`, counted from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return self._after_warmup(step) * self._restart(step)

@@ -1,4 +1,4 @@
-"""The memory of an update, phase by phase, by arithmetic: when is most held, and of what?
+"""The memory of a step, phase by phase, by arithmetic: when is most held, and of what?
 
 For transformers' LLaMA on torch's flash attention. N tokens in a forward pass, D the width, I the MLP's, V the vocabulary;
 b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once, or over a chunk of tokens' (head_loss.py).
@@ -97,7 +97,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is held at one point of an update, in bytes, beside weights and state."""
+    """What is held at one point of a step, in bytes, beside weights and state."""
 
     name: str
     gradients: int
@@ -112,7 +112,7 @@ class Phase:
 
 
 def phases(request: PlanRequest) -> Iterator[Phase]:
-    """The points of an update at which most can be held, in order."""
+    """The points of a step at which most can be held, in order."""
     q, layers = request, request.sizes.layers
     tokens, b, D, I = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate
     own, rows = layer_activations(q), tokens * D * b

@@ -19,7 +19,7 @@ RESERVE = {"cuda": (700 * 10**6, 0.03), "cpu": (500 * 10**6, 0.02)}
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes: what lasts, the phases of an update, and the reserve."""
+    """Bytes: what lasts, the phases of a step, and the reserve."""
 
     request: PlanRequest
     weights: int
@@ -62,7 +62,7 @@ class Plan:
         return constant + round((1 + share) * most)
 
     def update_flops(self) -> float:
-        """Operations of one update: forward and backward passes, a recomputed forward pass counted; not the optimizer's."""
+        """Operations of one step: forward and backward passes, a recomputed forward pass counted; not the optimizer's."""
         request = self.request
         tokens = request.tokens * request.accumulation
         return request.sizes.flops_per_token(request.length) * tokens * (4 / 3 if request.checkpointing else 1)

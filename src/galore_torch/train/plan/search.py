@@ -12,7 +12,7 @@ from galore_torch.train.plan.answer import Plan, plan_request, planned
 # 8-bit moments before all: with bf16 weights fp32 ones hold more than bf16 AdamW does. Q-GaLore's int8 weights cost some quality: last.
 PREFERRED = (("galore_adamw8bit", "galore_adamw8bit_per_layer"), ("qgalore_adamw8bit_per_layer",))
 SHARES = (2, 4, 8, 16, 32)  # of the short side: ranks to try, the largest first
-MOST_SEQUENCES = 512  # in one forward pass: the published batch of an update
+MOST_SEQUENCES = 512  # in one forward pass: the published batch of a step
 _TRACES = 3  # formulas and a trace agree within 3 %: so many borderline recipes are given up before the formulas have it
 
 

@@ -105,14 +105,14 @@ def beside(plan: Plan, budget: Budget | None) -> list[str]:
         tokens = plan.request.tokens * plan.request.accumulation
         peak = (gpu.peak_flops(plan.request.dtype) or 0) / 1e12
         lines.append(
-            f"time       about {_time(seconds)} s an update of {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s: an estimate, at "
+            f"time       about {_time(seconds)} s a step of {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s: an estimate, at "
             f"{UTILISATION:.0%} of the {peak:g} TFLOP/s of its data sheet, without the optimizer's own step"
         )
     return lines
 
 
 def update_seconds(plan: Plan, gpu: Gpu) -> float | None:
-    """An estimate of one update's passes; None where the GPU has no units for the dtype."""
+    """An estimate of one step's passes; None where the GPU has no units for the dtype."""
     peak = gpu.peak_flops(plan.request.dtype)
     return plan.update_flops() / (UTILISATION * peak) if peak else None
 

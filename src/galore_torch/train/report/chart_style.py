@@ -93,7 +93,7 @@ def x_axis(axes: Axes, x: str, runs: Sequence[Run]) -> float:
     if x == "wall":
         longest = max(run.wall for run in runs)
         unit, factor = ("s", 1.0) if longest < 600 else ("min", 1 / 60) if longest < 7200 else ("h", 1 / 3600)
-        axes.set(xlabel=f"time of updates and evaluations ({unit})", xlim=_span(longest * factor))
+        axes.set(xlabel=f"time of steps and evaluations ({unit})", xlim=_span(longest * factor))
         return factor
     rows = [row for run in runs for row in (*run.updates, *run.evals)]
     axes.set_xlim(_span(max((number(row.get(x)) or 0 for row in rows), default=0)))
@@ -101,7 +101,7 @@ def x_axis(axes: Axes, x: str, runs: Sequence[Run]) -> float:
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     else:
-        axes.set_xlabel("update")
+        axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return 1.0
 

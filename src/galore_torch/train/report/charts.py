@@ -30,7 +30,7 @@ class Chart:
     title: str
     caption: str
     draw: Callable[[Sequence[Run]], Figure | None]
-    missing: str = "No update was written to metrics.jsonl."
+    missing: str = "No step was written to metrics.jsonl."
 
 
 def _loss(x: str) -> Callable[[Sequence[Run]], Figure | None]:
@@ -61,7 +61,7 @@ def _loss(x: str) -> Callable[[Sequence[Run]], Figure | None]:
 
 
 def _curves(field: str, unit: str, *, log: bool = False, smoothed: bool = False) -> Callable[[Sequence[Run]], Figure | None]:
-    """One field of the updates over their number, one curve a run."""
+    """One field of the steps over their number, one curve a run."""
 
     def draw(runs: Sequence[Run]) -> Figure | None:
         shown = [(i, run) for i, run in enumerate(runs) if run.series(field)[0]]
@@ -129,7 +129,7 @@ def layer_of(name: str) -> tuple[int, str]:
 
 
 def _step_times(runs: Sequence[Run]) -> Figure | None:
-    """One panel a run: updates without a refresh pale, with one in full colour, on top of each other."""
+    """One panel a run: steps without a refresh pale, with one in full colour, on top of each other."""
     shown = [(i, run) for i, run in enumerate(runs) if run.seconds()]
     if not shown:
         return None
@@ -139,7 +139,7 @@ def _step_times(runs: Sequence[Run]) -> Figure | None:
     unit, factor = ("ms", 1e3) if last < 2 else ("s", 1.0)
     for axes, (index, run) in zip(stack, shown, strict=True):
         kinds = [("without a refresh", run.seconds(refreshed=False), 0.4), ("with a refresh", run.seconds(refreshed=True), 1.0)]
-        kinds = [kind for kind in kinds if kind[1]] if run.series("refreshes")[0] else [("updates", run.seconds(), 0.4)]
+        kinds = [kind for kind in kinds if kind[1]] if run.series("refreshes")[0] else [("steps", run.seconds(), 0.4)]
         labels = [f"{label}: {len(part)}, median {statistics.median(part) * factor:.3g} {unit}" for label, part, _ in kinds]
         shades = [to_rgba(colour(index), alpha) for _, _, alpha in kinds]
         times = [[s * factor for s in part] for _, part, _ in kinds]
@@ -147,10 +147,10 @@ def _step_times(runs: Sequence[Run]) -> Figure | None:
         beyond = sum(s > last for s in run.seconds())
         title = f"{label_of(run, 36)} ({beyond} slower than {last * factor:.3g} {unit})" if beyond else label_of(run)
         axes.set_title(title, loc="left")
-        axes.set(ylabel="updates", ylim=(0, 1.6 * axes.get_ylim()[1]))  # room for the legend above the bars
+        axes.set(ylabel="steps", ylim=(0, 1.6 * axes.get_ylim()[1]))  # room for the legend above the bars
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.legend(loc="upper right")
-    stack[-1].set_xlabel(f"time of one update ({unit}), the first left out")
+    stack[-1].set_xlabel(f"time of one step ({unit}), the first left out")
     return figure
 
 
@@ -211,9 +211,9 @@ def _held(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-_BOLD = "Bold: smoothed; faint: every update; rings: validation text."
+_BOLD = "Bold: smoothed; faint: every step; rings: validation text."
 CHARTS = (
-    Chart("loss-steps", "Loss over updates", _BOLD, _loss("step")),
+    Chart("loss-steps", "Loss over steps", _BOLD, _loss("step")),
     Chart("loss-tokens", "Loss over tokens", _BOLD, _loss("tokens_seen")),
     Chart("loss-time", "Loss over time", _BOLD + " Loading is left out.", _loss("wall")),
     Chart("lr", "Learning rate", "Peak rate times warm-up and schedule.", _curves("lr", "learning rate")),
@@ -234,15 +234,15 @@ CHARTS = (
     ),
     Chart(
         "step-time",
-        "Time of an update",
-        "Updates that refreshed a basis are in full colour, the others pale.",
+        "Time of a step",
+        "Steps that refreshed a basis are in full colour, the others pale.",
         _step_times,
-        "Not recorded: it takes at least two updates.",
+        "Not recorded: it takes at least two steps.",
     ),
     Chart(
         "memory",
         "Memory by purpose",
-        "Measured in the first update: weights, gradients held together, optimizer state, and activations kept for the backward pass.",
+        "Measured in the first step: weights, gradients held together, optimizer state, and activations kept for the backward pass.",
         _memory,
         "Not recorded by these runs.",
     ),

@@ -95,7 +95,7 @@ def _themed(style: str) -> str:
 
 
 _HEADER = (
-    *("run", "optimizer", "status", "updates", "tokens", "training loss", "validation loss", "perplexity", "tokens/s"),
+    *("run", "optimizer", "status", "steps", "tokens", "training loss", "validation loss", "perplexity", "tokens/s"),
     *("time", "refresh share", "state MB", "peak MB"),
 )
 

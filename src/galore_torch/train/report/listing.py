@@ -9,11 +9,11 @@ from galore_torch.train.loop.result import perplexity
 from galore_torch.train.report.runs import Run, read_runs
 from galore_torch.train.report.series import reading
 
-_HEADER = ("run", "optimizer", "status", "updates", "perplexity")
+_HEADER = ("run", "optimizer", "status", "steps", "perplexity")
 
 
 def list_runs(folder: str) -> str:
-    """Of each run: its folder, optimizer, status, updates, and the validation perplexity last measured after an update."""
+    """Of each run: its folder, optimizer, status, steps, and the validation perplexity last measured after a step."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder} {'is a file' if root.exists() else 'does not exist'}; give a folder with runs: galore ls FOLDER")

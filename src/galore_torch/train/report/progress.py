@@ -71,19 +71,19 @@ class Display:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
-            self.console.print("[yellow]stopped before the first update[/]")
+            self.console.print("[yellow]stopped before the first step[/]")
             raise SystemExit(128 + number)
         if self.stopped_by is None:
             self.stopped_by = number
-            self.console.print("[yellow]stopping after this update; Ctrl-C again to drop the run[/]")
+            self.console.print("[yellow]stopping after this step; Ctrl-C again to drop the run[/]")
         elif number == signal.SIGINT:  # SIGTERM may come again while the checkpoint is written
             raise KeyboardInterrupt
 
     def begin(self, name: str, total: int, planned_mb: float | None = None) -> None:
-        """A new run called `name` of `total` updates, whose memory is to peak at `planned_mb` (None: nobody knows)."""
+        """A new run called `name` of `total` steps, whose memory is to peak at `planned_mb` (None: nobody knows)."""
         self._name, self._planned_mb = name, planned_mb
         self._share, self._training = RefreshShare(), False
-        self._task = self._progress.add_task(name, total=total, figures="first update, compiling where that pays")
+        self._task = self._progress.add_task(name, total=total, figures="first step, compiling where that pays")
 
     def should_stop(self) -> bool:
         self._training = True  # who asks will stop by himself
@@ -103,7 +103,7 @@ class Display:
     def evaluated(self, row: dict[str, Any]) -> None:
         legacy = f" (as published: {row['legacy_eval_perplexity']:,.2f})" if "legacy_eval_perplexity" in row else ""
         self.console.print(
-            f"{self._name} update {row['step']}: validation perplexity "
+            f"{self._name} step {row['step']}: validation perplexity "
             f"[bold]{row['eval_perplexity']:,.2f}[/] over {row['eval_tokens']:,} tokens{legacy}",
             highlight=False,
         )
@@ -112,7 +112,7 @@ class Display:
 def _figures(row: dict[str, Any], share: float | None, planned_mb: float | None) -> str:
     """Loss, rate, speed, memory now / at its peak / planned (of the device where there is one), shares of peak speed and refreshes.
 
-    A row without `tokens_per_s` is an update that compiled.
+    A row without `tokens_per_s` is a step that compiled.
     """
     now, peak = (row["cuda_mb"], row["cuda_peak_mb"]) if "cuda_mb" in row else (row["rss_mb"], row["peak_rss_mb"])
     sizes = (now, peak) if planned_mb is None else (now, peak, planned_mb)

@@ -19,7 +19,7 @@ Points = tuple[list[float], list[float]]  # x and y of one curve
 
 @dataclass
 class Run:
-    """One optimizer's run. `updates` and `evals` are rows of metrics.jsonl in the order of their steps, each step once."""
+    """One optimizer's run. `steps` and `evals` are rows of metrics.jsonl in the order of their steps, each step once."""
 
     folder: Path
     name: str
@@ -41,21 +41,21 @@ class Run:
 
     @property
     def status(self) -> str:
-        """What the run said of itself at its last update, else what that update says."""
+        """What the run said of itself at its last step, else what that step says."""
         last, planned = self.last_step, number(self.config.get("num_training_steps"))
         if self.summary.get("status") and number(self.summary.get("steps", last)) == last:  # else it was resumed after that
             return str(self.summary["status"])
         if planned is None:
-            return f"at update {last}"
-        return "finished" if last >= planned else f"not finished: update {last} of {planned:.0f}"
+            return f"at step {last}"
+        return "finished" if last >= planned else f"not finished: step {last} of {planned:.0f}"
 
     @property
     def last_step(self) -> int:
-        """Of its updates; 0 where it made none."""
+        """Of its steps; 0 where it made none."""
         return int(self.updates[-1]["step"]) if self.updates else 0
 
     def series(self, y: str, x: str = "step") -> Points:
-        """A field of the updates over `step`, `tokens_seen` or `wall` (seconds); updates without the field are left out."""
+        """A field of the steps over `step`, `tokens_seen` or `wall` (seconds); steps without the field are left out."""
         return self._points(self.updates, lambda row: number(row.get(y)), x)
 
     def held_out(self, x: str = "step") -> Points:
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def result(self) -> tuple[int, float] | None:
-        """(step, loss) of the last validation after an update; the one before training is no result."""
+        """(step, loss) of the last validation after a step; the one before training is no result."""
         steps, losses = self.held_out()
         return (int(steps[-1]), losses[-1]) if steps and steps[-1] > 0 else None
 
@@ -75,7 +75,7 @@ class Run:
         return [a for a, _ in known], [b for _, b in known]
 
     def _wall_clock(self) -> tuple[dict[int, float], float]:
-        """step -> seconds of updates and evaluations until then, and of all; what a killed run did twice counts once."""
+        """step -> seconds of steps and evaluations until then, and of all; what a killed run did twice counts once."""
         of_evals = {row["step"]: number(row.get("seconds")) or 0.0 for row in self.evals}
         total = of_evals.get(0, 0.0)
         clock = {0: total}
@@ -91,7 +91,7 @@ class Run:
         return (number(first.get("tokens_seen")) or 0.0) / max(1, first.get("step", 1))
 
     def seconds(self, *, refreshed: bool | None = None) -> list[float]:
-        """Of each update; those with (True) or without (False) a refresh, or all (None). Those that warm up or compile are left out."""
+        """Of each step; those with (True) or without (False) a refresh, or all (None). Those that warm up or compile are left out."""
         rows = [row for row in self.updates if row["step"] > 1 and "warm_up" not in row and refreshed in (None, bool(row.get("refreshes")))]
         return [s for row in rows if (s := update_seconds(row, self.tokens_per_update))]
 
@@ -137,7 +137,7 @@ class Run:
 
 
 def update_seconds(row: dict[str, Any], tokens: float) -> float | None:
-    """Seconds of an update; of runs that did not write them, tokens over tokens/s."""
+    """Seconds of a step; of runs that did not write them, tokens over tokens/s."""
     speed = number(row.get("tokens_per_s"))
     return number(row.get("seconds")) or (tokens / speed if speed else None)
 

@@ -47,8 +47,8 @@ def thin(xs: Sequence[float], ys: Sequence[float], points: int = _POINTS) -> tup
 class RefreshShare:
     """Share of the training time spent on refreshes, estimated from outside the optimizer.
 
-    Least squares of an update's seconds on its number of refreshes: the slope is what one refresh costs. The optimizer's own
-    seconds are used where they are known (with per-layer updates they hide in the backward pass). The first update, which makes
+    Least squares of a step's seconds on its number of refreshes: the slope is what one refresh costs. The optimizer's own
+    seconds are used where they are known (with per-layer updates they hide in the backward pass). The first step, which makes
     every basis and warms everything up, counts in the totals and not in the slope.
     """
 
@@ -59,7 +59,7 @@ class RefreshShare:
         self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, row: dict[str, Any]) -> None:
-        """One update's row of metrics; a row without `refreshes` (no low-rank optimizer) says nothing."""
+        """One step's row of metrics; a row without `refreshes` (no low-rank optimizer) says nothing."""
         x, seconds = number(row.get("refreshes")), number(row.get("seconds"))
         if x is None or seconds is None:
             return

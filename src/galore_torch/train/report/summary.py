@@ -81,12 +81,12 @@ def summary(results: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 
 def first_perplexity(result: RunResult) -> float | None:
-    """Before the first update; None where it was not measured, or is beyond a float."""
+    """Before the first step; None where it was not measured, or is beyond a float."""
     return number(perplexity(result.evals[0][1])) if result.evals else None
 
 
 def final_perplexity(result: RunResult) -> float | None:
-    """After the last update; None where the run stopped before it was measured."""
+    """After the last step; None where the run stopped before it was measured."""
     step, loss = result.evals[-1] if result.evals else (0, 0.0)
     return number(perplexity(loss)) if step and step == result.steps else None
 
@@ -95,7 +95,7 @@ def headline(config: PretrainConfig, results: Sequence[RunResult]) -> str:
     """One line above the table and the picture: what all runs share."""
     first = results[0]
     return (
-        f"{config.model_name}: {first.parameters:,} parameters, {config.num_training_steps} updates of "
+        f"{config.model_name}: {first.parameters:,} parameters, {config.num_training_steps} steps of "
         f"{config.sequences_per_update} x {config.max_length} tokens, rank {config.resolved_rank}, seed {config.seed}; "
         f"before training: perplexity {reading(first_perplexity(first))}; AdamW's state: {first.adamw_state_bytes / 1e6:.2f} MB"
     )
@@ -105,7 +105,7 @@ def table_rows(config: PretrainConfig, results: Sequence[RunResult]) -> tuple[li
     """(header, rows) of the closing table: one run reads downwards, a comparison has one row a run."""
     if not config.compare:
         return ["", results[0].optimizer], _single_rows(results[0])
-    return ["optimizer", "lr", "state MB", "of AdamW", "perplexity", "tokens/s", "updates"], [
+    return ["optimizer", "lr", "state MB", "of AdamW", "perplexity", "tokens/s", "steps"], [
         [
             r.optimizer,
             f"{r.lr:g}",
@@ -129,7 +129,7 @@ def _single_rows(r: RunResult) -> list[list[str]]:
         ["validation perplexity before", reading(first_perplexity(r))],
         ["validation perplexity after", reading(final_perplexity(r))],
         ["tokens/s", f"{r.tokens_per_s:,.0f}"],
-        ["updates", f"{r.steps} ({r.tokens_seen:,} tokens, {r.seconds:.0f} s)"],
+        ["steps", f"{r.steps} ({r.tokens_seen:,} tokens, {r.seconds:.0f} s)"],
         ["peak memory of the process", f"{r.peak_memory_mb:,.0f} MB"],
     ]
 
@@ -164,8 +164,8 @@ def draw(path: Path, config: PretrainConfig, results: Sequence[RunResult]) -> No
             label=f"{label}: {reading(final_perplexity(result))}, "
             f"state {result.state_bytes / 1e6:.2f} MB",
         )  # fmt: skip
-    left.set(xlabel="update", ylabel="loss (nats per token)", title="training loss")
-    right.set(xlabel="update", ylabel="perplexity", title="validation perplexity", yscale="log")
+    left.set(xlabel="step", ylabel="loss (nats per token)", title="training loss")
+    right.set(xlabel="step", ylabel="perplexity", title="validation perplexity", yscale="log")
     right.yaxis.set_major_formatter(LogFormatter())
     right.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     for axes in (left, right):

@@ -89,7 +89,7 @@ def tracked(
 ) -> Iterator[Watcher]:
     """`watcher`, with every row also sent to the trackers; UserError where one does not start.
 
-    after: the update that a resumed run goes on after. It goes on in the same run of each tracker.
+    after: the step that a resumed run goes on after. It goes on in the same run of each tracker.
     """
     trackers: dict[str, _Tracker] = {}
     try:
