@@ -65,7 +65,12 @@ def test_under_a_compiled_training_step(projector: str) -> None:
 @each_projector
 def test_a_bf16_gradient_gives_the_basis_of_its_fp32_value(projector: str) -> None:
     grads = [G.bfloat16() for G in gradients((12, 20), 7)]
-    short = run(Parameter(torch.zeros(12, 20, dtype=torch.bfloat16)), grads, projector=projector, basis_codec="fp32")
+    short = run(
+        Parameter(torch.zeros(12, 20, dtype=torch.bfloat16)),
+        grads,
+        projector=projector,
+        **({} if projector == "rows" else {"basis_codec": "fp32"}),
+    )
     full = run(Parameter(torch.zeros(12, 20)), [G.float() for G in grads], projector=projector)
     assert basis_of(short).dtype == basis_of(full).dtype
     torch.testing.assert_close(basis_of(short), basis_of(full))

@@ -202,3 +202,8 @@ def test_inside_a_subspace_it_counts_as_alone(base: type[Optimizer]) -> None:
 def test_what_cannot_be_kept_is_refused_when_it_is_made(base: type[Optimizer], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         GaLore(base, [nn.Parameter(torch.randn(4, 4))])
+
+
+def test_a_wrong_argument_is_called_that() -> None:
+    with pytest.raises(ValueError, match=r"AdamW cannot be made with .*unexpected keyword argument 'wd'$"):
+        GaLore(torch.optim.AdamW, [nn.Parameter(torch.randn(4, 4))], wd=0.1)

@@ -36,7 +36,7 @@ NUMBERS: list[tuple[str, Any, str]] = [
     *[("rank", value, "whole number from 1.*fraction.*between 0 and 1.*None") for value in (0, -1, 2.5, 1.0, 0.0, -0.5)],
     *[("rank", value, "whole number from 1") for value in (float("nan"), float("inf"), True, "128", [2])],
     *[("update_proj_gap", value, "whole number from 1.*200") for value in (0, -5, 200.0, None, "200", True)],
-    *[("scale", value, "finite number.*0.25") for value in (float("nan"), float("inf"), None, "0.25")],
+    *[("scale", value, "finite number.*0.25") for value in (float("nan"), float("inf"), None, "0.25", 0, -0.25)],
 ]
 NAMES: list[tuple[str, Any, str]] = [
     *[("proj_type", value, "'std', 'reverse_std', 'left', 'right', 'full'") for value in ("diagonal", None, ["std"], 0)],

@@ -293,3 +293,10 @@ def test_a_checkpoint_of_1_0_holds_a_dense_basis_and_rows_refuse_it() -> None:
         else:
             optimizer.load_state_dict({"state": {0: dict(saved)}, "param_groups": groups})
             torch.testing.assert_close(optimizer.state[W]["basis"], projector.ortho_matrix)
+
+
+def test_a_codec_of_a_basis_that_is_indices_is_refused() -> None:
+    W = Parameter(torch.randn(16, 16))
+    g.GaLoreAdamW8bit([W], rank=4, projector="rows")
+    with pytest.raises(ValueError, match=r"basis_codec='int4' has no effect with projector='rows'.*leave it out"):
+        g.GaLoreAdamW([W], rank=4, projector="rows", basis_codec="int4")

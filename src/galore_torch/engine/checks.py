@@ -25,8 +25,11 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
     if not _is_count(gap):
         raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
     _check_adaptive(group)
-    if not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"scale={scale!r} is not a finite number: give the factor of the projected update (such as 0.25)")
+    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ValueError(
+            f"scale={scale!r} is not a finite number above 0: give the factor of the projected update (such as 0.25); freezing keeps "
+            "weights as they are"
+        )
     one_of("proj_type", group["proj_type"], PROJ_TYPES)
     one_of("decay", group["decay"], ("before", "after"))
     one_of("compile", group["compile"], (None, True, False))

@@ -64,6 +64,11 @@ def check_slots(group: Mapping[str, Any], row: Recipe) -> None:
         raise ValueError(
             f"proj_type={group['proj_type']!r} has no effect with projector={group['projector']!r}, which takes rows: leave it 'std'"
         )
+    if projector.axes is not None and group["basis_codec"] not in ("weight", row.basis_codec):
+        raise ValueError(
+            f"basis_codec={group['basis_codec']!r} has no effect with projector={group['projector']!r}, whose basis is indices: leave "
+            "it out"
+        )
     if recovery.one_sided and group["proj_type"] == "full":
         raise ValueError(
             f"recovery={group['recovery']!r} scales the columns of one projected side, and proj_type='full' projects both: use 'std', "

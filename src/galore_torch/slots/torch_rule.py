@@ -36,6 +36,9 @@ class BaseRule:
         self._kinds: dict[str, type] = {}  # of what the class keeps as a number, by its own name
         try:
             self.defaults = dict(base([torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))], **kwargs).defaults)
+        except Exception as error:
+            raise ValueError(f"base={base.__name__} cannot be made with {kwargs}: {error}") from error
+        try:
             if taken := sorted(self.defaults.keys() & set(reserved)):
                 raise ValueError(f"its own arguments {taken} have the names of the subspace's, and a group can hold only one of each")
             self.counted = self._counted()
