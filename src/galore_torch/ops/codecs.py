@@ -269,8 +269,8 @@ def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
     a, b = noise(*shape, seed, value.device) if isinstance(seed, int) else seed
     bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
     rounded = bits.bitwise_and_(-65536).view(torch.float32)
-    # The carry turns some NaNs into numbers. A maximum with -Inf, or with NaN where the value is NaN, undoes that.
-    return torch.maximum(rounded, rows.clamp(max=-torch.inf)).view(value.shape).to(torch.bfloat16)
+    rounded = torch.where(rows == rows, rounded, rows)  # the carry would turn some NaNs into numbers
+    return rounded.view(value.shape).to(torch.bfloat16)
 
 
 def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
