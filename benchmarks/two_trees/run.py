@@ -119,7 +119,9 @@ def main() -> None:
         progress(name)
         old, new = [], []
         for turn in range(arguments.rounds + 1):
-            pair = before.seconds(name), after.seconds(name)
+            first, second = (before, after) if turn % 2 else (after, before)  # neither always follows the other
+            seconds = {first: first.seconds(name), second: second.seconds(name)}
+            pair = seconds[before], seconds[after]
             if turn:  # the first one warms up
                 old.append(pair[0])
                 new.append(pair[1])
