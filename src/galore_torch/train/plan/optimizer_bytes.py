@@ -57,8 +57,8 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     elements = min(prod(layout.low_shape), chunk_elements(torch.device(device)))
     passes = _PASSES[device][group["state_codec"]] * elements * layout.compute_dtype.itemsize // 4
     if not layout.ranks:
-        if layout.dtype != layout.compute_dtype:  # the gradient in fp32, and then five copies to round a weight: with its noise
-            passes = max(passes + elements * layout.compute_dtype.itemsize, 20 * elements)
+        if layout.dtype != layout.compute_dtype:  # the gradient in fp32, and what rounding a weight makes on the way
+            passes = max(passes + elements * layout.compute_dtype.itemsize, 18 * elements)
         copied = 4 * prod(layout.shape) if layout.dtype.itemsize == 2 and device == "cpu" else 0
         return max(copied, passes)
     bases = sum(prod(basis.shape) for basis in layout.bases.values())
