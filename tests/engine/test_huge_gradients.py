@@ -126,3 +126,16 @@ def test_one_huge_weight_does_not_take_the_others_with_it(name: str, value: floa
         optimizer.step()
         assert p[others].isfinite().all()
         assert not torch.equal(p[others], before[others])
+
+
+def test_projected_weights_near_the_end_of_their_range_stay_finite_under_any_class() -> None:
+    """Their coordinates are Inf, and a difference of those NaN. Oracle: the weight as it was, and others go on as without it."""
+    torch.manual_seed(0)
+    p, other = nn.Parameter(torch.full((32, 64), 3e38)), nn.Parameter(torch.randn(32, 64))
+    optimizer = g.GaLore(torch.optim.Adam, [{"params": [p, other], "rank": 4}], lr=1e-2)
+    before = other.detach().clone()
+    for _ in range(3):
+        p.grad, other.grad = torch.randn(32, 64), torch.randn(32, 64)
+        optimizer.step()
+    assert torch.equal(p, torch.full((32, 64), 3e38))
+    assert other.isfinite().all() and not torch.equal(other, before)

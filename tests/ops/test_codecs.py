@@ -146,6 +146,15 @@ def test_state_is_made_on_the_device_it_names(host: bool) -> None:
     assert made.tolist() == [2.0, 2.0, 2.0]
 
 
+def test_a_weight_at_the_end_of_the_range_of_bf16_is_not_rounded_to_infinity() -> None:
+    """Oracle: torch's own conversion, which makes Inf only of what lies half a step beyond the largest number."""
+    largest = torch.finfo(torch.bfloat16).max
+    x = torch.tensor([largest, largest * (1 + 2**-10), -largest, -largest * (1 + 2**-10)]).expand(256, 4).contiguous()
+    for seed in range(4):
+        assert torch.equal(stochastic_round(x, seed), x.to(torch.bfloat16))
+    assert x.to(torch.bfloat16).isfinite().all()
+
+
 def test_rounding_noise_of_neighbours_is_uncorrelated() -> None:
     x = torch.full((256, 256), 1.0 + 2**-8)  # half way: up or down with equal chance
     up = torch.stack([(stochastic_round(x, seed) > 1).float() for seed in range(400)]) - 0.5

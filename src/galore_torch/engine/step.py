@@ -221,5 +221,7 @@ def _apply_base(view: ParamView, low: Tensor, rule: BaseRule) -> None:
         return
     before = x.clone()
     state.update(rule.step_(x, low, moments, group))
+    dx = before.sub_(x)
+    dx = torch.where(finite(dx), dx, 0.0)  # coordinates of a weight near the end of its range are Inf, and their difference NaN
     seed = _first_seed(weight, state, state["step"] + 1) if _is_rounded(weight, group) else None
-    _recover(view, WeightUpdate(weight, group["scale"], decay_factor, seed), before.sub_(x), (low, None, None))
+    _recover(view, WeightUpdate(weight, group["scale"], decay_factor, seed), dx, (low, None, None))

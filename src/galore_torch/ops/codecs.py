@@ -229,6 +229,7 @@ def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
 # --- bf16: stochastic rounding --------------------------------------------------------------------------------------------
 
 
+LARGEST = torch.finfo(torch.bfloat16).max
 KEPT = 1 << 15  # numbers of noise that are kept for the next matrix of the shape: 64 times 128 KiB, 8 MiB at most
 
 
@@ -260,7 +261,8 @@ def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
 
     Sixteen random bits are added below bf16's last bit and the rest is cut off. The noise at (i, j) is (a_i + b_j) mod 2^16
     with a and b hashed from the seed: uniform, pairwise independent, and m + n random numbers instead of m x n.
-    Inf stays Inf and NaN stays NaN. Numbers above bf16's largest go to it or to Inf, as those between two others do.
+    Numbers from bf16's largest on are rounded to nearest, as torch does, so that only those that are out of range become Inf; Inf stays
+    Inf and NaN stays NaN.
     """
     if not value.numel():
         return value.to(torch.bfloat16)
@@ -269,7 +271,7 @@ def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
     a, b = noise(*shape, seed, value.device) if isinstance(seed, int) else seed
     bits = rows.contiguous().view(torch.int32) + (a + b).bitwise_and_(0xFFFF)
     rounded = bits.bitwise_and_(-65536).view(torch.float32)
-    rounded = torch.where(rows == rows, rounded, rows)  # the carry would turn some NaNs into numbers
+    rounded = torch.where(rows.abs() < LARGEST, rounded, rows)  # the carry would turn the largest into Inf, and some NaNs into numbers
     return rounded.view(value.shape).to(torch.bfloat16)
 
 
