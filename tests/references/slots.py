@@ -49,17 +49,19 @@ class FiraReference:
 
 
 class RowsReference:
-    """Adam on ``rank`` rows, then on the next ones after every gap, around and around; rows that had a moment keep it, new ones start with
-    none and with the mean second moment."""
+    """Adam on ``rank`` rows, then on the next ones after every gap, around and around, the last ``rank`` before the first; rows that had a
+    moment keep it, new ones start with none and with the mean second moment."""
 
     def __init__(self, W: Tensor, rank: int, gap: int, scale: float, lr: float):
         self.W, self.rank, self.gap, self.scale, self.t = W.double().clone(), rank, gap, scale, 0
-        self.lr, self.rows = lr, [-rank + i for i in range(rank)]
+        self.lr, self.rows = lr, [len(W) - rank + i for i in range(rank)]
         self.m, self.v = torch.zeros(rank, W.shape[1]).double(), torch.zeros(rank, W.shape[1]).double()
 
     def step(self, G: Tensor) -> Tensor:
         if self.t % self.gap == 0:
-            new = [(row + self.rank) % len(self.W) for row in self.rows]
+            begin = self.rows[-1] + 1
+            begin = 0 if begin == len(self.W) else min(begin, len(self.W) - self.rank)
+            new = list(range(begin, begin + self.rank))
             m, v, mean = torch.zeros_like(self.m), torch.zeros_like(self.v), self.v.mean(0)
             for i, row in enumerate(new):
                 v[i] = mean

@@ -70,6 +70,43 @@ def test_every_row_has_its_turn_at_a_quarter_of_the_rows() -> None:
     assert (W.detach() == -1).all()
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_leave_the_gradient_and_without_a_decay_all_other_rows_as_they_are(dtype: Any, weight_decay: float, compile: bool) -> None:
+    """They are read and written in place. Oracle of the decay: torch's product."""
+    W = Parameter(torch.randn(12, 20).to(dtype))
+    optimizer = g.GaLoreAdamW(
+        [W], lr=0.1, rank=5, projector="rows", weight_decay=weight_decay, compile=compile, stochastic_rounding=False, update_proj_gap=1
+    )
+    for rows in (slice(0, 5), slice(5, 10), slice(7, 12), slice(0, 5)):
+        W.grad, before = torch.randn(12, 20).to(dtype), W.detach().clone()
+        grad = W.grad.clone()
+        optimizer.step()
+        assert torch.equal(W.grad, grad)
+        moved = torch.zeros(12, dtype=torch.bool)
+        moved[rows] = True
+        decayed = (before.float() * (1 - 0.1 * weight_decay)).to(dtype)
+        assert torch.equal(W[~moved], decayed[~moved])
+        assert (W[moved] != decayed[moved]).any(1).all()
+
+
+def test_a_block_of_an_older_checkpoint_that_goes_on_at_the_first_row_is_still_stepped() -> None:
+    W, V = (Parameter(torch.ones(8, 4)) for _ in range(2))
+    optimizer = g.GaLoreSGD([W], lr=0.5, rank=3, projector="rows", scale=1.0, update_proj_gap=3)
+    W.grad = torch.ones(8, 4)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["basis"] = torch.tensor([6, 7, 0])
+    other = g.GaLoreSGD([V], lr=0.5, rank=3, projector="rows", scale=1.0, update_proj_gap=3)
+    other.load_state_dict(saved)
+    for t in range(3):
+        V.grad = torch.ones(8, 4)
+        other.step()
+        moved = [0, 6, 7] if t < 2 else [0, 1, 2, 6, 7]
+        assert (V.detach() != 1).any(1).nonzero().flatten().tolist() == moved
+
+
 @pytest.mark.parametrize("gap", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_feedback_equals_the_paper(shape: tuple[int, int], gap: int) -> None:

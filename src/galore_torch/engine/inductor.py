@@ -93,11 +93,9 @@ def _flatten(value: Any, tensors: list[Any]) -> None:
     """The tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         tensors.append(value)
-    elif isinstance(value, tuple | list):
-        for item in value:
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             _flatten(item, tensors)
-    elif isinstance(value, dict):
-        _flatten(tuple(value.values()), tensors)
 
 
 def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:

@@ -7,6 +7,7 @@ The engine allocates nothing that lasts (layout.state_spec sizes the state) and 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.refresh import STREAMS, refresh, refresh_is_due
 from galore_torch.ops import write
-from galore_torch.ops.linalg import finite, readable
+from galore_torch.ops.linalg import finite, norm, readable
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import Bases
@@ -49,7 +50,7 @@ def step(view: ParamView, grad: Tensor) -> None:
     grad = _as_view(grad, view.layout)
     if carry and error:
         grad = carry.add(grad, error.decode(view.state))
-    low = compress(view, grad)
+    low = _seen(view, grad)
     apply(view, low, grad)
     if carry and error:
         is_finite = _is_finite(grad)
@@ -71,6 +72,24 @@ def compress(view: ParamView, grad: Tensor, first: bool = True) -> Tensor:
     if refresh_is_due(view.state, view.group, first):
         refresh(view, grad, first)
     return project(view, grad)
+
+
+def _seen(view: ParamView, grad: Tensor) -> Tensor:
+    """`compress`, but where R is rows of G and is only read: those rows themselves, which nothing copies."""
+    if refresh_is_due(view.state, view.group):
+        refresh(view, grad)
+    part = _own_rows(view)
+    return project(view, grad) if part is None else grad[part]
+
+
+def _own_rows(view: ParamView) -> slice | None:
+    """The rows that are all the step moves: it may then write into them as into a weight at full rank. None where it may not."""
+    layout, group, weight = view.layout, view.group, view.weight
+    if isinstance(view.rule, BaseRule) or group["recovery"] != "project_back" or group["carry"] or weight.shape != layout.view:
+        return None
+    if not write.is_plain(weight) or (group["weight_decay"] and not write.fits_gemm(weight)):  # rounded, other rows move at random
+        return None
+    return view.projector.part(bases_of(view))
 
 
 def project(view: ParamView, grad: Tensor) -> Tensor:
@@ -131,8 +150,7 @@ def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 
 def _is_finite(tensor: Tensor) -> Tensor | bool:
     """On the host where it may look without waiting, else on the device."""
-    is_finite = finite(tensor)
-    return bool(is_finite) if readable(tensor) else is_finite
+    return math.isfinite(norm(tensor)) if readable(tensor) else finite(tensor)
 
 
 def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Tensor | None, rule: Rule) -> None:
@@ -147,9 +165,13 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
     region = fused.FusedStep(rule, stored, group["maximize"], layout.compute_dtype)
     inputs = fused.Inputs(low, is_finite, view.state, rule.numbers(group, step, lr), itertools.count(first))
     fuse = rule.elementwise and fused.fuses(weight, low.numel(), group, view.state["step"])
-    if not layout.ranks:
-        change = WeightUpdate(weight, scale * late, decay_factor, seed)
+    part = _own_rows(view) if layout.ranks else None
+    if not layout.ranks or part:
+        change = WeightUpdate(weight if part is None else weight.detach()[part], scale * late, decay_factor, seed)
         fused.step(region, inputs, fuse and not write.is_coarse(weight), change)
+        if part:
+            write.decay(weight[: part.start], decay_factor)
+            write.decay(weight[part.stop :], decay_factor)
         return
     recovery = RECOVERIES[group["recovery"]]
     update = torch.empty_like(low) if grad is None or recovery.reads or group["carry"] else low

@@ -46,10 +46,15 @@ def in_range(grad_MN: Tensor) -> Tensor:
 def finite(grad: Tensor) -> Tensor:
     """Whether every element is finite, and the sum of their squares too: a second moment must not overflow. A 0-d bool.
 
-    The 2-norm tells, in one pass: Inf and NaN stay what they are, and in fp32 a norm above 1.8e19 has squares that add up to Inf.
+    The `norm` tells, in one pass: Inf and NaN stay what they are, and in fp32 a norm above 1.8e19 has squares that add up to Inf.
     """
-    norm = torch.linalg.vector_norm(grad, dtype=_wide(grad))
-    return (norm - norm) == 0  # Inf - Inf is NaN; isfinite() takes five times as long for one number
+    length = norm(grad)
+    return (length - length) == 0  # Inf - Inf is NaN; isfinite() takes five times as long for one number
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """The 2-norm of all elements, 0-d, in fp32 or fp64."""
+    return torch.linalg.vector_norm(tensor, dtype=_wide(tensor))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

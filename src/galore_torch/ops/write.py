@@ -13,7 +13,7 @@ from galore_torch.ops.codecs import Seed, stochastic_round
 from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, row_unit, rows_of
 from galore_torch.ops.linalg import product_dtype
 
-__all__ = ["WeightUpdate", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows"]
+__all__ = ["WeightUpdate", "decay", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows"]
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
 
@@ -58,7 +58,7 @@ def subtract(weight: Tensor, update: Tensor, scale: Any, decay_factor: Any, seed
         move(*weight.stored, update, scale, decay_factor, seed)
         return
     if fits_gemm(weight):
-        _decay(weight, decay_factor)
+        decay(weight, decay_factor)
         weight.sub_(update.mul_(scale))
         return
     new = weight.float().mul_(decay_factor).sub_(update.float().mul_(scale))
@@ -117,7 +117,7 @@ def subtract_rows(change: WeightUpdate, index: Tensor, values: Tensor) -> None:
     """
     weight = change.weight
     if fits_gemm(weight):
-        _decay(weight, change.decay_factor)
+        decay(weight, change.decay_factor)
         values = values.to(weight.dtype)
         if weight.dim() == 2:
             weight.index_add_(0, index, values, alpha=-change.scale)
@@ -134,7 +134,8 @@ def subtract_rows(change: WeightUpdate, index: Tensor, values: Tensor) -> None:
         part.subtract(part.weight, padded[place[rows]], change.scale, change.decay_factor, part.seed)
 
 
-def _decay(weight: Tensor, decay_factor: Any) -> None:
+def decay(weight: Tensor, decay_factor: Any) -> None:
+    """W <- decay_factor W, in place, for a weight that is not rounded."""
     if isinstance(decay_factor, Tensor) or decay_factor != 1.0:
         weight.mul_(decay_factor)
 

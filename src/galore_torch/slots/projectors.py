@@ -43,6 +43,7 @@ class Projector:
     ``project(X, bases)``: X with each reduced axis as short as its rank, in the dtype X is multiplied in.
     ``project_back(change, low, bases)``: W <- decay_factor W - scale (low in full size), in place.
     ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
+    ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which; else None.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
@@ -53,6 +54,7 @@ class Projector:
     project: Callable[[Tensor, Bases], Tensor]
     project_back: Callable[[write.WeightUpdate, Tensor, Bases], None]
     overlap: Callable[[Bases, Bases], Overlaps]
+    part: Callable[[Bases], slice | None] = lambda bases: None
     axes: tuple[int, ...] | None = None
     looks: bool = True
     in_turn: bool = True
@@ -163,11 +165,16 @@ class StoredIndex:
 
 
 def next_rows(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
-    """The first r rows, then the r that follow those in use, around and around: every row has its turn. No look at the gradient."""
-    rows, rank = G.shape[-2], ranks[-2]
+    """The first r rows, then the r that follow, around and around: every row has its turn. No look at the gradient.
+
+    A block never goes on at the first row: the last one is the last r rows, some of which have been trained just before.
+    """
+    rank = ranks[-2]
+    block, last = torch.arange(rank, device=G.device), G.shape[-2] - rank
     if previous is None:
-        return {-2: torch.arange(rank, device=G.device).expand(*G.shape[:-2], -1).clone()}
-    return {-2: (previous[-2] + rank) % rows}
+        return {-2: block.expand(*G.shape[:-2], -1).clone()}
+    first = previous[-2][..., :1]
+    return {-2: block + torch.where(first >= last, 0, (first + rank).clamp_max(last))}
 
 
 def rows_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
@@ -188,6 +195,15 @@ def rows_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
     write.subtract_rows(change, bases[-2], low)
 
 
+def rows_part(bases: Bases) -> slice | None:
+    """The block of rows, where the host may look at it: a view of G and of W is then enough, and nothing is gathered."""
+    index = bases[-2]
+    if index.dim() > 1 or not linalg.readable(index):
+        return None
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first == len(index) - 1 else None  # a set of an older checkpoint may go on at the first row
+
+
 def rows_overlap(new: Bases, old: Bases) -> Overlaps:
     """C is 1 where two rows are the same one, else 0."""
     return {-2: (new[-2].unsqueeze(-1) == old[-2].unsqueeze(-2)).float()}  # (r', 1) == (1, r)
@@ -199,5 +215,5 @@ PROJECTORS: dict[str, Projector] = {
     "gram": _dense(gram),
     "svd": _dense(svd, in_turn=False),
     "random": _dense(random, looks=False),
-    "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, axes=(-2,), looks=False),
+    "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, rows_part, axes=(-2,), looks=False),
 }
