@@ -150,7 +150,8 @@ def test_peak_memory_is_that_of_a_chunk() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"total_batch_size": 8}, {"grad_clipping": 0.1}])
 @pytest.mark.parametrize(
-    "name", ["adamw", "galore_adamw", "galore_adamw_per_layer", "galore_adamw8bit_per_layer", "low_rank", "lora", "relora"]
+    "name",
+    ["adamw", "galore_adamw", "galore_adamw_per_layer", "galore_adamw8bit_per_layer", "qgalore_adamw8bit", "low_rank", "lora", "relora"],
 )
 def test_a_run_learns_the_same_in_chunks(
     name: str, settings: dict[str, Any], make_config: Make, token_data: TokenData, tmp_path: Path

@@ -1,7 +1,7 @@
 """The memory of a step, phase by phase, by arithmetic: when is most held, and of what?
 
 For transformers' LLaMA on torch's flash attention. N tokens in a forward pass, D the width, I the MLP's, V the vocabulary;
-b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once, or over a chunk of tokens' (head_loss.py).
+b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all logits at once, or over a chunk of tokens' (chunked_loss.py).
 """
 
 from __future__ import annotations
@@ -146,18 +146,29 @@ def phases(request: PlanRequest) -> Iterator[Phase]:
 
 
 def _loss_phases(q: PlanRequest, before: int, activations: int, head: Cost) -> Iterator[Phase]:
-    """Of the loss and the head's gradient, which a loss in chunks makes in the forward pass, and sums in fp32."""
-    b, D, V, C = q.itemsize, q.sizes.hidden, q.sizes.vocabulary, q.chunk
-    rows, matrix = q.tokens * D * b, V * D
+    """Of the loss and the head's gradient. A loss in chunks makes one in fp32 in the forward pass, and one of 16 bits a slice of the
+    vocabulary at a time in the backward pass."""
+    import torch
+
+    from galore_torch.train.model.chunked_loss import products_on
+
+    b, D, V, C, N = q.itemsize, q.sizes.hidden, q.sizes.vocabulary, q.chunk, q.tokens
+    rows, matrix = N * D * b, V * D
     if not C:
-        yield Phase("the loss", before, activations, 12 * q.tokens * V, 0)
-        yield Phase("the head's backward pass", before + head.gradient, activations, q.tokens * V * b, rows + matrix * q.widened)
+        yield Phase("the loss", before, activations, 12 * N * V, 0)
+        yield Phase("the head's backward pass", before + head.gradient, activations, N * V * b, rows + matrix * q.widened)
         return
-    sums = 4 * matrix if head.gradient else 0
-    product = matrix * (b + q.widened) if b == 2 else 0  # 16-bit products are added to the fp32 sums
-    yield Phase("the loss", before, activations, 8 * C * V, rows + sums)
-    yield Phase("the loss's gradient", before, activations, C * V * (6 if b == 2 else 4), rows + sums + product)
-    yield Phase("the head's backward pass", before + head.gradient, activations, 0, rows + (sums if b == 2 else 0))
+    part = min(V, max(1, products_on(q.device, getattr(torch, q.dtype)).elements // D))  # rows of the weight, a slice
+    narrow = 0 if q.widened or b == 4 else b  # an element of a slice's products before they are wide
+    sums = 4 * matrix if head.gradient and b == 4 else 0
+    logits = 4 * C * V + narrow * C * part
+    yield Phase("the loss", before, activations, logits, rows + sums + part * D * q.widened)
+    yield Phase("the loss's gradient", before, activations, logits, rows + sums + C * D * (4 + (narrow or 4)) + part * D * q.widened)
+    again, copies = 0, 0
+    if head.gradient and b == 2:
+        part = min(part, max(1, C * V // N))
+        again, copies = (4 + narrow) * N * part, (2 * part + N) * D * q.widened
+    yield Phase("the head's backward pass", before + head.gradient, activations, again, rows + copies)
 
 
 def _passing(q: PlanRequest, each: Cost) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch.optim.param_groups import chosen_weights
-from galore_torch.train.model.chunked_loss import head_loss
+from galore_torch.train.model.chunked_loss import head_loss, products_on
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 from galore_torch.train.plan.methods import Cost
 
@@ -30,6 +30,7 @@ except ImportError:  # another torch
     MemTracker = None  # type: ignore[assignment,misc]
 
 FEW, MORE = 2, 3  # layers
+_SLICES = 16  # of the head's weight, at most
 _STAGES = ("the loss", "head", "last", "first", "embedding")  # of a backward pass; a phase falls in the one whose word is in its name
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 Build = Callable[[int], nn.Module]  # layers -> the model on the meta device, as the optimizer finds it
@@ -85,7 +86,7 @@ def _trace(request: PlanRequest, model: nn.Module) -> dict[str, int]:
             peaks.begin()
             kept = _attach(request, model)
             _watch(model, peaks)
-            loss = _loss(model, tokens, request.chunk)
+            loss = _loss(model, tokens, request)
             loss.backward()
             peaks.end("embedding")
             del kept
@@ -120,7 +121,8 @@ class _ThroughFp32(TorchDispatchMode):
     """Products of 16-bit matrices as a CPU without bf16 arithmetic makes them: in fp32 first."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        wide = torch.empty(args[-2].shape[0], args[-1].shape[1]) if func in _PRODUCTS else None
+        narrow = func in _PRODUCTS and args[-1].dtype.itemsize == 2
+        wide = torch.empty(args[-2].shape[0], args[-1].shape[1]) if narrow else None
         out = func(*args, **(kwargs or {}))
         del wide
         return out
@@ -205,10 +207,13 @@ def _without_mask(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return unmasked + args[len(names) :], {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
 
 
-def _loss(model: Any, tokens: Tensor, chunk: int) -> Tensor:
+def _loss(model: Any, tokens: Tensor, request: PlanRequest) -> Tensor:
     """As `TokenLoss`, which looks into a model that has values: logits are let go when their loss is known."""
-    if chunk:
+    if request.chunk:
         hidden = model.base_model(input_ids=tokens).last_hidden_state
-        return head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, tokens.flatten(), chunk)
+        weight = model.get_output_embeddings().weight
+        products = products_on(request.device, weight.dtype)
+        few = max(products.elements, weight.numel() // _SLICES)  # a slice takes as long to trace as it is small
+        return head_loss(hidden.flatten(0, 1), weight, tokens.flatten(), request.chunk, products._replace(elements=few))
     logits = model(input_ids=tokens).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
