@@ -12,6 +12,7 @@ from galore_torch.engine.fused import only_if
 from galore_torch.engine.layout import Group, ParamView, State, carried_moments
 from galore_torch.ops.codecs import StoredTensor
 from galore_torch.ops.linalg import in_range, readable, usable
+from galore_torch.ops.outer import OuterProduct
 from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
 from galore_torch.slots.rules import Moment
 from galore_torch.slots.transport import TRANSPORTS
@@ -50,14 +51,18 @@ def _shift(state: State, group: Group) -> int:
     return int(group["update_proj_gap"] * (state["index"] * GOLDEN % 1.0)) if PROJECTORS[group["projector"]].in_turn else 0
 
 
-def refresh(view: ParamView, grad: Tensor, first: bool = True) -> None:
+def refresh(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) -> None:
     """New bases from this gradient, moments carried over; nothing changes, on the device, where the gradient is not usable.
 
-    grad: of the layout's view. Each matrix of a batch has its own basis: those without one get it from the first gradient they can use, the
-    others at the end of the gap. ``first``: whether the gradient begins its step; a later micro-batch changes no basis in use.
+    grad: of the layout's view, or its factors, which are multiplied out only for a projector that needs the matrix. Each matrix of a
+    batch has its own basis: those without one get it from the first gradient they can use, the others at the end of the gap.
+    ``first``: whether the gradient begins its step; a later micro-batch changes no basis in use.
     """
     state, group = view.state, view.group
-    ready, can = state["basis_ready"].reshape(-1), usable(grad).reshape(-1)  # (matrices,), on the host and on the device
+    if isinstance(grad, OuterProduct) and view.projector.whole:
+        grad = grad.dense()
+    is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad)
+    ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and _gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
     for warm in (True, False):
@@ -73,7 +78,7 @@ def refresh(view: ParamView, grad: Tensor, first: bool = True) -> None:
     state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=True)
 
 
-def _renew_some(view: ParamView, grad: Tensor, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
+def _renew_some(view: ParamView, grad: Tensor | OuterProduct, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
     """`_renew` for some matrices of a batch: they are taken out, and put back."""
     if bool(chosen.all()):
         return _renew(view, grad, warm, can)
@@ -91,17 +96,19 @@ def _renew_some(view: ParamView, grad: Tensor, warm: bool, chosen: Tensor, can: 
     return C
 
 
-def _renew(view: ParamView, grad: Tensor, warm: bool, can: Tensor) -> Overlaps:
+def _renew(view: ParamView, grad: Tensor | OuterProduct, warm: bool, can: Tensor) -> Overlaps:
     """New bases for all matrices of the view; C = new basis^T old basis. ``warm``: whether the old ones may be started from.
 
     ``can``: which gradients are usable; narrowed, in place, to those that made a finite basis.
     """
     state, layout = view.state, view.layout
     if not readable(grad):  # a decomposition must not meet NaN
-        grad = torch.where(can.view(*layout.batch, 1, 1), grad, 0.0)
+        grad = grad.where(can) if isinstance(grad, OuterProduct) else torch.where(can.view(*layout.batch, 1, 1), grad, 0.0)
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
-    found = view.projector.find(in_range(grad.to(layout.compute_dtype)), layout.ranks, old, seed)
+    exact = grad.to(layout.compute_dtype)
+    exact = exact.in_range() if isinstance(exact, OuterProduct) else in_range(exact)
+    found = view.projector.find(exact, layout.ranks, old, seed)
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one
         total = basis.flatten(len(layout.batch)).sum(-1)
         can &= (total - total) == 0

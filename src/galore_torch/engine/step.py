@@ -24,6 +24,7 @@ from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.refresh import STREAMS, refresh, refresh_is_due
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, norm, readable
+from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import Bases
@@ -60,15 +61,16 @@ def step(view: ParamView, grad: Tensor) -> None:
                 error.encode(view.state, kept, view.state["step"] * STREAMS + STREAMS - 65)
 
 
-def compress(view: ParamView, grad: Tensor, first: bool = True) -> Tensor:
+def compress(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) -> Tensor:
     """R = project(G), in fp32 or fp64, after a refresh of the basis from this gradient when that is due; G itself at full rank.
 
-    grad: the weight's shape or its view's. ``first``: whether it begins a step; a further micro-batch only gives a basis to matrices that
-    the earlier ones could give none.
+    grad: the weight's shape or its view's, or the factors of a projected matrix's gradient. ``first``: whether it begins a step; a further
+    micro-batch only gives a basis to matrices that the earlier ones could give none.
     """
-    if not view.layout.ranks:
-        return grad
-    grad = _as_view(grad, view.layout)
+    if not isinstance(grad, OuterProduct):
+        if not view.layout.ranks:
+            return grad
+        grad = _as_view(grad, view.layout)
     if refresh_is_due(view.state, view.group, first):
         refresh(view, grad, first)
     return project(view, grad)
@@ -92,9 +94,23 @@ def _own_rows(view: ParamView) -> slice | None:
     return view.projector.part(bases_of(view))
 
 
-def project(view: ParamView, grad: Tensor) -> Tensor:
+def project(view: ParamView, grad: Tensor | OuterProduct) -> Tensor:
     """R in the bases as they are, in fp32 or fp64. A new tensor."""
-    return view.projector.project(_as_view(grad, view.layout), bases_of(view)).to(view.layout.compute_dtype)
+    if isinstance(grad, OuterProduct):
+        low = OuterProduct(project_factor(view, grad.left, -2), project_factor(view, grad.right, -1)).dense()
+    else:
+        low = view.projector.project(_as_view(grad, view.layout), bases_of(view))
+    return low.to(view.layout.compute_dtype)
+
+
+def project_factor(view: ParamView, factor: Tensor, axis: int) -> Tensor:
+    """The factor of G that spans ``axis`` (T x m for -2, T x n for -1), as short as the rank where the axis is projected; in its dtype."""
+    stored = view.layout.bases.get(axis)
+    if stored is None:
+        return factor
+    basis = {axis: stored.decode(view.state)}
+    low = view.projector.project(factor, basis) if axis == -1 else view.projector.project(factor.mT, basis).mT
+    return low.to(factor.dtype)
 
 
 def project_back(change: WeightUpdate, low: Tensor, bases: Bases, view: ParamView) -> None:

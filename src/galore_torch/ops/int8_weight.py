@@ -371,6 +371,22 @@ def _linear(weight: Int8Weight, transposed: bool, input: Tensor, bias: Tensor | 
     return out if bias is None else out + bias
 
 
+def product(input: Tensor, weight: Int8Weight, transposed: bool) -> Tensor:
+    """input W^T, or input W where ``transposed``, in the input's dtype; one floating copy of the weight, for as long as it takes."""
+    dtype = product_dtype(input.dtype, input.device.type)
+    W = weight.dequantize(dtype)
+    return (input.to(dtype) @ (W if transposed else W.mT)).to(input.dtype)
+
+
+def check_unwritten(weight: Tensor, version: int) -> None:
+    """Raise RuntimeError, as autograd does for tensors it has saved, where the weight is not the one that the forward pass saw."""
+    if weight._version != version:
+        raise RuntimeError(
+            f"a weight of shape {tuple(weight.shape)} has been modified by an inplace operation between the forward and the backward "
+            "pass that needs it: call backward() before optimizer.step()"
+        )
+
+
 class _Linear(torch.autograd.Function):
     """input W^T, or input W, decoded for each product: one floating copy of one weight at a time, and none between the passes.
 
@@ -382,26 +398,18 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Int8Weight, transposed: bool) -> Tensor:
         ctx.save_for_backward(input)
         ctx.weight, ctx.version, ctx.transposed = weight, weight._version, transposed
-        dtype = product_dtype(input.dtype, input.device.type)
-        W = weight.dequantize(dtype)
-        return (input.to(dtype) @ (W if transposed else W.mT)).to(input.dtype)
+        return product(input, weight, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (input,), weight = ctx.saved_tensors, ctx.weight
-        if weight._version != ctx.version:
-            raise RuntimeError(
-                f"an INT8 weight of shape {tuple(weight.shape)} has been modified by an inplace operation between the forward and the "
-                "backward pass that needs it: call backward() before optimizer.step()"
-            )
-        dtype = product_dtype(input.dtype, input.device.type)
-        grad, back, grad_weight = grad.to(dtype), None, None
-        if ctx.needs_input_grad[0]:
-            W = weight.dequantize(dtype)
-            back = (grad @ (W.mT if ctx.transposed else W)).to(input.dtype)
+        check_unwritten(weight, ctx.version)
+        back = product(grad, weight, not ctx.transposed).to(input.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
         if ctx.needs_input_grad[1]:
+            dtype = product_dtype(input.dtype, input.device.type)
             flat = input.reshape(-1, input.shape[-1]).to(dtype)
-            of_out = grad.reshape(-1, grad.shape[-1])
+            of_out = grad.reshape(-1, grad.shape[-1]).to(dtype)
             grad_weight = (flat.mT @ of_out if ctx.transposed else of_out.mT @ flat).to(weight.dtype)
         return back, grad_weight, None

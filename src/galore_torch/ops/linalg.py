@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from galore_torch.ops.chunks import chunk_elements, parts
 
 
-def readable(tensor: Tensor) -> bool:
+def readable(tensor: Any) -> bool:
     """Whether the host may look at a value without waiting for a device."""
     return tensor.is_cpu
 
@@ -37,10 +38,15 @@ def in_range(grad_MN: Tensor) -> Tensor:
     the same. One that needs no scaling is returned as it is."""
     low, high = _extremes(grad_MN)
     largest = torch.maximum(-low, high)
-    bound = math.sqrt(torch.finfo(grad_MN.dtype).max / max(1, grad_MN.shape[-2:].numel()))
+    bound = product_bound(grad_MN.dtype, grad_MN.shape)
     if readable(largest) and bool((largest < bound).all()):
         return grad_MN
     return grad_MN / torch.where(largest < bound, 1.0, largest)[..., None, None]
+
+
+def product_bound(dtype: torch.dtype, shape: torch.Size) -> float:
+    """The magnitude of elements (m x n) above which sums of products of two of them may overflow."""
+    return math.sqrt(torch.finfo(dtype).max / max(1, shape[-2:].numel()))
 
 
 def finite(grad: Tensor) -> Tensor:
@@ -189,7 +195,7 @@ def unit(matrix: Tensor) -> Tensor:
     return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def gaussian(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
+def gaussian(shape: tuple[int, ...], seed: int, like: Any) -> Tensor:
     """Standard normal numbers from a seed, on the device and in the dtype of ``like``: a matrix, which the matrices of a batch share."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(shape[-2:], generator=generator, device=like.device, dtype=like.dtype).expand(shape)

@@ -19,6 +19,7 @@ from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView, state_spec
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept
 from galore_torch.engine.sharding import refuse_sharded
+from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.quantize import refuse_replaced
 from galore_torch.optim.state import seal, unseal
@@ -279,18 +280,48 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with without_autocast([p]):
                 low = engine.compress(view, grad)
 
-            owner, place = owner_of(self), self._places[p]
+            p.grad = self._low_rank_grad(p, low)
 
-            def project(more: Tensor, first: bool) -> Tensor:  # holds neither the parameter nor the optimizer
-                return cast(LowRankOptimizer, owner())._project_more(place, more, first)
+    @torch.no_grad()
+    def add_low_rank(self, p: Tensor, low: Tensor | None, factors: OuterProduct | None) -> None:
+        """Add to ``p.grad`` what a backward pass has made without the gradient: R, and the factors of a part whose basis is due."""
+        group = self.group_of(p)
+        view = self._check(p, group)
+        if isinstance(p.grad, ConsumedGrad):
+            p.grad.refuse()
+        self.compress_gradient(p, group)  # an ordinary gradient, where there is one
+        held = p.grad
+        assert held is None or isinstance(held, LowRankGrad)
+        if factors is not None:
+            with without_autocast([p]):
+                more = engine.compress(view, factors, low is None and (held is None or held.empty))
+            low = more if low is None else low + more
+        assert low is not None
+        if held is None:
+            p.grad = self._low_rank_grad(p, low)
+        else:
+            held.low.add_(low)
+            held.empty = False
 
-            p.grad = LowRankGrad(p, low, owner, project)
+    def _low_rank_grad(self, p: Tensor, low: Tensor) -> LowRankGrad:
+        owner, place = owner_of(self), self._places[p]
+
+        def project(more: Tensor, first: bool) -> Tensor:  # holds neither the parameter nor the optimizer
+            return cast(LowRankOptimizer, owner())._project_more(place, more, first)
+
+        return LowRankGrad(p, low, owner, project)
 
     def _project_more(self, place: int, more: Tensor, first: bool) -> Tensor:
         """A further micro-batch; ``first``: it begins a step."""
         p, group = self._present[place]
         with without_autocast([p]):
             return engine.compress(self._view(p, group), more, first)
+
+    def view_of(self, p: Tensor) -> ParamView:
+        """One of this optimizer's parameters as a step sees it."""
+        if not self.state.get(p):
+            self._adopt(also=p)
+        return self._view(p, self.group_of(p))
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The group of one of this optimizer's parameters."""

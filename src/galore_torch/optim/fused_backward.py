@@ -7,6 +7,7 @@ model is not fused, and the hooks of an optimizer that is gone do nothing.
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from galore_torch.choices import one_of
 from galore_torch.engine.recipe import check_kept
 from galore_torch.optim.base import LowRankOptimizer
+from galore_torch.optim.direct_backward import DirectLayer, is_linear
+from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
+
+MODES = ("project", "update", "direct", "direct_update")
+_DIRECT, _UPDATING = ("direct", "direct_update"), ("update", "direct_update")
 
 
 class FusedBackward:
@@ -28,6 +34,7 @@ class FusedBackward:
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[Any] = []
         self._checked = False
+        self._direct: dict[Tensor, DirectLayer] = {}  # by weight
         self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
         hook = _Hook(weakref.ref(self))
         self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]
@@ -37,9 +44,10 @@ class FusedBackward:
 
     def remove(self) -> None:
         """Detach: gradients are ordinary again from the next backward pass on."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._direct.values()):
             handle.remove()
         self._handles.clear()
+        self._direct.clear()
         if (optimizer := self._optimizer()) is not None and self in optimizer.attachments:
             optimizer.attachments.remove(self)
 
@@ -62,8 +70,59 @@ class FusedBackward:
         if not self._checked:
             _refuse_data_parallel(self._params[0])
             self._checked = True
-        act = optimizer.compress_gradient if self.mode == "project" else optimizer.update_parameter
+        if p in self._direct and (isinstance(p.grad, ConsumedGrad) or (isinstance(p.grad, LowRankGrad) and not p.grad.has_dense)):
+            return  # compiled layers call it for no gradient at all
+        layer = self._direct.pop(p, None)
+        if layer is not None:
+            self._give_up(layer)
+        updates = self.mode in _UPDATING and layer is None  # the rest of its gradient may still be on its way
+        act = optimizer.update_parameter if updates else optimizer.compress_gradient
         act(p, optimizer.group_of(p))
+
+    def attach_layers(self, model: nn.Module) -> None:
+        """Give the linear layers of projected matrices a backward pass that makes no full gradient; say which matrices have none."""
+        optimizer, names, left = self._optimizer(), _places_of(model), []
+        assert optimizer is not None
+        finish = _Finish(weakref.ref(self))
+        for p in self._params:
+            if not (layout := optimizer.view_of(p).layout).ranks:
+                continue
+            name, module = names[p][0]
+            whole = len(names[p]) == 1 and tuple(p.shape) == layout.view and name.rpartition(".")[2] == "weight"
+            if whole and is_linear(module):
+                self._direct[p] = DirectLayer(name, module, optimizer, finish)
+            else:
+                left.append(name if len(names[p]) == 1 else " = ".join(name for name, _ in names[p]))
+        if left:
+            warnings.warn(
+                f"the gradients of {len(left)} matrices are made in full and then projected, for each is not the weight of one linear "
+                f"layer alone: {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
+                stacklevel=3,
+            )
+
+    def _give_up(self, layer: DirectLayer) -> None:
+        layer.remove()
+        warnings.warn(
+            f"{layer.name} is used outside of its layer too: from now on its gradient is made in full and then projected",
+            stacklevel=2,
+        )
+
+    def finish(self, p: Tensor) -> None:
+        """The low-rank gradient of a layer is in ``p.grad``."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self.mode in _UPDATING:
+            optimizer.update_parameter(p, optimizer.group_of(p))
+
+
+class _Finish:
+    """What a layer calls when its low-rank gradient is made. It holds the attachment weakly, as `_Hook` does."""
+
+    def __init__(self, attachment: Callable[[], FusedBackward | None]):
+        self.attachment = attachment
+
+    def __call__(self, p: Tensor) -> None:
+        if (attachment := self.attachment()) is not None:
+            attachment.finish(p)
 
 
 class _Hook:
@@ -111,12 +170,19 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
     mode "update": the weight is updated inside the backward pass, which also frees the low-rank gradient and those of the
         unprojected parameters. ``optimizer.step()`` only ends the step. Accumulation and clipping raise an error.
 
+    mode "direct": as "project", and for linear layers the full gradient is not even made: R comes from the layer's output gradient and its
+        input, of which only the projection is kept for the backward pass where the basis is on its side (``proj_type="right"``). The basis
+        comes from the same two; ``projector="svd"`` and "gram" need the gradient as a matrix, and make it for the layer whose turn it is.
+        No hook on such a weight's gradient fires. Matrices that are not the weight of one linear layer alone are listed in a warning, and
+        go on as in "project".
+    mode "direct_update": as "direct", and the weight is updated inside the backward pass, as in "update".
+
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
-    Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, in mode "project" a
+    Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, but in mode "update" a
     recovery or carry that reads the full gradient, and DistributedDataParallel, whose hooks would see gradients before they are averaged.
     """
-    one_of("mode", mode, ("project", "update"))
+    one_of("mode", mode, MODES)
     if not isinstance(optimizer, LowRankOptimizer):
         raise ValueError(f"optimizer is a {type(optimizer).__name__}: fused_backward needs one of galore_torch, such as GaLoreAdamW")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -127,10 +193,22 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")
     if any(attachment_of(p) is not None for p in mine):
         raise ValueError("model already has a fused backward pass: call remove() on it first")
-    if mode == "project":
+    if mode != "update":
         for p in mine:
             check_kept(optimizer.group_of(p))
-    return FusedBackward(model, optimizer, mine, mode)
+    attachment = FusedBackward(model, optimizer, mine, mode)
+    if mode in _DIRECT:
+        attachment.attach_layers(model)
+    return attachment
+
+
+def _places_of(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
+    """parameter -> the name and the module of every place it has in the model."""
+    places: dict[Tensor, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(p, []).append((f"{prefix}.{name}" if prefix else name, module))
+    return places
 
 
 _DATA_PARALLEL = (

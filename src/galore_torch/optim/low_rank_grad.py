@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class LowRankGrad(_StandIn):
     """The gradient R = basis^T G of a parameter, accumulated over micro-batches.
 
     ``low``: R in fp32 or fp64, shape r x n, m x r or r x r. ``project(grad, first)``: maps a full gradient into the same basis.
-    ``empty``: zeroed, so that the next gradient is the first of its step and may refresh the basis.
+    ``empty``: zeroed, so that the next gradient is the first of its step and may refresh the basis. ``has_dense``: whether autograd has
+    added a full gradient to it, which was projected.
     Its norm is the norm of R, at most that of G: the length of the part the optimizer uses.
     """
 
@@ -75,6 +76,7 @@ class LowRankGrad(_StandIn):
         self, like: Tensor, low: Tensor, owner: Owner, project: Callable[[Tensor, bool], Tensor], empty: bool = False, **_: Any
     ) -> None:
         self.low, self.owner, self.project, self.empty = low, owner, project, empty
+        self.has_dense = False
 
     def _with(self, low: Tensor, empty: bool, **kind: Any) -> LowRankGrad:
         return LowRankGrad(self, low, self.owner, self.project, empty, **kind)
@@ -94,6 +96,7 @@ class LowRankGrad(_StandIn):
         adds = func in (aten.add_.Tensor, aten.add.Tensor) and not kwargs and isinstance(grad, LowRankGrad)
         if adds and isinstance(rest[0], Tensor):
             more = rest[0].low if isinstance(rest[0], LowRankGrad) else grad.project(rest[0], grad.empty)
+            grad.has_dense = grad.has_dense or not isinstance(rest[0], LowRankGrad)
             grad.empty = False
             low = grad.low.add_(more) if func is aten.add_.Tensor else grad.low + more
             return grad if func is aten.add_.Tensor else grad._with(low, False)
@@ -139,6 +142,11 @@ class ConsumedGrad(_StandIn):
             if func is aten._foreach_zero_.default and (others := [each for each in grad if not isinstance(each, ConsumedGrad)]):
                 func(others)
             return None if func is aten._foreach_zero_.default else grad
+        ConsumedGrad.refuse()
+
+    @staticmethod
+    def refuse() -> NoReturn:
+        """Raise RuntimeError: what any use of it is."""
         raise RuntimeError(
             "this gradient was consumed inside the backward pass (fused_backward mode='update'), so it cannot be accumulated, clipped or "
             "read, nor used by another optimizer. Call optimizer.step() or zero_grad() between backward passes; for gradient accumulation "

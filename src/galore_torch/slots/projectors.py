@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,9 +47,10 @@ class Projector:
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
+    ``whole``: whether ``find`` needs G as a matrix; else an `outer.OuterProduct`, which is only multiplied, is enough.
     """
 
-    find: Callable[[Tensor, Ranks, Bases | None, int], Bases]
+    find: Callable[[Any, Ranks, Bases | None, int], Bases]
     state_spec: Callable[[tuple[int, ...], Ranks, str, torch.dtype], dict[int, Stored]]
     project: Callable[[Tensor, Bases], Tensor]
     project_back: Callable[[write.WeightUpdate, Tensor, Bases], None]
@@ -58,6 +59,7 @@ class Projector:
     axes: tuple[int, ...] | None = None
     looks: bool = True
     in_turn: bool = True
+    whole: bool = False
 
 
 def kept_share(C: Overlaps) -> Tensor:
@@ -136,8 +138,8 @@ def dense_overlap(new: Bases, old: Bases) -> Overlaps:
     return {axis: new[axis].mT @ old[axis] for axis in new}  # (r', m) @ (m, r)
 
 
-def _dense(find: Callable[[Tensor, Ranks, Bases | None, int], Bases], looks: bool = True, in_turn: bool = True) -> Projector:
-    return Projector(find, dense_spec, dense_project, dense_back, dense_overlap, looks=looks, in_turn=in_turn)
+def _dense(find: Callable[[Any, Ranks, Bases | None, int], Bases], **flags: Any) -> Projector:
+    return Projector(find, dense_spec, dense_project, dense_back, dense_overlap, **flags)
 
 
 # --- an index set: some of the rows ------------------------------------------------------------------------------------
@@ -212,8 +214,8 @@ def rows_overlap(new: Bases, old: Bases) -> Overlaps:
 PROJECTORS: dict[str, Projector] = {
     "power": _dense(power),
     "rsvd": _dense(rsvd),
-    "gram": _dense(gram),
-    "svd": _dense(svd, in_turn=False),
+    "gram": _dense(gram, whole=True),
+    "svd": _dense(svd, in_turn=False, whole=True),
     "random": _dense(random, looks=False),
     "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, rows_part, axes=(-2,), looks=False),
 }

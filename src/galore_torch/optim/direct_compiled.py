@@ -1,0 +1,106 @@
+"""`direct_backward` for layers that torch.compile follows: what depends on the step is hidden from the compiler in two operators.
+
+A graph is made once and serves every step, so whether a basis is due cannot be part of it. `keep` projects a layer's input; where the
+basis is due it also puts the whole input aside, under a ticket that the backward pass hands to `reduce`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from galore_torch.ops.linear import input_grad, linear
+
+if TYPE_CHECKING:
+    from galore_torch.optim.direct_backward import DirectLayer
+
+_LAYERS: weakref.WeakValueDictionary[int, DirectLayer] = weakref.WeakValueDictionary()
+_KEYS, _TICKETS = itertools.count(), itertools.count()
+_NO_TICKET = -1
+
+
+def register(layer: DirectLayer) -> Tensor:
+    """The number of a layer, as the tensor that graphs carry: layers of one shape share a graph."""
+    key = next(_KEYS)
+    _LAYERS[key] = layer
+    return torch.tensor(key, device="cpu")
+
+
+def _layer(key: Tensor) -> DirectLayer:
+    layer = _LAYERS.get(int(key))
+    if layer is None or layer.view() is None:
+        raise RuntimeError(
+            "a compiled layer runs after the optimizer that its backward pass belongs to is gone: keep the optimizer for as long as the "
+            "model trains, or call remove() on what fused_backward returned, which compiles the layer anew"
+        )
+    return layer
+
+
+@torch.library.custom_op("galore_torch::keep", mutates_args=())
+def _keep(input: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """x (T x n) on the basis of its axis (T x width), and the ticket of the whole x where the basis is due."""
+    layer = _layer(key)
+    kept, projected = layer.keep(input)
+    if projected:
+        return kept.contiguous(), torch.tensor(_NO_TICKET, device="cpu")
+    ticket = next(_TICKETS)
+    layer.kept[ticket] = input.clone()  # the compiler may write over the tensor itself
+    return input.new_empty(input.shape[0], width), torch.tensor(ticket, device="cpu")
+
+
+@_keep.register_fake
+def _(input: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return input.new_empty(input.shape[0], width), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("galore_torch::reduce", mutates_args=())
+def _reduce(grad: Tensor, kept: Tensor, ticket: Tensor, key: Tensor, probe: Tensor, projects: bool) -> Tensor:
+    """R from dy (T x m) and what `_keep` returned, or x itself where the input's axis is not projected (``projects`` is False)."""
+    layer = _layer(key)
+    whole = layer.kept.get(int(ticket)) if projects else kept
+    if whole is None:
+        return layer.reduce(grad, kept, True).contiguous()
+    if layer.is_whole():
+        grad, whole = grad.clone(), whole.clone() if whole is kept else whole
+    return layer.reduce(grad, whole, False).contiguous()
+
+
+@_reduce.register_fake
+def _(grad: Tensor, kept: Tensor, ticket: Tensor, key: Tensor, probe: Tensor, projects: bool) -> Tensor:
+    return probe.new_empty(probe.shape)
+
+
+class _CompiledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, key: Tensor, width: int, transposed: bool
+    ) -> Tensor:
+        out = linear(input, weight, bias, transposed)
+        kept, ticket = input.reshape(-1, input.shape[-1]).to(out.dtype), key
+        if width:
+            kept, ticket = torch.ops.galore_torch.keep(kept, key, width)
+        ctx.save_for_backward(kept, ticket, key, probe, weight)
+        ctx.width, ctx.transposed, ctx.bias = width, transposed, None if bias is None else bias.dtype
+        ctx.dtype = input.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, ticket, key, probe, weight = ctx.saved_tensors
+        back = input_grad(grad, weight, ctx.transposed).to(ctx.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        of_bias = None if ctx.bias is None else flat.sum(0).to(ctx.bias)
+        low = torch.ops.galore_torch.reduce(flat, kept, ticket, key, probe, ctx.width > 0)
+        return back, None, of_bias, low, None, None, None
+
+
+def compiled_linear(input: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, key: Tensor, width: int, transposed: bool) -> Tensor:
+    """y = x W^T + b, or x W + b where ``transposed``. ``width``: the rank of the input's axis, 0 where that is not projected."""
+    out: Tensor = _CompiledLinear.apply(input, weight, bias, probe, key, width, transposed)  # type: ignore[no-untyped-call]
+    return out
