@@ -89,8 +89,8 @@ def check_kept(group: Mapping[str, Any]) -> None:
     """Refuse a group that needs gradients in full, where the backward pass keeps only their projections."""
     if row := needs_gradient(group):
         raise ValueError(
-            f"{row} reads the full gradient, and fused_backward keeps its projection alone unless mode='update', which has it inside the "
-            "backward pass: use that, or train without fused_backward"
+            f"{row} reads the full gradient, and fused_backward in mode='project' or 'direct' keeps its projection alone: use "
+            "mode='update', which has it inside the backward pass, or train without fused_backward"
         )
 
 

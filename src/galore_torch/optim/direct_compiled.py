@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,22 +16,31 @@ from torch.autograd.function import once_differentiable
 
 from galore_torch.ops.linear import input_grad, linear
 
-if TYPE_CHECKING:
-    from galore_torch.optim.direct_backward import DirectLayer
 
-_LAYERS: weakref.WeakValueDictionary[int, DirectLayer] = weakref.WeakValueDictionary()
+class Layer(Protocol):
+    """`direct_backward.DirectLayer`, as far as it is used here."""
+
+    kept: dict[int, Tensor]
+
+    def view(self) -> object | None: ...
+    def is_whole(self) -> bool: ...
+    def keep(self, input: Tensor) -> tuple[Tensor, bool]: ...
+    def reduce(self, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor: ...
+
+
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _KEYS, _TICKETS = itertools.count(), itertools.count()
 _NO_TICKET = -1
 
 
-def register(layer: DirectLayer) -> Tensor:
+def register(layer: Layer) -> Tensor:
     """The number of a layer, as the tensor that graphs carry: layers of one shape share a graph."""
     key = next(_KEYS)
     _LAYERS[key] = layer
     return torch.tensor(key, device="cpu")
 
 
-def _layer(key: Tensor) -> DirectLayer:
+def _layer(key: Tensor) -> Layer:
     layer = _LAYERS.get(int(key))
     if layer is None or layer.view() is None:
         raise RuntimeError(
