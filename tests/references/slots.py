@@ -48,6 +48,33 @@ class FiraReference:
         return self.W
 
 
+class BlockMeansReference:
+    """Adam on the means of ``block`` neighbours along ``axis``; with ``residual`` what the means leave of G is put into both moments
+    (FOAM, arXiv 2512.07112). Block by block."""
+
+    def __init__(self, W: Tensor, axis: int, block: int, scale: float, lr: float, residual: bool, weight_decay: float = 0.0):
+        self.W, self.axis, self.block, self.scale, self.residual = W.double().clone(), axis, block, scale, residual
+        self.lr, self.decay, self.t = lr, 1 - lr * weight_decay, 0
+        blocks = W.shape[axis] // block
+        self.m, self.v = ([torch.zeros(W.shape[-3 - axis]).double() for _ in range(blocks)] for _ in range(2))
+
+    def step(self, G: Tensor) -> Tensor:
+        G, self.t = G.double(), self.t + 1
+        size = self.lr * math.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
+        W, G = (self.W.T, G.T) if self.axis == -1 else (self.W, G)  # blocks of rows
+        new = self.decay * W
+        for b in range(len(self.m)):
+            rows = range(b * self.block, (b + 1) * self.block)
+            mean = sum(G[i] for i in rows) / self.block
+            self.m[b] = 0.9 * self.m[b] + 0.1 * mean
+            self.v[b] = 0.999 * self.v[b] + 0.001 * mean * mean
+            for i in rows:
+                rest = G[i] - mean if self.residual else torch.zeros_like(mean)
+                new[i] -= self.scale * size * (self.m[b] + rest) / ((self.v[b] + rest * rest).sqrt() + 1e-6)
+        self.W = new.T if self.axis == -1 else new
+        return self.W
+
+
 class RowsReference:
     """Adam on ``rank`` rows, then on the next ones after every gap, around and around, the last ``rank`` before the first; rows that had a
     moment keep it, new ones start with none and with the mean second moment."""

@@ -1,4 +1,4 @@
-"""Rows of the slots that no dense projection and no plain GaLore would need: `rows`, `fira`, `error_feedback`.
+"""Rows of the slots that no dense projection and no plain GaLore would need: `rows`, `block_mean`, `fira`, `foam`, `error_feedback`.
 
 Oracles: naive transcriptions (tests/references/slots.py); storages for sizes; the run that was not interrupted.
 """
@@ -26,6 +26,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "fira": {"recovery": "fira"},
     "error_feedback": {"carry": "error_feedback"},
     "all": {"projector": "rows", "recovery": "fira", "carry": "error_feedback"},
+    "block_mean": {"projector": "block_mean", "update_proj_gap": 200},
+    "foam": {"projector": "block_mean", "recovery": "foam", "update_proj_gap": 200},
+    "all on means": {"projector": "block_mean", "recovery": "foam", "carry": "error_feedback", "update_proj_gap": 200},
 }
 each_choice = pytest.mark.parametrize("choice", CHOICES)
 
@@ -134,11 +137,18 @@ def test_a_batch_trains_as_its_matrices(choice: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cls", [g.GaLoreAdamW, g.GaLoreAdamW8bit, g.GaLoreAdafactor])
-@each_choice
+@pytest.mark.parametrize(
+    ("choice", "cls"),
+    [
+        (choice, cls)
+        for choice in CHOICES
+        for cls in (g.GaLoreAdamW, g.GaLoreAdamW8bit, g.GaLoreAdafactor)
+        if cls is not g.GaLoreAdafactor or CHOICES[choice].get("recovery") != "foam"
+    ],
+)
 def test_state_is_what_state_spec_says_and_the_planner_adds_up(choice: str, cls: Any, dtype: torch.dtype) -> None:
     params = [Parameter(torch.randn(shape).to(dtype)) for shape in ((48, 64), (64, 48), (3, 20, 32), (7,))]
-    optimizer = cls(params, lr=1e-3, rank=8, min_8bit_size=0, update_proj_gap=2, **CHOICES[choice])
+    optimizer = cls(params, **{"lr": 1e-3, "rank": 8, "min_8bit_size": 0, "update_proj_gap": 2, **CHOICES[choice]})
     group = optimizer.param_groups[0]
     expected = [sum(spec.nbytes for spec in state_spec(layout_of(p, group), group, optimizer.rule).values()) for p in params]
     for _ in range(3):
@@ -171,7 +181,7 @@ def test_resume_is_exact(choice: str, dtype: torch.dtype) -> None:
 
     def make() -> tuple[Parameter, Any]:
         W = Parameter(torch.ones(48, 64, dtype=dtype))
-        return W, g.GaLoreAdamW8bit([W], lr=0.01, rank=6, update_proj_gap=3, min_8bit_size=0, **CHOICES[choice])
+        return W, g.GaLoreAdamW8bit([W], **{"lr": 0.01, "rank": 6, "update_proj_gap": 3, "min_8bit_size": 0, **CHOICES[choice]})
 
     def train(W: Parameter, optimizer: Any, part: list[Tensor]) -> None:
         for G in part:
@@ -200,7 +210,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(choice: str, masked: bool
         for module in (step, refresh):
             monkeypatch.setattr(module, "readable", lambda tensor: False)
     W = Parameter(torch.randn(12, 20))
-    optimizer = g.GaLoreAdamW([W], lr=0.01, rank=4, update_proj_gap=3, **CHOICES[choice])
+    optimizer = g.GaLoreAdamW([W], **{"lr": 0.01, "rank": 4, "update_proj_gap": 3, **CHOICES[choice]})
     for t in range(9):
         W.grad = torch.randn(12, 20)
         if t in (0, 4, 6):
@@ -214,7 +224,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(choice: str, masked: bool
             assert all(torch.equal(state[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("choice", ["fira", "error_feedback", "all"])
+@pytest.mark.parametrize("choice", ["fira", "error_feedback", "all", "foam", "all on means"])
 def test_what_reads_the_full_gradient_works_where_it_is_kept_and_is_refused_where_it_is_not(choice: str) -> None:
     """mode "update" has it inside the backward pass. Oracle: the run without fused_backward."""
 
@@ -234,7 +244,7 @@ def test_what_reads_the_full_gradient_works_where_it_is_kept_and_is_refused_wher
         return model.weight.detach()
 
     assert torch.equal(run("update"), run(None))
-    row = "error_feedback" if choice == "error_feedback" else "fira"
+    row = {"error_feedback": "error_feedback", "foam": "foam", "all on means": "foam"}.get(choice, "fira")
     with pytest.raises(ValueError, match=rf"'{row}' reads the full gradient, .*mode='project'.* use mode='update'"):
         run("project")
 
@@ -260,12 +270,39 @@ def test_a_key_set_after_attaching_is_refused_too_and_a_group_without_a_rank_is_
         ({"recovery": "fira", "proj_type": "full"}, "proj_type='full' projects both"),
         ({"projector": "rows", "proj_type": "right"}, "proj_type='right' has no effect with projector='rows'"),
         ({"projector": "rows", "gap_range": (50, 800)}, "needs a projector that looks at the gradient"),
+        ({"projector": "block_mean", "gap_range": (50, 800)}, "needs a projector that looks at the gradient"),
+        ({"projector": "block_mean", "update_proj_gap": 50}, "update_proj_gap=50 has no effect with projector='block_mean'"),
+        ({"projector": "block_mean", "transport": "reset"}, "transport='reset' has no effect with projector='block_mean'"),
+        ({"projector": "block_mean", "basis_codec": "int4"}, "basis_codec='int4' has no effect .* nothing that is stored"),
+        ({"recovery": "foam"}, "recovery='foam' is Adam's step .* met projector='power'"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], words: str) -> None:
     for where in ({}, settings):
         with pytest.raises(ValueError, match=words):
             g.GaLoreAdamW([{"params": [Parameter(torch.zeros(8, 8))], "rank": 2, **where}], **({} if where else settings))
+
+
+@pytest.mark.parametrize("cls", [g.GaLoreSGD, g.GaLoreAdafactor, g.GaLoreAdagrad])
+def test_foam_is_refused_by_other_rules(cls: Any) -> None:
+    with pytest.raises(
+        ValueError, match="recovery='foam' is Adam's step with the residual of block means: it needs .* such as GaLoreAdamW"
+    ):
+        cls([Parameter(torch.zeros(8, 8))], lr=0.1, rank=2, projector="block_mean", recovery="foam")
+
+
+@pytest.mark.parametrize("recovery", ["fira", "foam"])
+def test_climbing_mirrors_descending(recovery: str) -> None:
+    """With maximize the weight moves as without it on the negated gradient: the residual too."""
+    settings = {"rank": 4, "lr": 0.01, "recovery": recovery, "projector": "block_mean" if recovery == "foam" else "svd"}
+    start = torch.randn(12, 20)
+    W, V = (Parameter(start.clone()) for _ in range(2))
+    up, down = g.GaLoreAdamW([W], maximize=True, **settings), g.GaLoreAdamW([V], **settings)
+    for G in gradients((12, 20), 4, torch.float32):
+        W.grad, V.grad = G.clone(), -G
+        up.step()
+        down.step()
+    torch.testing.assert_close(W.detach(), V.detach())
 
 
 def test_classes_of_torch_take_rows_and_error_feedback_but_not_fira() -> None:

@@ -125,12 +125,14 @@ def _make_layout(shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ..
     if codec == "weight":
         codec = "bf16" if dtype.itemsize == 2 else "fp32"
     view = matrices(shape, batch_dims)
-    axes = PROJECTORS[projector].axes
-    resolved = fits(view, rank, axes)
+    row = PROJECTORS[projector]
+    resolved = fits(view, rank, row.axes)
     scaled = rank is not None and len(shape) > 1
-    if resolved is None:
+    axes = () if resolved is None else projected_axes(view, proj_type) if row.axes is None else row.axes
+    found = {axis: row.fit(view[axis], resolved) for axis in axes if resolved is not None}
+    ranks = {axis: rank for axis, rank in found.items() if rank is not None}
+    if not ranks or len(ranks) < len(found):
         return Layout(shape, dtype, shape, {}, scaled, projector, codec)
-    ranks = dict.fromkeys(projected_axes(view, proj_type) if axes is None else axes, resolved)
     return Layout(shape, dtype, view, ranks, scaled, projector, codec)
 
 
@@ -230,7 +232,8 @@ def _slots_spec(layout: Layout, first_gap: int | None, recovery: str, carry: str
     """The state of every slot but the rule's. ``first_gap``: steps to the first refreshes where the gap adapts, else None."""
     if not layout.ranks:
         return {}
-    spec = {"basis_ready": TensorSpec(layout.batch, torch.bool, host=True)}
+    ready = TensorSpec(layout.batch, torch.bool, host=True)
+    spec = {} if PROJECTORS[layout.projector].find is None else {"basis_ready": ready}
     if first_gap:
         spec |= {"gap": TensorSpec((), torch.int64, first_gap, host=True), "gap_start": TensorSpec((), torch.int64, host=True)}
     for stored in layout.bases.values():

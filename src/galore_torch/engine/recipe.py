@@ -46,6 +46,13 @@ class Recipe:
                 "GaLore(base), or use GaLoreAdamW, GaLoreAdafactor, GaLoreAdagrad or GaLoreSGD"
             )
 
+        only = RECOVERIES[self.recovery].only
+        if only and (self.rule, self.projector) != only:
+            raise ValueError(
+                f"recovery={self.recovery!r} is Adam's step with the residual of block means: it needs projector='block_mean' and a class "
+                f"such as GaLoreAdamW, and met projector={self.projector!r} with the rule {self.rule!r}"
+            )
+
     def group_keys(self) -> dict[str, Any]:
         """The part of the row that a parameter group may change."""
         return {key: getattr(self, key) for key in ("projector", "transport", "recovery", "carry", "state_codec", "basis_codec")}
@@ -58,17 +65,23 @@ def check_slots(group: Mapping[str, Any], row: Recipe) -> None:
     if group["gap_range"] is not None and not projector.looks:
         raise ValueError(
             f"gap_range={group['gap_range']!r} needs a projector that looks at the gradient: bases of {group['projector']!r} overlap by "
-            "chance or by turns alone; leave it None"
+            "chance, by turns alone or always; leave it None"
         )
     if projector.axes is not None and group["proj_type"] not in ("std", *(("left",) if projector.axes == (-2,) else ())):
         raise ValueError(
             f"proj_type={group['proj_type']!r} has no effect with projector={group['projector']!r}, which takes rows: leave it 'std'"
         )
-    if projector.axes is not None and group["basis_codec"] not in ("weight", row.basis_codec):
+    if (projector.axes is not None or projector.find is None) and group["basis_codec"] not in ("weight", row.basis_codec):
         raise ValueError(
-            f"basis_codec={group['basis_codec']!r} has no effect with projector={group['projector']!r}, whose basis is indices: leave "
-            "it out"
+            f"basis_codec={group['basis_codec']!r} has no effect with projector={group['projector']!r}, whose basis is "
+            f"{'nothing that is stored' if projector.find is None else 'indices'}: leave it out"
         )
+    if projector.find is None:
+        for key, default in (("update_proj_gap", PROJECTION_DEFAULTS["update_proj_gap"]), ("transport", row.transport)):
+            if group[key] != default:
+                raise ValueError(
+                    f"{key}={group[key]!r} has no effect with projector={group['projector']!r}, whose subspace never changes: leave it out"
+                )
     if recovery.one_sided and group["proj_type"] == "full":
         raise ValueError(
             f"recovery={group['recovery']!r} scales the columns of one projected side, and proj_type='full' projects both: use 'std', "

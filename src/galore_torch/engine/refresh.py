@@ -24,15 +24,17 @@ STREAMS = 1 << 20  # random streams a step: the step counts them up from the fir
 def refresh_is_due(state: State, group: Group, first: bool = True) -> bool:
     """Whether this gradient refreshes a basis: once in every gap, and whenever there is one that no usable gradient has made.
 
-    ``first``: whether it begins a step; bases in use do not change within one.
+    ``first``: whether it begins a step; bases in use do not change within one. Never where the projector's subspace stays.
     """
+    if PROJECTORS[group["projector"]].find is None:
+        return False
     return not has_basis(state) or (first and _gap_is_over(state, group))
 
 
 def has_basis(state: State) -> bool:
-    """Whether every matrix has a basis that a usable gradient made."""
-    ready = state["basis_ready"]
-    return bool(ready if ready.dim() == 0 else ready.all())
+    """Whether every matrix has a basis that a usable gradient made, where one is needed."""
+    ready = state.get("basis_ready")
+    return ready is None or bool(ready if ready.dim() == 0 else ready.all())
 
 
 def _gap_is_over(state: State, group: Group) -> bool:
@@ -106,6 +108,7 @@ def _renew(view: ParamView, grad: Tensor | OuterProduct, warm: bool, can: Tensor
         grad = grad.where(can) if isinstance(grad, OuterProduct) else torch.where(can.view(*layout.batch, 1, 1), grad, 0.0)
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
+    assert view.projector.find is not None
     exact = grad.to(layout.compute_dtype)
     exact = exact.in_range() if isinstance(exact, OuterProduct) else in_range(exact)
     found = view.projector.find(exact, layout.ranks, old, seed)
@@ -140,6 +143,11 @@ class _Values(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def moments_of(view: ParamView) -> Mapping[str, Tensor]:
+    """The moments that a projection changes, by name, each decoded when it is looked up."""
+    return _Values(view.state, {name: stored for name, (stored, _) in carried_moments(view).items()})
 
 
 def _transport(view: ParamView, C: Overlaps, moments: Mapping[str, tuple[StoredTensor, Moment]]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from galore_torch.engine import fused
 from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, state_spec, stored_error, stored_moments
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
-from galore_torch.engine.refresh import STREAMS, refresh, refresh_is_due
+from galore_torch.engine.refresh import STREAMS, moments_of, refresh, refresh_is_due
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, norm, readable
 from galore_torch.ops.outer import OuterProduct
@@ -29,7 +29,7 @@ from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import Bases
 from galore_torch.slots.recovery import RECOVERIES, Seen
-from galore_torch.slots.rules import Rule
+from galore_torch.slots.rules import Numbers, Rule
 from galore_torch.slots.torch_rule import BaseRule
 
 
@@ -157,7 +157,9 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 
 
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
-    is_finite = _is_finite(low)  # NaN or Inf in G reaches R, whatever the dense basis
+    # NaN or Inf in G reaches R, whatever the dense basis. Beside moments a row looks at the elements of G one by one.
+    reads = RECOVERIES[view.group["recovery"]].reads if view.layout.ranks else ()
+    is_finite = _is_finite(low if grad is None or "moments" not in reads else grad)
     if isinstance(view.rule, BaseRule):
         _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:
@@ -197,7 +199,8 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
     else:
         scale = scale * late
     seed = next(inputs.seeds) if seed is not None else None
-    _recover(view, WeightUpdate(weight, scale, decay_factor, seed), update, (low, grad, lr))
+    seen = Known(low, grad, lr, is_finite, inputs.numbers)
+    _recover(view, WeightUpdate(weight, scale, decay_factor, seed), update, seen)
 
 
 def _is_rounded(weight: Tensor, group: Group) -> bool:
@@ -211,10 +214,20 @@ def _first_seed(weight: Tensor, state: State, step: int) -> int:
     return ((step * 0x9E3779B97F4A7C15 + state["index"] * 0xC2B2AE3D27D4EB4F) >> 13) & 0x7FFFFFFF
 
 
-def _recover(view: ParamView, change: WeightUpdate, update: Tensor, seen: tuple[Tensor, Tensor | None, Any]) -> None:
-    """The update reaches the weight. ``seen``: R, G where it is there, and the step size."""
+class Known(NamedTuple):
+    """What a step knows when its update has been made: R, G where it is there, the step size, whether R is finite, the rule's numbers."""
+
+    low: Tensor
+    grad: Tensor | None
+    lr: Any = None
+    is_finite: Tensor | bool = True
+    numbers: Numbers = ()
+
+
+def _recover(view: ParamView, change: WeightUpdate, update: Tensor, known: Known) -> None:
+    """The update reaches the weight."""
     layout, group, recovery = view.layout, view.group, RECOVERIES[view.group["recovery"]]
-    low, grad, lr = seen
+    low, grad, lr, is_finite, numbers = known
     if "grad" in recovery.reads and grad is None:
         raise ValueError(f"recovery={group['recovery']!r} reads the full gradient, which is not kept here: see engine.recipe.check_kept")
     compiled = not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group, view.state["step"])
@@ -223,7 +236,10 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, seen: tuple[
     read = (low if "low" in recovery.reads else None), (grad if "grad" in recovery.reads else None)
     with _viewed(view.weight, layout) as matrix:
         change = WeightUpdate(matrix, change.scale, change.decay_factor, change.seed, subtract)
-        recovery.apply(change, update, Seen(back, tuple(layout.ranks), *read, lr, view.state))
+        seen = Seen(back, tuple(layout.ranks), *read, lr, view.state, -1.0 if group["maximize"] else 1.0)
+        if "moments" in recovery.reads:
+            seen = replace(seen, moments=moments_of(view), numbers=numbers, is_finite=is_finite)
+        recovery.apply(change, update, seen)
 
 
 @contextmanager
@@ -262,4 +278,4 @@ def _apply_base(view: ParamView, low: Tensor, rule: BaseRule) -> None:
     dx = before.sub_(x)
     dx = torch.where(finite(dx), dx, 0.0)  # coordinates of a weight near the end of its range are Inf, and their difference NaN
     seed = _first_seed(weight, state, state["step"] + 1) if _is_rounded(weight, group) else None
-    _recover(view, WeightUpdate(weight, group["scale"], decay_factor, seed), dx, (low, None, None))
+    _recover(view, WeightUpdate(weight, group["scale"], decay_factor, seed), dx, Known(low, None))

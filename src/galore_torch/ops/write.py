@@ -13,7 +13,7 @@ from galore_torch.ops.codecs import Seed, stochastic_round
 from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, row_unit, rows_of
 from galore_torch.ops.linalg import product_dtype
 
-__all__ = ["WeightUpdate", "decay", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows"]
+__all__ = ["WeightUpdate", "decay", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows", "subtract_spread"]
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
 
@@ -132,6 +132,34 @@ def subtract_rows(change: WeightUpdate, index: Tensor, values: Tensor) -> None:
     place = index.new_full((weight.shape[0],), values.shape[0]).index_copy_(0, index, torch.arange(len(index), device=index.device))
     for part, rows in _row_parts(change):
         part.subtract(part.weight, padded[place[rows]], change.scale, change.decay_factor, part.seed)
+
+
+def subtract_spread(change: WeightUpdate, low: Tensor) -> None:
+    """W <- decay_factor W - scale E low, in place, where E gives each element of a block of neighbours the block's value in ``low``.
+
+    low (r x n), (m x r) or (r x r') in fp32 or fp64, batched as the weight is; r divides m or n.
+    """
+    subtract_parts(change, low, lambda low, rows: spread(low, change.weight.shape[-2:], rows))
+
+
+def subtract_parts(change: WeightUpdate, tensors: Any, make: Callable[[Any, slice], Tensor]) -> None:
+    """W <- decay_factor W - scale make(tensors, rows), a few rows at a time: no full-size temporary.
+
+    ``tensors``: one, or a tuple of them, batched as the weight is. ``make`` gives the update of some rows of one matrix, a new tensor.
+    """
+    if change.weight.dim() == 3:
+        for i, one in enumerate(_each(change)):
+            subtract_parts(one, tuple(each[i] for each in tensors) if isinstance(tensors, tuple) else tensors[i], make)
+        return
+    for part, rows in _row_parts(change):
+        part.subtract(part.weight, make(tensors, rows), change.scale, change.decay_factor, part.seed)
+
+
+def spread(low: Tensor, shape: tuple[int, ...], rows: slice) -> Tensor:
+    """Some rows of E low (m x n), each element with the value of its block: a new tensor of low's dtype."""
+    tall, wide = shape[0] // low.shape[0], shape[1] // low.shape[1]
+    blocks = torch.arange(rows.start, rows.stop, device=low.device) // tall
+    return low[blocks].repeat_interleave(wide, -1)
 
 
 def decay(weight: Tensor, decay_factor: Any) -> None:

@@ -66,13 +66,15 @@ SHARED = """
         proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
         projector: how the basis is found. "power" (default) takes one warm-started step and spreads the refreshes over the
             gap; "rsvd" starts anew each time; "gram" and "svd" are exact, and "svd" refreshes all at once, as galore-torch 1.0;
-            "random" looks at no gradient; "rows" trains so many rows at a time, other ones after each gap, without a GEMM.
+            "random" looks at no gradient; "rows" trains so many rows at a time, other ones after each gap, without a GEMM;
+            "block_mean" takes the means of 2^l neighbours, the largest 2^l that divides the side and leaves at least ``rank`` means: no
+            GEMM, no basis and no refresh (arXiv 2512.07112).
         batch_dims: how many leading dimensions count matrices, each with a basis of its own. None is 1 for E x m x n weights with m and n
             from 16, as experts have, and 0 for others, such as kernels of convolutions: one matrix, (first, rest). Default None.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
         recovery: how the update reaches the weight: "project_back", or "fira" (arXiv 2410.01623), which adds what lies outside of the
-            subspace, scaled as the rule scaled each column. carry: None, or "error_feedback", which adds what the projection dropped to the
-            next gradient and remembers as much as a weight holds. Both read the full gradient.
+            subspace, scaled as the rule scaled each column, or "foam" (arXiv 2512.07112), which adds it to both moments of block means. carry: None, or "error_feedback", which adds what the projection dropped to the
+            next gradient and remembers as much as a weight holds. All three read the full gradient.
         state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4", or as the "weight": in bf16 where
             that has 16 bits, else in fp32.
         stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
@@ -221,8 +223,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return
         whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and not engine.layout_of(p, group).ranks]
         if whole:
+            blocks = "leaves no means of 2, 4, 8, ... neighbours, which divide it, on the projected side"
+            why = blocks if group["projector"] == "block_mean" else "is not smaller than the short side"
             warnings.warn(
-                f"rank={group['rank']} is not smaller than the short side of {len(whole)} of {len(group['params'])} parameters "
+                f"rank={group['rank']} {why} of {len(whole)} of {len(group['params'])} parameters "
                 f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
                 stacklevel=_callers_level(),
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.ops import linalg, write
+from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
 
 Ranks = Mapping[int, int]  # axis (-2 = rows, -1 = columns) -> its rank
@@ -37,20 +38,21 @@ class Stored(Protocol):
 @dataclass(frozen=True)
 class Projector:
     """``find(G, ranks, previous, seed)``: the bases of a gradient that is finite and not zero, in fp32 or fp64; ``previous`` are those in
-    use, or None. The answer's tensors are its own.
+    use, or None. The answer's tensors are its own. None: the subspace never changes, and there is no refresh.
 
     ``state_spec(view, ranks, codec, compute_dtype)``: how each basis of a parameter seen as ``view`` ((E x) m x n) is stored.
     ``project(X, bases)``: X with each reduced axis as short as its rank, in the dtype X is multiplied in.
     ``project_back(change, low, bases)``: W <- decay_factor W - scale (low in full size), in place.
     ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
     ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which; else None.
+    ``fit(length, rank)``: the rank in use on an axis of this length for a rank that is wished, or None where there is none.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
     ``whole``: whether ``find`` needs G as a matrix; else an `outer.OuterProduct`, which is only multiplied, is enough.
     """
 
-    find: Callable[[Any, Ranks, Bases | None, int], Bases]
+    find: Callable[[Any, Ranks, Bases | None, int], Bases] | None
     state_spec: Callable[[tuple[int, ...], Ranks, str, torch.dtype], dict[int, Stored]]
     project: Callable[[Tensor, Bases], Tensor]
     project_back: Callable[[write.WeightUpdate, Tensor, Bases], None]
@@ -60,6 +62,7 @@ class Projector:
     looks: bool = True
     in_turn: bool = True
     whole: bool = False
+    fit: Callable[[int, int], int | None] = lambda length, rank: rank
 
 
 def kept_share(C: Overlaps) -> Tensor:
@@ -211,6 +214,71 @@ def rows_overlap(new: Bases, old: Bases) -> Overlaps:
     return {-2: (new[-2].unsqueeze(-1) == old[-2].unsqueeze(-2)).float()}  # (r', 1) == (1, r)
 
 
+# --- means of neighbours -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """Nothing: the rank says all. ``shape``: (rank, 0), for a basis without elements."""
+
+    shape: tuple[int, ...]
+    keys: tuple[str, ...] = ()
+
+    def spec(self) -> dict[str, TensorSpec]:
+        return {}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        return torch.empty(self.shape, device="cpu")
+
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None:
+        """There is nothing to keep."""
+
+
+def whole_blocks(length: int, rank: int) -> int | None:
+    """How many means of 2^l neighbours: 2^l the largest that divides ``length`` and leaves at least ``rank``; None for no l from 1."""
+    size = 1
+    while length % (2 * size) == 0 and length // (2 * size) >= rank:
+        size *= 2
+    return length // size if size > 1 else None
+
+
+def blocks_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
+    """No state at all."""
+    return {axis: StoredBlocks((rank, 0)) for axis, rank in ranks.items()}
+
+
+def blocks_project(X: Tensor, bases: Bases) -> Tensor:
+    """The mean of each block of neighbours (FOAM, arXiv 2512.07112): (m, n) -> (m, r) or (r, n), in fp32 or fp64."""
+    for axis, basis in bases.items():
+        X = _means(X, axis, basis.shape[0])
+    return X
+
+
+def _means(X: Tensor, axis: int, rank: int) -> Tensor:
+    """A 16-bit X is converted a few rows at a time: no full-size copy."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    if X.dtype == wide:
+        return X.unflatten(axis, (rank, -1)).mean(axis)
+    shape = [*X.shape]
+    shape[axis] = rank
+    out = X.new_empty(shape, dtype=wide)
+    rows, low = X.reshape(-1, X.shape[-1]), out.view(-1, shape[-1])
+    tall = rows.shape[0] // low.shape[0]
+    for some in parts(low.shape[0], chunk_elements(X.device) // (tall * rows.shape[1])):
+        block = rows[some.start * tall : some.stop * tall].to(wide)
+        low[some] = block.unflatten(axis, (low[some].shape[axis], -1)).mean(axis)
+    return out
+
+
+def blocks_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
+    """W <- decay_factor W - scale E N, where E gives each element of a block the block's own value."""
+    write.subtract_spread(change, low)
+
+
+def no_overlap(new: Bases, old: Bases) -> Overlaps:
+    raise AssertionError("a subspace that never changes is never compared")
+
+
 PROJECTORS: dict[str, Projector] = {
     "power": _dense(power),
     "rsvd": _dense(rsvd),
@@ -218,4 +286,5 @@ PROJECTORS: dict[str, Projector] = {
     "svd": _dense(svd, in_turn=False, whole=True),
     "random": _dense(random, looks=False),
     "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, rows_part, axes=(-2,), looks=False),
+    "block_mean": Projector(None, blocks_spec, blocks_project, blocks_back, no_overlap, looks=False, in_turn=False, fit=whole_blocks),
 }

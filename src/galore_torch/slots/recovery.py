@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from galore_torch.ops import write
 from galore_torch.ops.codecs import TensorSpec
 from galore_torch.ops.write import WeightUpdate
 
@@ -21,7 +22,8 @@ class Seen:
 
     ``project_back(change, X)``: W <- decay_factor W - scale (X in full size) for an X of R's shape. ``axes``: the projected ones.
     ``low`` (R) and ``grad`` (G, of the weight's view) are there when the row reads them, else None. ``lr``: the step size that the update
-    carries. ``state``: the row's own state.
+    carries. ``state``: the row's own state. ``sign``: -1 where the group climbs, else 1. ``moments`` of this step, decoded when they are
+    looked up, and ``numbers`` of the rule are there when the row reads "moments". ``is_finite``: whether R is, a bool or 0-d on the device.
     """
 
     project_back: Callable[[WeightUpdate, Tensor], None]
@@ -30,6 +32,10 @@ class Seen:
     grad: Tensor | None
     lr: Any
     state: State
+    sign: float = 1.0
+    moments: State = field(default_factory=dict)
+    numbers: tuple[Any, ...] = ()
+    is_finite: Tensor | bool = True
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,9 @@ class Recovery:
     """``apply(change, N, seen)`` makes the change of the weight with an update N that has R's shape and carries the learning rate.
 
     ``state_spec(batch, compute_dtype)``: the state of a parameter that is a batch of matrices, () where it is one.
-    ``reads``: which of "low" (R) and "grad" (the full gradient) it looks at. ``native``: whether it needs a rule of this package, whose
-    step size it knows. ``one_sided``: whether one axis alone may be projected.
+    ``reads``: which of "low" (R), "grad" (the full gradient) and "moments" it looks at. ``native``: whether it needs a rule of this
+    package, whose step size it knows. ``one_sided``: whether one axis alone may be projected. ``only``: the one rule and projector that
+    it is written for, or None.
     """
 
     apply: Callable[[WeightUpdate, Tensor, Seen], None]
@@ -46,6 +53,7 @@ class Recovery:
     reads: frozenset[str] = frozenset()
     native: bool = False
     one_sided: bool = False
+    only: tuple[str, str] | None = None
 
 
 def stateless(batch: tuple[int, ...], compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -84,12 +92,38 @@ def fira(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     shortened = torch.where((last > 0) & (norm > GROWTH * last), GROWTH * last / norm, 1.0)
     factor = torch.where(counts, shortened, 0.0)
     last.copy_(torch.where(counts, norm * shortened, last))
-    residual.nan_to_num_(0.0, 0.0, 0.0).mul_(factor[..., None, None])
+    residual.nan_to_num_(0.0, 0.0, 0.0).mul_(seen.sign * factor[..., None, None])
     seen.project_back(WeightUpdate(residual, scale=-change.scale), N)  # + scale P N
     change.subtract(change.weight, residual, 1.0, change.decay_factor, change.seed)
+
+
+def foam(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
+    """W <- decay_factor W - scale lr (E m + S) / (sqrt(E v + S^2) + eps), with the residual S = G - E R (FOAM, arXiv 2512.07112).
+
+    R is the mean of each block, m and v are Adam's moments of it, and E gives each element the value of its block. lr carries the bias
+    corrections. N is not used: what Adam would do to the means alone. A gradient that is not finite moves nothing.
+    """
+    assert seen.low is not None
+    assert seen.grad is not None
+    if seen.is_finite is False:
+        seen.project_back(change, N)  # N = 0: only the decay
+        return
+    lr, _, _, eps = seen.numbers
+    shape = change.weight.shape[-2:]
+
+    def update(tensors: tuple[Tensor, ...], rows: slice) -> Tensor:
+        grad, *low = tensors
+        R, m, v = (write.spread(each, shape, rows) for each in low)
+        S = grad[rows].to(R.dtype).sub(R).mul_(seen.sign)
+        denominator = v.addcmul_(S, S).sqrt_().add_(eps)
+        found = S.add_(m).div_(denominator).mul_(lr)
+        return found if seen.is_finite is True else torch.where(torch.as_tensor(seen.is_finite, device=found.device), found, 0.0)
+
+    write.subtract_parts(change, (seen.grad, seen.low, seen.moments["exp_avg"], seen.moments["exp_avg_sq"]), update)
 
 
 RECOVERIES = {
     "project_back": Recovery(project_back, stateless),
     "fira": Recovery(fira, residual_norm, frozenset({"low", "grad"}), native=True, one_sided=True),
+    "foam": Recovery(foam, stateless, frozenset({"low", "grad", "moments"}), native=True, only=("adam", "block_mean")),
 }

@@ -15,6 +15,7 @@ import torch
 from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec
 from galore_torch.ops.chunks import chunk_elements
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
+from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.recovery import RECOVERIES
 
 # Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
@@ -66,7 +67,17 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 else 0)
     rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
     product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize) if layout.dtype.itemsize == 2 else 0
-    if "grad" in RECOVERIES[group["recovery"]].reads:  # the residual, and the update beside R
+    reads = RECOVERIES[group["recovery"]].reads
+    if (
+        group["projector"] == "block_mean"
+    ):  # the update of some rows; with the residual R, both moments and G of them, and the decoded moments
+        short = layout.dtype.itemsize == 2
+        product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
+        if "moments" in reads:
+            decoded = {"fp32": 0, "bf16": 2 * low, "int8": 5 * low}[group["state_codec"]]
+            product = low + max(product + min(decoded, 2 * low), decoded)
+            product = max(product, 4 * prod(layout.shape) if short and device == "cpu" else 0)  # the test for a finite gradient
+    elif "grad" in reads:  # the residual, and the update beside R
         product = low + prod(layout.shape) * layout.compute_dtype.itemsize
     carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0  # what was remembered, in full, and with G
     return low + carried + max(passes, copied + product)
@@ -77,7 +88,7 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
 
     Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
     """
-    if not layout.ranks:
+    if not layout.ranks or PROJECTORS[layout.projector].find is None:
         return 0
     itemsize, (m, n), matrices = layout.compute_dtype.itemsize, layout.view[-2:], prod(layout.batch)
     rank, blind = max(layout.ranks.values()), device != "cpu"
