@@ -286,7 +286,7 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], words: str) -> No
 @pytest.mark.parametrize("cls", [g.GaLoreSGD, g.GaLoreAdafactor, g.GaLoreAdagrad])
 def test_foam_is_refused_by_other_rules(cls: Any) -> None:
     with pytest.raises(
-        ValueError, match="recovery='foam' is Adam's step with the residual of block means: it needs .* such as GaLoreAdamW"
+        ValueError, match=r"recovery='foam' is Adam's step with the residual of block means: it needs .* such as GaLoreAdamW"
     ):
         cls([Parameter(torch.zeros(8, 8))], lr=0.1, rank=2, projector="block_mean", recovery="foam")
 

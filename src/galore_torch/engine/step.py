@@ -21,6 +21,7 @@ from galore_torch.engine import fused
 from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, state_spec, stored_error, stored_moments
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
+from galore_torch.engine.one_pass import in_one_pass
 from galore_torch.engine.refresh import STREAMS, moments_of, refresh, refresh_is_due
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, norm, readable
@@ -46,6 +47,8 @@ def step(view: ParamView, grad: Tensor) -> None:
     """One step of one parameter from its full gradient: the weight's shape, any float dtype. Works for every row of every slot."""
     if not view.layout.ranks:
         apply(view, grad)
+        return
+    if in_one_pass(view, grad):
         return
     carry, error = CARRIES[view.group["carry"]], stored_error(view.layout, view.group)
     grad = _as_view(grad, view.layout)
@@ -157,9 +160,8 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 
 
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
-    # NaN or Inf in G reaches R, whatever the dense basis. Beside moments a row looks at the elements of G one by one.
-    reads = RECOVERIES[view.group["recovery"]].reads if view.layout.ranks else ()
-    is_finite = _is_finite(low if grad is None or "moments" not in reads else grad)
+    # NaN or Inf in G reaches R, whatever the basis; of means, whose elements may cancel, G itself is asked where it is there.
+    is_finite = _is_finite(low if grad is None or not view.layout.ranks or view.projector.adam is None else grad)
     if isinstance(view.rule, BaseRule):
         _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:

@@ -73,8 +73,9 @@ SHARED = """
             from 16, as experts have, and 0 for others, such as kernels of convolutions: one matrix, (first, rest). Default None.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
         recovery: how the update reaches the weight: "project_back", or "fira" (arXiv 2410.01623), which adds what lies outside of the
-            subspace, scaled as the rule scaled each column, or "foam" (arXiv 2512.07112), which adds it to both moments of block means. carry: None, or "error_feedback", which adds what the projection dropped to the
-            next gradient and remembers as much as a weight holds. All three read the full gradient.
+            subspace, scaled as the rule scaled each column, or "foam" (arXiv 2512.07112), which adds it to both moments of block means.
+            carry: None, or "error_feedback", which adds what the projection dropped to the next gradient and remembers as much as a weight
+            holds. All three read the full gradient.
         state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4", or as the "weight": in bf16 where
             that has 16 bits, else in fp32.
         stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from galore_torch.ops import linalg, write
+from galore_torch.ops import linalg, native, write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
 
@@ -46,6 +46,7 @@ class Projector:
     ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
     ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which; else None.
     ``fit(length, rank)``: the rank in use on an axis of this length for a rank that is wished, or None where there is none.
+    ``adam(weight, grad, moments, numbers, residual)``: one native pass that does the whole step of Adam on a matrix, see `ops.native`.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
@@ -63,6 +64,7 @@ class Projector:
     in_turn: bool = True
     whole: bool = False
     fit: Callable[[int, int], int | None] = lambda length, rank: rank
+    adam: Callable[[Tensor, Tensor, tuple[Tensor, Tensor], tuple[float, ...], bool], bool | None] | None = None
 
 
 def kept_share(C: Overlaps) -> Tensor:
@@ -286,5 +288,15 @@ PROJECTORS: dict[str, Projector] = {
     "svd": _dense(svd, in_turn=False, whole=True),
     "random": _dense(random, looks=False),
     "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, rows_part, axes=(-2,), looks=False),
-    "block_mean": Projector(None, blocks_spec, blocks_project, blocks_back, no_overlap, looks=False, in_turn=False, fit=whole_blocks),
+    "block_mean": Projector(
+        None,
+        blocks_spec,
+        blocks_project,
+        blocks_back,
+        no_overlap,
+        looks=False,
+        in_turn=False,
+        fit=whole_blocks,
+        adam=native.block_means,
+    ),
 }

@@ -1,0 +1,192 @@
+// Adam on the means of neighbours in one fp32 matrix; with the residual, FOAM's step (arXiv 2512.07112), what the means leave of G is put
+// into both moments. The plain road, slots/recovery.py, is its oracle. G is read twice, once to see that it is finite; W and the moments are moved once.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define LANES 16  // floats of one vector
+#endif
+#endif
+
+namespace {
+
+constexpr int64_t CHUNK = 512;  // elements of a row's blocks worked on at a time: with their moments in full they stay in the L1 cache
+
+struct Step {
+  float new1, new2;  // 1 - beta1, 1 - beta2
+  float size;        // lr, bias corrections and scale in it
+  float eps, decay;  // W <- decay W - ...
+  float sign;        // -1: climb
+};
+
+#ifdef LANES
+using Vector = float __attribute__((vector_size(4 * LANES)));
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+inline Vector load(const float* from) { Vector x; std::memcpy(&x, from, sizeof x); return x; }
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+
+template <int B, int PART, int... L>
+inline Vector repeated(Vector x, std::integer_sequence<int, L...>) { return __builtin_shufflevector(x, x, ((PART * LANES + L) / B)...); }
+
+template <int B, int... PART>
+inline void spread_vector(float* to, Vector x, std::integer_sequence<int, PART...>) {
+  (store(to + PART * LANES, repeated<B, PART>(x, Lanes{})), ...);
+}
+
+template <int... L>
+inline Vector sums_of_pairs(Vector x, Vector y, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(x, y, (2 * L)...) + __builtin_shufflevector(x, y, (2 * L + 1)...);
+}
+
+template <int B>
+inline Vector block_sums(const float* from) {
+  if constexpr (B == 1) return load(from);
+  else return sums_of_pairs(block_sums<B / 2>(from), block_sums<B / 2>(from + LANES * B / 2), Lanes{});
+}
+#endif
+
+// to[i B + j] = from[i] for i < n, j < B
+template <int B>
+inline void spread(float* __restrict to, const float* __restrict from, int64_t n) {
+  int64_t i = 0;
+#ifdef LANES
+  for (; i + LANES <= n; i += LANES) spread_vector<B>(to + i * B, load(from + i), std::make_integer_sequence<int, B>{});
+#endif
+  for (; i < n; ++i) for (int j = 0; j < B; ++j) to[i * B + j] = from[i];
+}
+
+// to[i] = sum over j of from[i B + j]
+template <int B>
+inline void sums_in_row(float* __restrict to, const float* __restrict from, int64_t n) {
+  int64_t i = 0;
+#ifdef LANES
+  for (; i + LANES <= n; i += LANES) store(to + i, block_sums<B>(from + i * B));
+#endif
+  for (; i < n; ++i) {
+    to[i] = 0;
+    for (int j = 0; j < B; ++j) to[i] += from[i * B + j];
+  }
+}
+
+// to[k] = factor times the sum over j of from[j n + k]
+template <int B>
+inline void means_of_rows(float* __restrict to, const float* __restrict from, int64_t n, float factor) {
+  for (int64_t k = 0; k < n; ++k) {
+    float sum = 0;
+    for (int j = 0; j < B; ++j) sum += from[j * n + k];
+    to[k] = sum * factor;
+  }
+}
+
+inline void scaled(float* x, int64_t n, float factor) { for (int64_t i = 0; i < n; ++i) x[i] *= factor; }
+
+inline float squares(const float* __restrict x, int64_t n) {
+  constexpr int SUMS = 64;  // independent, so that they need not wait for each other
+  float sums[SUMS] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + SUMS <= n; i += SUMS) for (int j = 0; j < SUMS; ++j) sums[j] += x[i + j] * x[i + j];
+  for (; i < n; ++i) total += x[i] * x[i];
+  for (float sum : sums) total += sum;
+  return total;
+}
+
+inline void move_moments(float* __restrict m, float* __restrict v, const float* __restrict mean, int64_t n, Step s) {
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] += s.new1 * (mean[i] - m[i]);
+    v[i] += s.new2 * (mean[i] * mean[i] - v[i]);
+  }
+}
+
+// mean, m and v in full size
+inline void move_weight(float* __restrict w, const float* __restrict g, const float* __restrict mean, const float* __restrict m,
+                        const float* __restrict v, int64_t n, Step s) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float rest = s.sign * g[i] - mean[i];
+    w[i] = s.decay * w[i] - s.size * (m[i] + rest) / (std::sqrt(v[i] + rest * rest) + s.eps);
+  }
+}
+
+// as if nothing were left of G
+inline void move_weight_by_means(float* __restrict w, const float* __restrict update, int64_t n, Step s) {
+  for (int64_t i = 0; i < n; ++i) w[i] = s.decay * w[i] - update[i];
+}
+
+inline void updates_of_means(float* __restrict to, const float* __restrict m, const float* __restrict v, int64_t n, Step s) {
+  for (int64_t i = 0; i < n; ++i) to[i] = s.size * m[i] / (std::sqrt(v[i]) + s.eps);
+}
+
+struct Matrix { float *w; const float* g; float *m, *v, *means; int64_t rows, columns; };  // rows and columns of the means
+
+template <int B, bool RESIDUAL>
+bool neighbours_in_a_row(Matrix a, Step s, int threads) {
+  const int64_t count = a.rows * a.columns, part = CHUNK / B, parts = (count + part - 1) / part;
+  float total = 0;
+#pragma omp parallel for reduction(+ : total) num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < parts; ++p) total += squares(a.g + p * part * B, std::min(part, count - p * part) * B);
+  if (!std::isfinite(total)) return false;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < parts; ++p) {
+    float mean[CHUNK / B], mean_in_full[CHUNK], m_in_full[CHUNK], v_in_full[CHUNK];
+    const int64_t at = p * part, n = std::min(part, count - at);
+    sums_in_row<B>(mean, a.g + at * B, n);
+    scaled(mean, n, s.sign / B);
+    move_moments(a.m + at, a.v + at, mean, n, s);
+    if constexpr (!RESIDUAL) {
+      updates_of_means(mean, a.m + at, a.v + at, n, s);
+      spread<B>(mean_in_full, mean, n);
+      move_weight_by_means(a.w + at * B, mean_in_full, n * B, s);
+      continue;
+    }
+    spread<B>(mean_in_full, mean, n);
+    spread<B>(m_in_full, a.m + at, n);
+    spread<B>(v_in_full, a.v + at, n);
+    move_weight(a.w + at * B, a.g + at * B, mean_in_full, m_in_full, v_in_full, n * B, s);
+  }
+  return true;
+}
+
+template <int B, bool RESIDUAL>
+bool neighbours_in_a_column(Matrix a, Step s, int threads) {
+  const int64_t n = a.columns;
+  float total = 0;
+#pragma omp parallel for reduction(+ : total) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < a.rows; ++i) {
+    means_of_rows<B>(a.means + i * n, a.g + i * B * n, n, s.sign / B);
+    total += squares(a.g + i * B * n, B * n);
+  }
+  if (!std::isfinite(total)) return false;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < a.rows; ++i) {
+    float *m = a.m + i * n, *v = a.v + i * n;
+    move_moments(m, v, a.means + i * n, n, s);
+    if constexpr (!RESIDUAL) {
+      updates_of_means(a.means + i * n, m, v, n, s);
+      for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight_by_means(a.w + row * n, a.means + i * n, n, s);
+      continue;
+    }
+    for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight(a.w + row * n, a.g + row * n, a.means + i * n, m, v, n, s);
+  }
+  return true;
+}
+
+}  // namespace
+
+// One step, in place, on w (rows tall x columns wide) with g; m, v and the scratch `means` are rows x columns. One of tall and wide is 1.
+// 1: done; 0: g is not finite, and nothing was changed; -1: no code for these blocks.
+extern "C" int galore_block_means(float* w, const float* g, float* m, float* v, float* means, int64_t rows, int64_t columns, int64_t tall,
+                                  int64_t wide, float new1, float new2, float size, float eps, float decay, float sign, int residual,
+                                  int threads) {
+  const Matrix a{w, g, m, v, means, rows, columns};
+  const Step s{new1, new2, size, eps, decay, sign};
+#define BLOCKS(B)                                                                                                                \
+  if (wide == B && tall == 1) return residual ? neighbours_in_a_row<B, true>(a, s, threads) : neighbours_in_a_row<B, false>(a, s, threads); \
+  if (tall == B && wide == 1)                                                                                                    \
+    return residual ? neighbours_in_a_column<B, true>(a, s, threads) : neighbours_in_a_column<B, false>(a, s, threads);
+  BLOCKS(2) BLOCKS(4) BLOCKS(8) BLOCKS(16) BLOCKS(32)
+  return -1;
+}

@@ -1,0 +1,75 @@
+"""Ops: a small C++ operator, built on first use by torch's own `cpp_extension`. The plain road is its oracle and its fall-back."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("block_means.cpp")
+# By what torch finds the processor to have, and not -march=native: a home folder may be shared by different machines.
+VECTORS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The operator, or None where there is nothing to build it with. A build that fails warns, once."""
+    from torch.utils import cpp_extension
+
+    if sys.platform not in ("linux", "darwin") or not cpp_extension.is_ninja_available():
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = [*FLAGS, *VECTORS.get(capability, []), *(["-fopenmp"] if sys.platform == "linux" else [])]
+    version = hashlib.sha256(SOURCE.read_bytes() + repr(flags).encode()).hexdigest()[:12]
+    try:
+        built = cpp_extension.load(
+            f"galore_torch_{version}",
+            [str(SOURCE)],
+            extra_cflags=flags,
+            extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
+            is_python_module=False,
+        )
+        found = ctypes.CDLL(built)
+        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        found.galore_block_means.argtypes = [pointer] * 5 + [count] * 4 + [number] * 6 + [ctypes.c_int] * 2
+    except Exception as failure:  # whatever a compiler or a read-only folder may complain of
+        warnings.warn(
+            f"the C++ operator of block means could not be built ({type(failure).__name__}: {str(failure).strip()[:200]}): steps take the "
+            "plain road, which is slower and the same. compile=False asks for that road without a warning",
+            stacklevel=2,
+        )
+        return None
+    return found
+
+
+def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numbers: tuple[float, ...], residual: bool) -> bool | None:
+    """One step of Adam on means of neighbours, in place; with the ``residual`` of G in both moments, FOAM's (arXiv 2512.07112).
+
+    True: done; False: the gradient is not finite, and nothing was changed; None: there is no operator here, or none for these blocks.
+    weight and grad (m x n), moments m and v (m x r or r x n), all fp32, contiguous and on the CPU; a batch of matrices counts as a tall
+    one. numbers: 1 - beta1, 1 - beta2, the step size with everything in it, eps, the factor of the weight, and -1 to climb, else 1.
+    """
+    found = library()
+    if found is None:
+        return None
+    m, v = moments
+    rows, columns = m.numel() // m.shape[-1], m.shape[-1]
+    tall, wide = weight.shape[-2] // m.shape[-2], weight.shape[-1] // m.shape[-1]
+    means = torch.empty_like(m) if tall > 1 else m  # not looked at where neighbours stand in a row
+    pointers = (weight.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), means.data_ptr())
+    done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *numbers, residual, torch.get_num_threads())
+    if done < 0:
+        return None
+    torch.autograd.graph.increment_version(weight)  # autograd, which looks at the weight, sees no pointer
+    return bool(done)
