@@ -82,7 +82,7 @@ def step(region: FusedStep, inputs: Inputs, fuse: bool, result: Tensor | WeightU
     tables: tuple[Any, ...] | None = None
     if fuse := fuse and is_finite is not False:
         tables = tuple(stored.tables(low.device) for stored in region.moments)
-        lifted = _lift((*numbers, *factors), region.compute_dtype)
+        lifted = lift((*numbers, *factors), region.compute_dtype)
         numbers, factors = lifted[: len(numbers)], lifted[len(numbers) :]
     for rows in _row_chunks(region, low, fuse, change.weight if change else low):
         part = low if rows is None else low[rows]
@@ -152,7 +152,7 @@ def only_if(condition: Tensor | bool, tensors: list[Tensor]) -> Iterator[None]:
 
 def subtract(weight: Tensor, update: Tensor, scale: Any, decay_factor: Any, seed: Seed | None) -> None:
     """`write.subtract`, compiled."""
-    factors = (*_lift((scale, decay_factor), torch.promote_types(weight.dtype, torch.float32)), _noise(seed, update))
+    factors = (*lift((scale, decay_factor), torch.promote_types(weight.dtype, torch.float32)), _noise(seed, update))
     call(_subtract_stored, None, write.storages(weight), update, factors)
 
 
@@ -182,7 +182,7 @@ def _row_chunks(region: FusedStep, low: Tensor, fuse: bool, weight: Tensor) -> I
         yield slice(units.start * unit, min(units.stop * unit, low.shape[0]))
 
 
-def _lift(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def lift(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """0-d tensors; a compiled function takes floats for constants. What is a tensor already stays on its device."""
     if any(isinstance(value, Tensor) for value in values):
         return tuple(value.reshape(()).to(dtype) if isinstance(value, Tensor) else _scalars((value,), dtype)[0] for value in values)

@@ -1,13 +1,20 @@
-"""The whole step of one parameter in one native pass over G, W and the moments, for rows that have one. The plain road is its oracle."""
+"""The whole step of one parameter in one pass over G, W and the moments, for projectors that have one. The plain road is its oracle.
+
+On a CPU a small C++ operator; where there is none, and on a GPU, what Inductor makes of `means_pass`: C++ or Triton.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from galore_torch.engine.fused import fuses
+from galore_torch.engine.fused import fuses, lift
+from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
 from galore_torch.ops import write
+from galore_torch.ops.linalg import finite, readable
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import RULES, Rule
 
@@ -15,7 +22,7 @@ from galore_torch.slots.rules import RULES, Rule
 def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     """Do the step, or say that the plain road has to: False, and nothing was changed.
 
-    It does it for fp32 on the CPU where the group lets a step be compiled. grad: the weight's shape.
+    It does it for fp32 where the group lets a step be compiled. grad: the weight's shape.
     """
     weight, state, group, layout, rule = view.weight, view.state, view.group, view.layout, view.rule
     native, reads = view.projector.adam, RECOVERIES[group["recovery"]].reads
@@ -24,9 +31,9 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     if group["carry"] or group["state_codec"] != "fp32" or isinstance(group["lr"], Tensor):
         return False
-    if not all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (weight, grad)):
+    if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (weight, grad)):
         return False
-    if len(layout.ranks) != 1 or not write.is_plain(weight) or not fuses(weight, weight.numel(), group, state["step"]):
+    if not write.is_plain(weight) or not fuses(weight, weight.numel(), group, state["step"]):
         return False
     assert isinstance(rule, Rule)
     step = state["step"] + 1
@@ -34,11 +41,48 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     decay_factor = 1 - group["lr"] * group["weight_decay"]
     late = decay_factor if group["decay"] == "after" else 1.0
     numbers = (*new, lr * group["scale"] * late, eps, decay_factor, -1.0 if group["maximize"] else 1.0)
+    matrices = weight.detach().view(layout.view), grad.view(layout.view)
     moments = (state["exp_avg"], state["exp_avg_sq"])
-    is_finite = native(weight.view(layout.view), grad.view(layout.view), moments, numbers, residual)
+    is_finite = native(*matrices, moments, numbers, residual) if weight.is_cpu else None
     if is_finite is None:
-        return False
+        is_finite = _compiled(*matrices, moments, numbers, residual)
     if not is_finite:
         write.decay(weight, decay_factor)
+    torch.autograd.graph.increment_version(weight)  # neither a pointer nor a compiled pass tells autograd, which looks at the weight
     state["step"] = step
     return True
+
+
+def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numbers: tuple[float, ...], residual: bool) -> bool:
+    """`means_pass`, compiled. Whether the gradient is finite, where the host may look; else True, and the pass itself sees to it."""
+    is_finite = finite(grad)
+    if readable(grad) and not bool(is_finite):
+        return False
+    mask = None if readable(grad) else is_finite
+    call(means_pass, residual, weight, grad, moments, (*lift(numbers, torch.float32), mask))
+    return True
+
+
+def means_pass(residual: bool, weight: Tensor, grad: Tensor, moments: Any, numbers: Any) -> None:
+    """One step of Adam on the means of neighbours, in place; with the ``residual`` of G in both moments, FOAM's (arXiv 2512.07112).
+
+    weight, grad (... x m x n), moments m and v (... x r x c). numbers: those of `ops.native.block_means`, and whether G is finite, 0-d, or
+    None where it is.
+    """
+    new1, new2, size, eps, decay, sign, is_finite = numbers
+    rows, columns = moments[0].shape[-2:]
+
+    def blocks(tensor: Tensor) -> Tensor:
+        """(... x r x tall x c x wide); a mean is a block of one element."""
+        return tensor.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))
+
+    G, W, (m, v) = blocks(grad) * sign, blocks(weight), (blocks(each) for each in moments)
+    mean = G.mean((-3, -1), keepdim=True)
+    new_m, new_v = m + new1 * (mean - m), v + new2 * (mean.square() - v)
+    rest = G - mean if residual else torch.zeros_like(mean)
+    update = size * (new_m + rest) / ((new_v + rest.square()).sqrt() + eps)
+    if is_finite is not None:
+        new_m, new_v, update = torch.where(is_finite, new_m, m), torch.where(is_finite, new_v, v), torch.where(is_finite, update, 0.0)
+    m.copy_(new_m)
+    v.copy_(new_v)
+    W.copy_(decay * W - update)

@@ -196,7 +196,7 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
     recovery = RECOVERIES[group["recovery"]]
     update = torch.empty_like(low) if grad is None or recovery.reads or group["carry"] else low
     fused.step(region, inputs, fuse, update)
-    if isinstance(late, Tensor) or recovery.reads:
+    if "moments" not in recovery.reads and (isinstance(late, Tensor) or recovery.reads):  # a row that reads moments makes its own update
         update.mul_(late)
     else:
         scale = scale * late

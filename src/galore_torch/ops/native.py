@@ -69,7 +69,4 @@ def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], nu
     means = torch.empty_like(m) if tall > 1 else m  # not looked at where neighbours stand in a row
     pointers = (weight.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), means.data_ptr())
     done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *numbers, residual, torch.get_num_threads())
-    if done < 0:
-        return None
-    torch.autograd.graph.increment_version(weight)  # autograd, which looks at the weight, sees no pointer
-    return bool(done)
+    return None if done < 0 else bool(done)

@@ -1,0 +1,165 @@
+"""The step of block means in one pass: the C++ operator, and what Inductor makes of the same. Oracle: compile=False, the plain road, which
+tests/slots/test_block_mean.py holds to the paper."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils import cpp_extension
+
+import galore_torch as g
+from galore_torch.engine import inductor, one_pass
+from galore_torch.ops import native
+
+ROADS = ["native", "inductor"]
+each_recovery = pytest.mark.parametrize("recovery", ["project_back", "foam"])
+
+
+@pytest.fixture(autouse=True)
+def _no_trace() -> Iterator[None]:
+    yield
+    native.library.cache_clear()
+
+
+def take(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two roads alone; a test of what is not to be had here is skipped."""
+    if road == "inductor":
+        if not inductor.has_compiler("cpu"):
+            pytest.skip("torch.compile finds no C++ compiler here")
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("there is no ninja to build the operator with")
+    else:
+        monkeypatch.setattr(one_pass, "_compiled", None)
+
+
+def trained(start: Tensor, compile: bool, steps: int = 5, grad_of: Any = None, **settings: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Gradients that grow; the fourth holds one NaN."""
+    generator = torch.Generator().manual_seed(1)
+    W = Parameter(start.clone())
+    optimizer = g.GaLoreAdamW([W], **{"lr": 0.01, "rank": 4, "projector": "block_mean", "compile": compile, **settings})
+    for t in range(steps):
+        G = (1 + t) * torch.randn(start.shape, generator=generator)
+        if t == 3:
+            G.view(-1)[5] = float("nan")
+        W.grad = G if grad_of is None else grad_of(G)
+        optimizer.step()
+    return W.detach(), optimizer.state[W]
+
+
+def same(start: Tensor, **settings: Any) -> None:
+    (W, state), (expected, plain) = (trained(start, compile, **settings) for compile in (True, False))
+    torch.testing.assert_close(W, expected, rtol=1e-5, atol=2e-6)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[key], plain[key], rtol=1e-5, atol=1e-6)
+    assert state["step"] == plain["step"]
+
+
+@each_recovery
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"proj_type": "left"},
+        {"proj_type": "right", "weight_decay": 0.1},
+        {"proj_type": "left", "maximize": True, "weight_decay": 0.1, "decay": "after"},
+        {"proj_type": "right", "maximize": True, "correct_bias": False, "betas": (0.5, 0.9)},
+    ],
+)
+def test_equals_the_plain_road(settings: dict[str, Any], road: str, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(road, monkeypatch)
+    for shape in ((64, 96), (3, 32, 64)):
+        same(torch.randn(shape), recovery=recovery, **settings)
+
+
+@each_recovery
+@pytest.mark.parametrize(("block", "proj_type"), list(itertools.product([2, 4, 8, 16, 32, 64], ["left", "right"])))
+def test_every_length_of_a_block(block: int, proj_type: str, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 3 blocks, whose number no vector divides; 64 is none of the operator's, and goes to Inductor."""
+    if native.library() is None or not inductor.has_compiler("cpu"):
+        pytest.skip("needs both roads")
+    side = (5, 3 * block) if proj_type == "right" else (3 * block, 5)
+    same(torch.randn(side), rank=3, proj_type=proj_type, recovery=recovery)
+
+
+def test_both_sides_at_once_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not inductor.has_compiler("cpu"):
+        pytest.skip("torch.compile finds no C++ compiler here")
+    same(torch.randn(64, 96), recovery="foam", proj_type="full")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compile": False},
+        {"state_codec": "bf16"},
+        {"lr": torch.tensor(0.01)},
+        {"carry": "error_feedback"},
+        {"recovery": "fira"},
+        {"weight": torch.zeros(64, 64, dtype=torch.bfloat16)},
+        {"weight": torch.zeros(64, 64).double()},
+    ],
+)
+def test_is_not_taken_where_it_would_be_wrong(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bool:
+        raise AssertionError("a pass that is written for fp32 Adam was taken")
+
+    monkeypatch.setattr(native, "library", refuse)
+    monkeypatch.setattr(one_pass, "_compiled", refuse)
+    W = Parameter(settings.pop("weight", torch.zeros(64, 64)).clone())
+    optimizer = g.GaLoreAdamW([W], **{"lr": 0.01, "rank": 8, "projector": "block_mean", "recovery": "foam", "compile": True, **settings})
+    W.grad = torch.randn(64, 64).to(W.dtype)
+    optimizer.step()
+    assert (W != 0).any()
+
+
+def test_a_gradient_that_is_not_contiguous_takes_the_plain_road(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(one_pass, "_compiled", None)
+    same(torch.randn(64, 96), recovery="foam", grad_of=lambda G: G.T.contiguous().T)
+
+
+def test_autograd_sees_that_the_weight_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("native", monkeypatch)
+    W = Parameter(torch.randn(64, 64))
+    optimizer = g.GaLoreAdamW([W], rank=8, projector="block_mean", recovery="foam", compile=True)
+    loss = W.square().sum()
+    W.grad = torch.randn(64, 64)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_build_that_fails_warns_once_and_leaves_a_step_that_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the folder is read-only")
+
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    native.library.cache_clear()
+    start = torch.randn(64, 64)
+    with pytest.warns(UserWarning, match="could not be built .*the folder is read-only.* compile=False") as warned:
+        found, _ = trained(start, True, recovery="foam")
+    assert len(warned) == 1
+    torch.testing.assert_close(found, trained(start, False, recovery="foam")[0], rtol=1e-5, atol=2e-6)
+
+
+def test_without_ninja_nothing_is_built_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
+    native.library.cache_clear()
+    assert native.library() is None
+
+
+@pytest.mark.gpu
+@each_recovery
+def test_on_a_gpu_the_pass_is_triton_and_equals_the_plain_road(recovery: str) -> None:
+    start = torch.randn(256, 512, device="cuda")
+    same_on_gpu = {"recovery": recovery, "rank": 64, "grad_of": lambda G: G.cuda()}
+    (W, _), (expected, _) = (trained(start, compile, **same_on_gpu) for compile in (True, False))
+    torch.testing.assert_close(W, expected, rtol=1e-5, atol=2e-6)
