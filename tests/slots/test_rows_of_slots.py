@@ -245,7 +245,7 @@ def test_what_reads_the_full_gradient_works_where_it_is_kept_and_is_refused_wher
 
     assert torch.equal(run("update"), run(None))
     row = {"error_feedback": "error_feedback", "foam": "foam", "all on means": "foam"}.get(choice, "fira")
-    with pytest.raises(ValueError, match=rf"'{row}' reads the full gradient, .* unless mode='update'"):
+    with pytest.raises(ValueError, match=rf"'{row}' reads the full gradient, .*mode='project'.* use mode='update'"):
         run("project")
 
 
