@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from galore_torch.ops import linalg
+from support.memory import peak_bytes
 
 SHAPES = [(30, 20), (20, 30), (16, 16), (3, 30, 20)]
 
@@ -51,3 +52,19 @@ def test_mode_product_multiplies_rows_and_columns() -> None:
     X, A, B = torch.randn(4, 5), torch.randn(2, 4), torch.randn(3, 5)
     torch.testing.assert_close(linalg.mode_product(X, A, -2), torch.einsum("ij,jk->ik", A, X))
     torch.testing.assert_close(linalg.mode_product(X, B, -1), torch.einsum("ij,kj->ki", B, X))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_a_16_bit_matrix_makes_no_fp32_copy_of_it(dtype: torch.dtype) -> None:
+    """A few rows are widened at a time: the allocator gives less than the matrix holds, and what does not fit is still found."""
+    matrix = torch.randn(600, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for tensor in (matrix, matrix.T, matrix.view(6, 100, 1000), matrix.flatten()):
+        torch.testing.assert_close(linalg.norm(tensor).double(), tensor.double().norm(), rtol=1e-5, atol=0)
+        assert linalg.finite(tensor)
+    assert linalg.norm(matrix).dtype == torch.float32
+    assert peak_bytes(lambda: linalg.finite(matrix)) < matrix.nbytes / 2
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        for place in (0, 300, -1):
+            spoilt = matrix.clone()
+            spoilt[place, -1] = bad
+            assert not linalg.finite(spoilt)

@@ -59,8 +59,15 @@ def finite(grad: Tensor) -> Tensor:
 
 
 def norm(tensor: Tensor) -> Tensor:
-    """The 2-norm of all elements, 0-d, in fp32 or fp64."""
-    return torch.linalg.vector_norm(tensor, dtype=_wide(tensor))
+    """The 2-norm of all elements, 0-d, in fp32 or fp64.
+
+    On a CPU torch takes that of a 16-bit tensor from a copy in fp32: there a few rows are copied at a time.
+    """
+    wide, most = _wide(tensor), chunk_elements(tensor.device)
+    if tensor.is_cpu and tensor.dtype != wide and tensor.numel() > most:
+        rows = parts(len(tensor), most * len(tensor) // tensor.numel())
+        tensor = torch.stack([torch.linalg.vector_norm(tensor[part], dtype=wide) for part in rows])
+    return torch.linalg.vector_norm(tensor, dtype=wide)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

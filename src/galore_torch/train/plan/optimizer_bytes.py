@@ -51,17 +51,13 @@ def param_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, 
 
 
 def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
-    """An ordinary step: R, the bases in the dtype of the products, and chunks of the elementwise passes.
-
-    On a CPU the test for a finite gradient sums a 16-bit one through a copy in fp32.
-    """
+    """An ordinary step: R, the bases in the dtype of the products, and chunks of the elementwise passes."""
     elements = min(prod(layout.low_shape), chunk_elements(torch.device(device)))
     passes = _PASSES[device][group["state_codec"]] * elements * layout.compute_dtype.itemsize // 4
     if not layout.ranks:
         if layout.dtype != layout.compute_dtype:  # the gradient in fp32, and what rounding a weight makes on the way
             passes = max(passes + elements * layout.compute_dtype.itemsize, 18 * elements)
-        copied = 4 * prod(layout.shape) if layout.dtype.itemsize == 2 and device == "cpu" else 0
-        return max(copied, passes)
+        return passes
     bases = sum(prod(basis.shape) for basis in layout.bases.values())
     needed = product_dtype(layout.dtype, device)
     copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 else 0)
