@@ -3,7 +3,8 @@
     python benchmarks/seven_billion/run.py --model_config 7b --optimizer galore
     python benchmarks/seven_billion/run.py --model_config llama3-8b --optimizer qgalore
 
-8-bit GaLore with bf16 weights, or Q-GaLore, each updating a layer inside the backward pass. The model has random weights, made (and
+8-bit GaLore with bf16 weights, or Q-GaLore, each updating a layer inside the backward pass, whose gradient is never made in full
+(`--mode direct_update`) or made and used up (`--mode update`). The model has random weights, made (and
 quantised) a layer at a time, so that building never holds more than the weights. The first step makes every basis; the later ones are
 ordinary. Each sees another text; at the end the first text is evaluated again. Peak memory is what the operating system counts for this
 process, libraries and all; on CUDA, the allocator's peak under `--cap`.
@@ -51,10 +52,11 @@ def main() -> None:
     progress("building")
     model = random_model(shape.with_vocab(data.vocab_size), device, quantized=arguments.optimizer == "qgalore")
     built = peak_gb(device)
-    groups = galore_param_groups(model, arguments.rank, update_proj_gap=GAP)
+    groups = galore_param_groups(model, arguments.rank, update_proj_gap=GAP, proj_type=arguments.proj_type)
     optimizer = CLASSES[arguments.optimizer](groups, lr=arguments.lr)
     progress("")
-    print(heading(f"{config.model_name}, {type(optimizer).__name__}, rank {arguments.rank}, 1 x {arguments.length} tokens", device))
+    recipe = f"{type(optimizer).__name__}, {arguments.mode}, rank {arguments.rank}, {arguments.proj_type}"
+    print(heading(f"{config.model_name}, {recipe}, 1 x {arguments.length} tokens", device))
     parameters, weights = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
     print(
         f"{parameters / 1e9:.2f} B parameters: weights {weights / GB:.2f} GB, optimizer state {state_bytes(optimizer) / GB:.2f} GB, "
@@ -62,7 +64,7 @@ def main() -> None:
     )
     rows = []
     loss_of = TokenLoss(model, chunk=None).train()
-    with fused_backward(model, optimizer, "update"):
+    with fused_backward(model, optimizer, arguments.mode):
         stream = data.batches(config)
         texts = [tuple(part.to(device) for part in next(stream)) for _ in range(arguments.steps)]
         for step, (inputs, targets) in enumerate(texts, 1):
@@ -121,7 +123,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", default="7b")
     parser.add_argument("--optimizer", default="galore", choices=CLASSES)
+    parser.add_argument("--mode", default="direct_update", choices=["direct_update", "update"])
     parser.add_argument("--rank", type=int, default=1024)
+    parser.add_argument("--proj_type", default="std", choices=["std", "reverse_std", "right", "left"])
     parser.add_argument("--length", type=int, default=256, help="tokens in the one sequence of a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.001)
