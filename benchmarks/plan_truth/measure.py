@@ -19,7 +19,7 @@ from allocator import peak_bytes
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.model.llama import DEMO_VOCAB, build_model, model_shape
 from galore_torch.train.model.loss import TokenLoss
-from galore_torch.train.optimizers.registry import build_optimizer, per_layer_updates, state_bytes
+from galore_torch.train.optimizers.registry import build_optimizer, fused_pass, state_bytes
 
 UPDATES = 2
 
@@ -55,7 +55,7 @@ class Run:
     def updates(self, number: int = UPDATES) -> None:
         config = self.config
         deferred = config.accumulation > 1 or config.grad_clipping > 0
-        with per_layer_updates(self.name, self.model, self.optimizer, deferred=deferred):
+        with fused_pass(self.name, self.model, self.optimizer, deferred=deferred):
             for _ in range(number):
                 for _ in range(config.accumulation):
                     (self.loss(self.tokens, self.tokens) / (self.tokens.numel() * config.accumulation)).backward()

@@ -35,6 +35,8 @@ class FusedBackward:
         self._handles: list[Any] = []
         self._checked = False
         self._direct: dict[Tensor, DirectLayer] = {}  # by weight
+        self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
+        self.look: Callable[[Tensor], None] | None = None  # called with each R of a linear layer before it updates its weight
         self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
         hook = _Hook(weakref.ref(self))
         self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]
@@ -81,7 +83,7 @@ class FusedBackward:
 
     def attach_layers(self, model: nn.Module) -> None:
         """Give the linear layers of projected matrices a backward pass that makes no full gradient; say which matrices have none."""
-        optimizer, names, left = self._optimizer(), _places_of(model), []
+        optimizer, names, left = self._optimizer(), _places_of(model), self.left
         assert optimizer is not None
         finish = _Finish(weakref.ref(self))
         for p in self._params:
@@ -102,6 +104,7 @@ class FusedBackward:
 
     def _give_up(self, layer: DirectLayer) -> None:
         layer.remove()
+        self.left.append(layer.name)
         warnings.warn(
             f"{layer.name} is used outside of its layer too: from now on its gradient is made in full and then projected",
             stacklevel=2,
@@ -111,6 +114,8 @@ class FusedBackward:
         """The low-rank gradient of a layer is in ``p.grad``."""
         optimizer = self._optimizer()
         if optimizer is not None and self.mode in _UPDATING:
+            if self.look is not None and isinstance(p.grad, LowRankGrad):
+                self.look(p.grad.low)
             optimizer.update_parameter(p, optimizer.group_of(p))
 
 

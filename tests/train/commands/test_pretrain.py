@@ -73,7 +73,8 @@ def test_config_is_resolved(make_config: Make, tmp_path: Path) -> None:
     command(make_config(num_training_steps=20, total_batch_size=8))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["rank"], saved["warmup_steps"], saved["total_batch_size"], saved["vocab_size"]) == (4, 2, 8, 300)
-    assert saved["resolved"]["optimizers"] == [{"optimizer": "adamw", "lr": PretrainConfig(optimizer="adamw").contenders[0][1]}]
+    lr = PretrainConfig(optimizer="adamw").contenders[0][1]
+    assert saved["resolved"]["optimizers"] == [{"optimizer": "adamw", "lr": lr, "gradients": "full"}]
     assert saved["resolved"]["versions"]["torch"] == version("torch")
 
 

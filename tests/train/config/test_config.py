@@ -71,6 +71,24 @@ def test_flag_without_effect_is_refused() -> None:
         PretrainConfig(optimizer="galore_adagrad", beta1=0.5, given=frozenset({"optimizer", "beta1"}))
 
 
+def test_gradients_that_cannot_be_are_refused() -> None:
+    """Several processes average whole gradients; `_per_layer` keeps none."""
+    with pytest.raises(UserError, match=r"--gradients direct .* before 2 processes could average theirs; leave it out"):
+        PretrainConfig(gradients="direct", processes=2)
+    with pytest.raises(UserError, match=r"galore_adamw_per_layer keeps none; choose galore_adamw, or --gradients project"):
+        PretrainConfig(optimizer="galore_adamw_per_layer", gradients="full")
+    with pytest.raises(UserError, match="--gradients has no effect on adamw"):
+        PretrainConfig(optimizer="adamw", gradients="direct", given=frozenset({"optimizer", "gradients"}))
+    config = PretrainConfig(compare=("adamw", "galore_adamw"), gradients="full", given=frozenset({"compare", "gradients"}))
+    assert config.notes == ["adamw does not use --gradients"]
+
+
+def test_clipping_of_projected_gradients_is_noted() -> None:
+    for settings, said in (({}, True), ({"gradients": "full"}, False), ({"optimizer": "adamw"}, False), ({"processes": 2}, False)):
+        notes = PretrainConfig(grad_clipping=1.0, **settings).notes  # type: ignore[arg-type]
+        assert any("measures galore_adamw's projected gradients" in note for note in notes) == said
+
+
 def test_lr_floor_of_a_constant_schedule_is_refused() -> None:
     with pytest.raises(UserError, match=r"--min_lr_ratio 0.5 has no effect on --scheduler constant"):
         PretrainConfig(scheduler="constant", min_lr_ratio=0.5, given=frozenset({"scheduler", "min_lr_ratio"}))

@@ -28,6 +28,7 @@ def test_recipe_is_the_published_run(name: str) -> None:
     c = config_from({"config": name})
     found = (c.optimizer, c.lr, c.rank, c.update_proj_gap, c.batch_size, c.num_training_steps, c.warmup, c.grad_clipping)
     assert (*found, c.activation_checkpointing) == RUNS[name]
+    assert c.gradients_of(c.optimizer) == "direct"
     assert (c.model_config, c.data, c.streams) == (name.split("-")[0], ("c4",), True)
     assert (c.sequences_per_update, c.max_length, c.dtype, c.galore_scale) == (512, 256, "bfloat16", 0.25)
     assert (c.scheduler, c.min_lr_ratio, c.weight_decay, c.seed, c.eval_every, c.eval_tokens) == ("cosine", 0.1, 0.0, 0, 1000, 10**7)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from galore_torch import GaLoreAdamW
+from galore_torch.optim.direct_backward import DirectLayer
 from galore_torch.slots.projectors import PROJECTORS, kept_share
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
@@ -120,11 +121,33 @@ def test_bad_gradient_inside_the_backward_pass_is_counted(
         return model
 
     monkeypatch.setattr(trainer, "model_for", model_for)
-    rows, model = updates(make_config(optimizer="galore_adamw_per_layer", rank=4, num_training_steps=4), token_data, tmp_path)
+    config = make_config(optimizer="galore_adamw_per_layer", gradients="project", rank=4, num_training_steps=4)
+    rows, model = updates(config, token_data, tmp_path)
     assert {row["step"]: row.get("skipped") for row in rows} == {1: None, 2: None, 3: "the gradient norm is nan", 4: None}
     third, fourth = weights[2:]
     assert [name for name, p in fourth.items() if torch.equal(p, third[name])] == [bad]
     assert not torch.equal(model.get_parameter(bad), fourth[bad])
+
+
+def test_bad_low_rank_gradient_inside_the_backward_pass_is_counted(
+    make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for a layer whose full gradient is never made: its own NaN in step 3."""
+    bad, weights = "model.layers.0.mlp.gate_proj.weight", []
+    reduce = DirectLayer.reduce
+
+    def poisoned(layer: DirectLayer, grad: torch.Tensor, *kept: Any) -> torch.Tensor:
+        if layer.name == bad:
+            weights.append(layer.weight.detach().clone())
+            grad = grad * torch.nan if len(weights) == 3 else grad
+        return reduce(layer, grad, *kept)
+
+    monkeypatch.setattr(DirectLayer, "reduce", poisoned)
+    config = make_config(optimizer="galore_adamw_per_layer", rank=4, num_training_steps=4)
+    rows, _ = updates(config, token_data, tmp_path)
+    assert {row["step"]: row.get("skipped") for row in rows} == {1: None, 2: None, 3: "the gradient norm is nan", 4: None}
+    assert torch.equal(weights[3], weights[2])
+    assert not torch.equal(weights[2], weights[1])
 
 
 def one_update(probe: Probe, model: torch.nn.Module, inputs: torch.Tensor) -> dict[str, Any]:

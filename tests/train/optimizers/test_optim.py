@@ -18,8 +18,10 @@ from galore_torch.train.model.llama import build_model, model_shape
 from galore_torch.train.optimizers.registry import (
     OPTIMIZERS,
     adamw_state_bytes,
+    backward_mode,
     build_optimizer,
-    per_layer_updates,
+    fused_pass,
+    settled_gradients,
     state_bytes,
     unused_flags,
 )
@@ -58,7 +60,7 @@ def test_every_name_learns(name: str, model: nn.Module) -> None:
     need(name)
     optimizer = build_optimizer(name.upper(), model, lr=OPTIMIZERS[name].default_lr, settings=SETTINGS)
     before = loss_of(model).item()
-    with per_layer_updates(name, model, optimizer, deferred=False):
+    with fused_pass(name, model, optimizer, deferred=False):
         for _ in range(10):
             loss_of(model).backward()
             optimizer.step()
@@ -234,12 +236,31 @@ def test_per_layer_updates_move_weights_in_the_backward_pass_unless_deferred(mod
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     for deferred in (True, False):
         before = weight.detach().clone()
-        with per_layer_updates("galore_adamw_per_layer", model, optimizer, deferred=deferred):
+        with fused_pass("galore_adamw_per_layer", model, optimizer, deferred=deferred):
             loss_of(model).backward()
             assert torch.equal(weight, before) == deferred
             optimizer.step()
             assert not torch.equal(weight, before)
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("name", "gradients", "modes"),
+    [
+        ("adamw", "direct", (None, None)),
+        ("adam8bit_per_layer", None, ("update", "project")),
+        ("galore_adamw", None, ("direct", "direct")),
+        ("galore_adamw", "project", ("project", "project")),
+        ("galore_adamw", "full", (None, None)),
+        ("qgalore_adamw8bit_per_layer", None, ("direct_update", "direct")),
+        ("galore_adamw_per_layer", "project", ("update", "project")),
+    ],
+)
+def test_mode_of_the_backward_pass(name: str, gradients: str | None, modes: tuple[str | None, str | None]) -> None:
+    """Without and with accumulation or clipping; several processes average whole gradients."""
+    settled = settled_gradients(name, gradients)
+    assert tuple(backward_mode(name, settled, deferred=deferred) for deferred in (False, True)) == modes
+    assert settled_gradients(name, None, processes=2) == "full"
 
 
 def test_flags_an_optimizer_cannot_use() -> None:

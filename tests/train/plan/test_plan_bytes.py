@@ -22,7 +22,7 @@ from galore_torch.train.model.flops import flops_per_token
 from galore_torch.train.model.llama import PRESETS, ModelShape, build_model, model_shape
 from galore_torch.train.model.loss import TokenLoss
 from galore_torch.train.model.sizes import llama_sizes, sizes_of
-from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, per_layer_updates, state_bytes
+from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, fused_pass, state_bytes
 from galore_torch.train.plan.answer import plan_request, planned, planned_peak_bytes
 from galore_torch.train.plan.optimizer_bytes import param_bytes
 from support.memory import peak_bytes
@@ -80,7 +80,7 @@ def test_weights_and_state_equal_what_a_real_run_holds(name: str, dtype: str, be
     )
     model = build(config)
     optimizer = build_optimizer(name, model, lr=1e-3, settings=config.optimizer_settings)
-    with per_layer_updates(name, model, optimizer, deferred=False):
+    with fused_pass(name, model, optimizer, deferred=False):
         update(config, model, optimizer)
     request = plan_request(config, device="cpu")
     assert request.total("weight") == sum(p.nbytes for p in model.parameters())
@@ -193,7 +193,7 @@ def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, trac
     model, (name, lr) = build(config), config.contenders[0]
     optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
     static = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
-    with per_layer_updates(name, model, optimizer, deferred=config.accumulation > 1):
+    with fused_pass(name, model, optimizer, deferred=config.accumulation > 1):
         measured = static + peak_bytes(lambda: [update(config, model, optimizer) for _ in range(2)])
     assert planned(plan_request(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
 

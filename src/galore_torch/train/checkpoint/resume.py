@@ -23,7 +23,7 @@ from galore_torch.train.config.settings import PUBLISHED
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import hf_architecture
-from galore_torch.train.optimizers.registry import own_settings, unused_flags
+from galore_torch.train.optimizers.registry import optimizer_spec, own_settings, unused_flags
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
         "rank": config.resolved_rank,
         "total_batch_size": config.sequences_per_update,
         "warmup_steps": config.warmup,
+        "gradients": config.gradients_of(name),
         "model_config": asdict(config.shape) | {"vocab_size": data.vocab_size},
         "data": data.fingerprint,
     }
@@ -73,10 +74,13 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
     saved, name = read_trainer(checkpoint)["identity"], ours["optimizer"]
     derived = config.derived_steps | own_settings(name, config.dtype)
     unused, defaults = unused_flags(name, ours), {item.name: item.default for item in fields(config)}
+    defaults["gradients"] = "project" if optimizer_spec(name).per_layer else "full"  # before there was the setting
     for flag, value in ours.items():
         was = saved.get(flag, defaults.get(flag, value))  # a setting younger than the checkpoint had its default
         if flag in unused or was == value or _settled(was, flag, derived) == _settled(value, flag, derived):
             continue
+        if flag == "gradients" and not (config.deferred and "full" in (was, value)):
+            continue  # the same numbers but for rounding; not where whole gradients are clipped, or averaged before a basis is found
         if flag == "data":
             raise UserError(
                 f"--data gives {value}, but {checkpoint} was trained on {was}; give the same text, --eval_data and --tokenizer, "

@@ -39,7 +39,7 @@ from galore_torch.train.loop.trainer import train
 from galore_torch.train.model.baselines import to_dense
 from galore_torch.train.model.compile import check_compiler
 from galore_torch.train.model.pretrained import quiet_transformers
-from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
+from galore_torch.train.optimizers.registry import build_optimizer, fused_pass, optimizer_spec
 from galore_torch.train.plan.at_hand import check_memory
 from galore_torch.train.report.progress import Display, make_console, show_table
 from galore_torch.train.report.summary import (
@@ -150,6 +150,10 @@ def _check_optimizers(config: PretrainConfig, data: TokenData, note: Callable[[s
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+            with fused_pass(
+                name, model, optimizer, deferred=config.deferred, gradients=config.gradients_of(name), processes=config.processes
+            ):
+                pass
         warned |= dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
         if optimizer_spec(name).low_rank:
             found = coverage(model, optimizer.param_groups)

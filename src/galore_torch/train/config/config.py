@@ -31,6 +31,7 @@ class PretrainConfig(Settings):
         self._check_schedule()
         self._check_looking()
         self._check_processes()
+        self._check_gradients()
         check_contenders(self.compare, self.contenders, self.given)
 
     def _settle(self) -> None:
@@ -125,6 +126,19 @@ class PretrainConfig(Settings):
                 raise UserError(
                     f"{name} uses up each gradient in the backward pass, before {self.processes} processes could average theirs; "
                     f"choose {name.removesuffix('_per_layer')}, or torchrun --nproc_per_node 1"
+                )
+
+    def _check_gradients(self) -> None:
+        if self.gradients in ("direct", "project") and self.processes > 1:
+            raise UserError(
+                f"--gradients {self.gradients} uses each gradient in the backward pass, before {self.processes} processes could average "
+                "theirs; leave it out, or torchrun --nproc_per_node 1"
+            )
+        for name, _ in self.contenders if self.gradients == "full" else ():
+            if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank:
+                raise UserError(
+                    f"--gradients full keeps whole gradients until the step, and {name} keeps none; "
+                    f"choose {name.removesuffix('_per_layer')}, or --gradients project"
                 )
 
     def _check_looking(self) -> None:

@@ -15,7 +15,7 @@ from galore_torch.train.config.compare import contenders, run_names
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, model_shape, preset_name
 from galore_torch.train.model.pretrained import HFShape, hf_shape
-from galore_torch.train.optimizers.registry import as_targets, optimizer_spec, unused_flags
+from galore_torch.train.optimizers.registry import GRADIENTS, as_targets, optimizer_spec, settled_gradients, unused_flags
 from galore_torch.train.optimizers.schedule import SCHEDULERS, Schedule
 
 if TYPE_CHECKING:
@@ -109,6 +109,13 @@ class Settings:
     basis_codec: str | None = _setting(
         None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)", choices=BASIS_CODECS
     )
+    gradients: str | None = _setting(
+        None,
+        "optimizer",
+        "of the projected matrices: direct (made low-rank in the layer's backward pass, never in full), project (made in full one at a "
+        "time, projected and freed) or full (kept whole until the step) (default: direct; of several processes full)",
+        choices=GRADIENTS,
+    )
     # -- training
     batch_size: int = _setting(16, "training", "sequences in one forward pass of each process", at_least=1)
     total_batch_size: int | None = _setting(
@@ -200,11 +207,17 @@ class Settings:
             for name in dict(self.contenders)
             if (unused := unused_flags(name, self.given))
         ]
-        if self.accumulation > 1 or self.grad_clipping > 0:
+        if self.deferred:
             notes += [
                 f"{name} keeps whole gradients under accumulation or clipping, as there is no low-rank form of them to keep"
                 for name in dict(self.contenders)
                 if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank
+            ]
+        if self.grad_clipping > 0 and self.gradients is None:
+            notes += [
+                f"--grad_clipping measures {name}'s projected gradients; --gradients full measures whole ones, as published"
+                for name in dict(self.contenders)
+                if self.gradients_of(name) != "full" and not optimizer_spec(name).per_layer
             ]
         notes += [f"--{item.name} has no effect: {item.metadata['note']}" for item in fields(self) if self._is_noted(item)]
         if self.model_config.endswith(".json") and (preset := preset_name(self.model_config)):
@@ -262,6 +275,15 @@ class Settings:
     def sequences_per_update(self) -> int:
         """Of all processes together."""
         return self.accumulation * self.sequences_at_once
+
+    @property
+    def deferred(self) -> bool:
+        """Whether gradients wait for all of a step: forward passes are accumulated, or the norm of all gradients is clipped."""
+        return self.accumulation > 1 or self.grad_clipping > 0
+
+    def gradients_of(self, optimizer: str) -> str:
+        """--gradients of one optimizer, settled: direct, project or full."""
+        return settled_gradients(optimizer, self.gradients, self.processes)
 
     @property
     def warmup(self) -> int:

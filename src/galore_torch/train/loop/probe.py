@@ -37,8 +37,9 @@ class Probe:
         self._optimizer_s: float | None = None
         self._finite: Tensor | None = None  # of the gradients that updates inside the backward pass consume, a 0-d bool
         for parameter in self._names:
-            if attachment_of(parameter) is not None:
+            if (attachment := attachment_of(parameter)) is not None:
                 parameter.register_hook(self._look_at)
+                attachment.look = self._look_at  # of layers that make no such gradient
 
     def begin(self) -> None:
         """Which refreshes are due. Before the first forward pass, for per-layer updates refresh inside the backward pass."""

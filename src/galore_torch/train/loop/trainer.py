@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,13 +34,15 @@ from galore_torch.train.model.loss import TokenLoss, counted
 from galore_torch.train.optimizers.registry import (
     adamw_state_bytes,
     build_optimizer,
-    per_layer_updates,
+    fused_pass,
     state_bytes,
 )
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from galore_torch import FusedBackward
 
 _RECENT = 50  # steps whose median --max_loss_rise is measured from
 
@@ -70,16 +72,17 @@ def train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is projected has been said at the start
         optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
-    deferred = config.accumulation > 1 or config.grad_clipping > 0
     path = folder / METRICS
     with plain_failures("the run", folder):
         if start is not None:
             result.go_on(read_trainer(start), restore(start, model, optimizer, path))
         with (
             path.open("w" if start is None else "a", encoding="utf-8") as metrics,
-            per_layer_updates(name, model, optimizer, deferred=deferred),
+            warnings.catch_warnings(),
+            _attached(config, name, model, optimizer) as fused,
         ):
-            loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder, ranks)
+            warnings.filterwarnings("ignore", message=".*its gradient is made in full")  # `_Loop.tell_of_layers_left` says so
+            loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder, ranks, fused)
             loop.position = None if start is None else read_position(start, ranks.rank)
             loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
             try:
@@ -94,6 +97,14 @@ def train(
     return result, model
 
 
+def _attached(
+    config: PretrainConfig, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[FusedBackward | None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which matrices are left out has been said at the start
+        return fused_pass(name, model, optimizer, deferred=config.deferred, gradients=config.gradients_of(name), processes=config.processes)
+
+
 @dataclass
 class _Loop:
     config: PretrainConfig
@@ -106,6 +117,7 @@ class _Loop:
     watcher: Watcher
     folder: Path
     ranks: Ranks = ALONE
+    fused: FusedBackward | None = None
     saved: int = -1  # the step of the last checkpoint
     starting: bool = True  # no step has been made since the start
     position: dict[str, int] | None = None  # in the text, behind the last step
@@ -122,6 +134,7 @@ class _Loop:
         self.peak_flops = self.config.peak_tflops * 1e12 if self.config.peak_tflops else known
         self.shared_loss = self.ranks.wrap(self.token_loss)
         self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
+        self.told = 0 if self.fused is None else len(self.fused.left)
 
     def run(self) -> None:
         """Go on from result.steps to the end of the schedule, or until the watcher asks to stop."""
@@ -164,6 +177,7 @@ class _Loop:
         else:
             with self.probe.stepping():
                 self.optimizer.step()
+        self.tell_of_layers_left()
         result.skipped_in_a_row = result.skipped_in_a_row + 1 if bad else 0
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -209,6 +223,16 @@ class _Loop:
                     break
                 (loss * self.ranks.size).backward()  # what follows is an average over the ranks, and this a sum
         return mean_loss, auxiliary, bad
+
+    def tell_of_layers_left(self) -> None:
+        """One note on the layers whose gradient turned out to need its ordinary way."""
+        new = [] if self.fused is None else self.fused.left[self.told :]
+        if new:
+            self.told += len(new)
+            self.watcher.warn(
+                f"{len(new)} matrices are used outside of their layers too, so from now on their gradients are made in full and then "
+                f"projected: {', '.join(new[:8])}{', ...' if len(new) > 8 else ''}"
+            )
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """`TokenLoss` of one part of a step."""

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from galore_torch import FusedBackward
+
 _CODECS = ("state_codec", "basis_codec")
-LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", *_CODECS})
+LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "gradients", *_CODECS})
 COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
+GRADIENTS = ("direct", "project", "full")  # how the matrices' gradients reach a low-rank optimizer
 
 
 @dataclass(frozen=True)
@@ -179,24 +182,40 @@ def own_settings(name: str, dtype: str) -> dict[str, Any]:
     return own
 
 
-def per_layer_updates(
-    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, deferred: bool
-) -> contextlib.AbstractContextManager[Any]:
-    """Attach per-layer updates where `name` asks for them, else do nothing.
+def settled_gradients(name: str, gradients: str | None, processes: int = 1) -> str:
+    """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`: several processes average whole ones."""
+    if not optimizer_spec(name).low_rank:
+        return "full"
+    return gradients or ("direct" if processes == 1 else "full")
 
-    `deferred` (accumulation or clipping is on): the backward pass keeps a low-rank gradient and
-    `step()` applies it. Otherwise each weight is updated inside the backward pass.
+
+def backward_mode(name: str, gradients: str, *, deferred: bool) -> str | None:
+    """The mode of `fused_backward` for settled `gradients`; None: an ordinary backward pass.
+
+    `deferred` (accumulation or clipping is on): the backward pass keeps a low-rank gradient and `step()` applies it. Otherwise those
+    named `_per_layer` update each weight inside the backward pass.
     """
     if not optimizer_spec(name).per_layer:
+        return None if gradients == "full" else gradients
+    if deferred:
+        return "direct" if gradients == "direct" else "project"
+    return "direct_update" if gradients == "direct" else "update"
+
+
+def fused_pass(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, deferred: bool, gradients: str | None = None, processes: int = 1
+) -> contextlib.AbstractContextManager[FusedBackward | None]:
+    """Attach the optimizer to the model's backward pass in the mode of `backward_mode`, where there is one; leaving it detaches."""
+    mode = backward_mode(name, settled_gradients(name, gradients, processes), deferred=deferred)
+    if mode is None:
         return contextlib.nullcontext()
     from galore_torch import fused_backward
 
     low_rank: Any = optimizer  # the table says so, the checker cannot know
     try:
-        handle: contextlib.AbstractContextManager[Any] = fused_backward(model, low_rank, "project" if deferred else "update")
+        return fused_backward(model, low_rank, mode)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-    return handle
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

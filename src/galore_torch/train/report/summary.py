@@ -35,7 +35,7 @@ def resolved_config(config: PretrainConfig, data: TokenData, device: str) -> dic
         "device": device,
     }
     made_with = {
-        "optimizers": [{"optimizer": name, "lr": lr} for name, lr in config.contenders],
+        "optimizers": [{"optimizer": name, "lr": lr, "gradients": config.gradients_of(name)} for name, lr in config.contenders],
         "text": data.text,
         "tokenizer_source": data.tokenizer.source,
         "train_tokens_read": counted(data.train),
