@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypedDict, cast, get_type_hints, overload
 
@@ -107,14 +107,16 @@ def _resolved(init: Any) -> list[inspect.Parameter]:
     return [p.replace(annotation=hints.get(p.name, p.empty)) for p in parameters]
 
 
-@contextmanager
-def without_autocast(params: Iterable[Tensor]) -> Iterator[None]:
+def without_autocast(params: Iterable[Tensor]) -> AbstractContextManager[object]:
     """Arithmetic is fp32 inside, whatever precision the caller's ``torch.autocast`` asks of the model."""
-    with ExitStack() as stack:
-        for kind in {p.device.type for p in params}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    kinds = {p.device.type for p in params}
+    kinds = {kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)}
+    if not kinds:
+        return nullcontext()
+    stack = ExitStack()
+    for kind in kinds:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 _NEW: weakref.WeakSet[LowRankOptimizer] = weakref.WeakSet()  # optimizers of one parameter, made since the last step of any
@@ -294,7 +296,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         view = self._check(p, group)
         if isinstance(p.grad, ConsumedGrad):
             p.grad.refuse()
-        self.compress_gradient(p, group)  # an ordinary gradient, where there is one
+        if p.grad is not None and not isinstance(p.grad, LowRankGrad):
+            self.compress_gradient(p, group)
         held = p.grad
         assert held is None or isinstance(held, LowRankGrad)
         if factors is not None:

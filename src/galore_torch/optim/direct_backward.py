@@ -48,12 +48,13 @@ class DirectLayer:
 
     def new_probe(self) -> Tensor:
         """The leaf whose gradient is R, on the weight's device: one zero, seen in R's shape."""
-        layout = self._seen().layout
+        layout = self.seen().layout
         probe = torch.zeros((), dtype=layout.compute_dtype, device=self.weight.device).expand(layout.low_shape).requires_grad_()
         probe.register_post_accumulate_grad_hook(_Arrival(weakref.ref(self)))
         return probe
 
-    def _seen(self) -> ParamView:
+    def seen(self) -> ParamView:
+        """`view`, where it is needed."""
         view = self.view()
         if view is None:
             raise RuntimeError(
@@ -77,33 +78,28 @@ class DirectLayer:
         wanted = torch.is_grad_enabled() and weight is self.weight and weight.requires_grad
         return wanted and self._optimizer() is not None and not torch._C._are_functorch_transforms_active()
 
-    def keep(self, input: Tensor) -> tuple[Tensor, bool]:
+    def keep(self, view: ParamView, input: Tensor) -> tuple[Tensor, bool]:
         """What the backward pass needs of the input (T x n), and whether it is projected already."""
-        view = self._seen()
-        if self._is_whole(view) or self.input_axis not in view.layout.ranks:
+        if self.is_whole(view) or self.input_axis not in view.layout.ranks:
             return input, False
         with without_autocast([input]):
             return engine.project_factor(view, input, self.input_axis), True
 
-    def is_whole(self) -> bool:
+    def is_whole(self, view: ParamView) -> bool:
         """Whether inputs are kept whole in this step, for the basis is due."""
-        return self._is_whole(self._seen())
-
-    def _is_whole(self, view: ParamView) -> bool:
         if refresh_is_due(view.state, view.group):
             self._whole_step = view.state["step"]
         return bool(self._whole_step == view.state["step"])
 
-    def basis_version(self) -> int:
+    @staticmethod
+    def basis_version(view: ParamView) -> int:
         """Changes with the basis."""
-        view = self._seen()
         return sum(view.state[key]._version for stored in view.layout.bases.values() for key in stored.keys)
 
-    def reduce(self, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
+    def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
         """R, the gradient of the probe: from dy (T x m) and what `keep` returned. Zero where the basis is due: `arrived` adds it."""
-        view = self._seen()
         with without_autocast([kept]):
-            if self._is_whole(view) and not projected:
+            if self.is_whole(view) and not projected:
                 self._terms.append(self._factors(output_grad, kept))
                 return output_grad.new_zeros((), dtype=view.layout.compute_dtype).expand(view.layout.low_shape)
             self._reduced = True
@@ -190,7 +186,7 @@ def _direct_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _swap_class(module: nn.Module, layer: DirectLayer) -> None:
-    layout = layer._seen().layout
+    layout = layer.seen().layout
     module.__class__ = _direct_class(type(module))  # type: ignore[arg-type]
     vars(module).update(
         _direct=layer,
@@ -217,9 +213,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, layer: DirectLayer) -> Tensor:
         out = linear(input, weight, bias, layer.transposed)
-        kept, ctx.projected = layer.keep(input.detach().reshape(-1, input.shape[-1]).to(out.dtype))
+        ctx.view = view = layer.seen()
+        kept, ctx.projected = layer.keep(view, input.detach().reshape(-1, input.shape[-1]).to(out.dtype))
         ctx.save_for_backward(kept)
-        ctx.layer, ctx.weight_version, ctx.basis_version = layer, layer.weight._version, layer.basis_version()
+        ctx.layer, ctx.weight_version, ctx.basis_version = layer, layer.weight._version, layer.basis_version(view)
         ctx.shape, ctx.dtypes = input.shape, (input.dtype, None if bias is None else bias.dtype)
         return out
 
@@ -228,7 +225,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,), layer, (dtype, bias_dtype) = ctx.saved_tensors, ctx.layer, ctx.dtypes
         check_unwritten(layer.weight, ctx.weight_version)
-        if ctx.projected and layer.basis_version() != ctx.basis_version:
+        if ctx.projected and layer.basis_version(ctx.view) != ctx.basis_version:
             raise RuntimeError(
                 f"the basis of layer {layer.name} has changed between its forward and its backward pass: call backward() before "
                 "zero_grad() and before another backward pass of the same step refreshes it"
@@ -236,4 +233,4 @@ class _Linear(torch.autograd.Function):
         back = input_grad(grad, layer.weight, layer.transposed).to(dtype) if ctx.needs_input_grad[0] else None
         flat = grad.reshape(-1, grad.shape[-1])
         of_bias = flat.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
-        return back, None, of_bias, layer.reduce(flat, kept, ctx.projected), None
+        return back, None, of_bias, layer.reduce(ctx.view, flat, kept, ctx.projected), None

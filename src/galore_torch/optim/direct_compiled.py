@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from galore_torch.engine.layout import ParamView
 from galore_torch.ops.linear import input_grad, linear
 
 
@@ -22,10 +23,10 @@ class Layer(Protocol):
 
     kept: dict[int, Tensor]
 
-    def view(self) -> object | None: ...
-    def is_whole(self) -> bool: ...
-    def keep(self, input: Tensor) -> tuple[Tensor, bool]: ...
-    def reduce(self, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor: ...
+    def view(self) -> ParamView | None: ...
+    def is_whole(self, view: ParamView) -> bool: ...
+    def keep(self, view: ParamView, input: Tensor) -> tuple[Tensor, bool]: ...
+    def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor: ...
 
 
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
@@ -40,21 +41,22 @@ def register(layer: Layer) -> Tensor:
     return torch.tensor(key, device="cpu")
 
 
-def _layer(key: Tensor) -> Layer:
+def _seen(key: Tensor) -> tuple[Layer, ParamView]:
     layer = _LAYERS.get(int(key))
-    if layer is None or layer.view() is None:
+    view = None if layer is None else layer.view()
+    if layer is None or view is None:
         raise RuntimeError(
             "a compiled layer runs after the optimizer that its backward pass belongs to is gone: keep the optimizer for as long as the "
             "model trains, or call remove() on what fused_backward returned, which compiles the layer anew"
         )
-    return layer
+    return layer, view
 
 
 @torch.library.custom_op("galore_torch::keep", mutates_args=())
 def _keep(input: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """x (T x n) on the basis of its axis (T x width), and the ticket of the whole x where the basis is due."""
-    layer = _layer(key)
-    kept, projected = layer.keep(input)
+    layer, view = _seen(key)
+    kept, projected = layer.keep(view, input)
     if projected:
         return kept.contiguous(), torch.tensor(_NO_TICKET, device="cpu")
     ticket = next(_TICKETS)
@@ -70,13 +72,13 @@ def _(input: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("galore_torch::reduce", mutates_args=())
 def _reduce(grad: Tensor, kept: Tensor, ticket: Tensor, key: Tensor, probe: Tensor, projects: bool) -> Tensor:
     """R from dy (T x m) and what `_keep` returned, or x itself where the input's axis is not projected (``projects`` is False)."""
-    layer = _layer(key)
+    layer, view = _seen(key)
     whole = layer.kept.get(int(ticket)) if projects else kept
     if whole is None:
-        return layer.reduce(grad, kept, True).contiguous()
-    if layer.is_whole():
+        return layer.reduce(view, grad, kept, True).contiguous()
+    if layer.is_whole(view):
         grad, whole = grad.clone(), whole.clone() if whole is kept else whole
-    return layer.reduce(grad, whole, False).contiguous()
+    return layer.reduce(view, grad, whole, False).contiguous()
 
 
 @_reduce.register_fake
