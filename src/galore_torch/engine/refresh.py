@@ -28,7 +28,7 @@ def refresh_is_due(state: State, group: Group, first: bool = True) -> bool:
     """
     if PROJECTORS[group["projector"]].find is None:
         return False
-    return not has_basis(state) or (first and _gap_is_over(state, group))
+    return not has_basis(state) or (first and gap_is_over(state, group))
 
 
 def has_basis(state: State) -> bool:
@@ -37,7 +37,7 @@ def has_basis(state: State) -> bool:
     return ready is None or bool(ready if ready.dim() == 0 else ready.all())
 
 
-def _gap_is_over(state: State, group: Group) -> bool:
+def gap_is_over(state: State, group: Group) -> bool:
     """Parameters take turns over the gap, spread by the golden ratio, so that no step carries all refreshes; only the first does.
 
     ``projector="svd"`` keeps the published schedule, where all refresh at steps 0, T, 2T, ... With ``gap_range`` the length of the gap, and
@@ -65,7 +65,7 @@ def refresh(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) ->
         grad = grad.dense()
     is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad)
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
-    wanted = torch.ones_like(ready) if first and _gap_is_over(state, group) else ~ready
+    wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
     for warm in (True, False):
         chosen = wanted & (ready if warm else ~ready)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from galore_torch.ops.linear import input_grad, linear
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
 from galore_torch.optim.direct_compiled import compiled_linear, register
-
-_ATTRIBUTES = ("_direct", "_direct_key", "_direct_probe", "_direct_form")
+from galore_torch.optim.swapped_class import SwappedClass, plain_class, restore_class, swap_class
 
 
 class DirectLayer:
@@ -44,7 +42,9 @@ class DirectLayer:
         self._whole_step = -1  # the step in which the input is kept whole: recomputed forward passes must do as the first one did
         self.kept: dict[int, Tensor] = {}  # of compiled layers: inputs that are kept whole, by ticket
         self.probe = self.new_probe()
-        _swap_class(module, self)
+        width = self.seen().layout.ranks.get(self.input_axis, 0)
+        own = {"layer": self, "key": register(self), "probe": self.probe, "form": (width, self.transposed)}
+        swap_class(module, _DirectForward, **own)
 
     def new_probe(self) -> Tensor:
         """The leaf whose gradient is R, on the weight's device: one zero, seen in R's shape."""
@@ -66,7 +66,11 @@ class DirectLayer:
     def remove(self) -> None:
         """The layer is an ordinary one again. A pass that is under way still reaches the optimizer."""
         if (module := self._module()) is not None:
-            _restore_class(module)
+            restore_class(module)
+
+    def takes_plain(self) -> bool:
+        """Whether an ordinary gradient of the weight is as it should be: it never is."""
+        return False
 
     def view(self) -> ParamView | None:
         """The parameter as the engine sees it; None where the optimizer is gone."""
@@ -139,7 +143,7 @@ class _Arrival:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, of transformers, which this package does not import: y = x W + b."""
-    kind = type(module)._plain if isinstance(module, _DirectForward) else type(module)
+    kind = plain_class(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
@@ -148,11 +152,10 @@ def is_linear(module: nn.Module) -> bool:
     return (type(module).forward is nn.Linear.forward or _is_conv1d(module)) and "forward" not in vars(module)
 
 
-class _DirectForward(nn.Module):
-    """What a layer's class becomes: the same layer with another backward pass. Copied or pickled, it is the plain layer."""
+class _DirectForward(SwappedClass):
+    """What a linear layer's class becomes: the same layer with another backward pass."""
 
-    _plain: type[nn.Module]
-    _direct: DirectLayer
+    _direct_layer: DirectLayer
     _direct_key: Tensor
     _direct_probe: Tensor
     _direct_form: tuple[int, bool]  # the rank of the input's axis, 0 where that is not projected, and whether W is transposed
@@ -163,44 +166,13 @@ class _DirectForward(nn.Module):
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled() and weight.requires_grad:
                 return compiled_linear(input, weight.detach(), bias, self._direct_probe, self._direct_key, *self._direct_form)
-        elif (layer := self._direct).serves(weight):
+        elif (layer := self._direct_layer).serves(weight):
             if layer.probe.device != layer.weight.device:  # the model was moved
                 self._direct_probe = layer.probe = layer.new_probe()
             out: Tensor = _Linear.apply(input, weight.detach(), bias, layer.probe, layer)  # type: ignore[no-untyped-call]
             return out
         plain: Tensor = self._plain.forward(self, input)
         return plain
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in self.__dict__.items() if key not in _ATTRIBUTES}
-        return _new_plain, (self._plain,), state
-
-
-def _new_plain(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
-
-
-@cache
-def _direct_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_DirectForward, kind), {"_plain": kind, "__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
-def _swap_class(module: nn.Module, layer: DirectLayer) -> None:
-    layout = layer.seen().layout
-    module.__class__ = _direct_class(type(module))  # type: ignore[arg-type]
-    vars(module).update(
-        _direct=layer,
-        _direct_key=register(layer),
-        _direct_probe=layer.probe,
-        _direct_form=(layout.ranks.get(layer.input_axis, 0), layer.transposed),
-    )
-
-
-def _restore_class(module: nn.Module) -> None:
-    if isinstance(module, _DirectForward):
-        module.__class__ = module._plain  # type: ignore[assignment]
-        for name in _ATTRIBUTES:
-            vars(module).pop(name, None)
 
 
 class _Linear(torch.autograd.Function):

@@ -20,6 +20,7 @@ from galore_torch.choices import one_of
 from galore_torch.engine.recipe import check_kept
 from galore_torch.optim.base import LowRankOptimizer
 from galore_torch.optim.direct_backward import DirectLayer, is_linear
+from galore_torch.optim.direct_experts import DirectExperts
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
 
 MODES = ("project", "update", "direct", "direct_update")
@@ -34,7 +35,7 @@ class FusedBackward:
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[Any] = []
         self._checked = False
-        self._direct: dict[Tensor, DirectLayer] = {}  # by weight
+        self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
         self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
         self.look: Callable[[Tensor], None] | None = None  # called with each R of a linear layer before it updates its weight
         self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
@@ -74,9 +75,9 @@ class FusedBackward:
             self._checked = True
         if p in self._direct and (isinstance(p.grad, ConsumedGrad) or (isinstance(p.grad, LowRankGrad) and not p.grad.has_dense)):
             return  # compiled layers call it for no gradient at all
-        layer = self._direct.pop(p, None)
-        if layer is not None:
-            self._give_up(layer)
+        layer = self._direct.get(p)
+        if layer is not None and not layer.takes_plain():
+            self._give_up(p, layer)
         updates = self.mode in _UPDATING and layer is None  # the rest of its gradient may still be on its way
         act = optimizer.update_parameter if updates else optimizer.compress_gradient
         act(p, optimizer.group_of(p))
@@ -93,6 +94,8 @@ class FusedBackward:
             whole = len(names[p]) == 1 and tuple(p.shape) == layout.view and name.rpartition(".")[2] == "weight"
             if whole and is_linear(module):
                 self._direct[p] = DirectLayer(name, module, optimizer, finish)
+            elif len(names[p]) == 1 and layout.batch and tuple(p.shape) == layout.view:
+                self._direct[p] = DirectExperts(name, module, p, optimizer, finish)
             else:
                 left.append(name if len(names[p]) == 1 else " = ".join(name for name, _ in names[p]))
         if left:
@@ -102,18 +105,19 @@ class FusedBackward:
                 stacklevel=3,
             )
 
-    def _give_up(self, layer: DirectLayer) -> None:
+    def _give_up(self, p: Tensor, layer: DirectLayer | DirectExperts) -> None:
         layer.remove()
+        del self._direct[p]
         self.left.append(layer.name)
         warnings.warn(
-            f"{layer.name} is used outside of its layer too: from now on its gradient is made in full and then projected",
+            f"{layer.name} is used otherwise than in its layer's product too: from now on its gradient is made in full and then projected",
             stacklevel=2,
         )
 
     def finish(self, p: Tensor) -> None:
-        """The low-rank gradient of a layer is in ``p.grad``."""
+        """The low-rank gradient of a layer is in ``p.grad``. That of experts waits for `step`: a part of it may come the ordinary way."""
         optimizer = self._optimizer()
-        if optimizer is not None and self.mode in _UPDATING:
+        if optimizer is not None and self.mode in _UPDATING and not isinstance(self._direct.get(p), DirectExperts):
             if self.look is not None and isinstance(p.grad, LowRankGrad):
                 self.look(p.grad.low)
             optimizer.update_parameter(p, optimizer.group_of(p))

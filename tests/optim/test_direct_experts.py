@@ -1,0 +1,178 @@
+"""mode="direct" for weights (E x m x n) of experts. Oracle: mode="project", which projects the full gradient."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import galore_torch as g
+from galore_torch.optim.low_rank_grad import LowRankGrad
+
+EXPERTS, WIDTH, INNER = 3, 20, 28
+
+
+# Tokens are more than the rank: of a gradient of lower rank the rest of a basis is whatever rounding makes of it.
+
+
+class Experts(nn.Module):
+    """How mixtures write it. ``way``: one expert at a time, all at once, or groups of rows; each token meets the expert of its number."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.up = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / INNER**0.5)  # stored as input x output
+        if way != "grouped":  # which torch has in fp32 at most
+            self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "bmm":
+            return torch.bmm(F.silu(x @ self.up.mT), self.down)
+        if self.way == "grouped":
+            tokens = x.shape[1]
+            offsets = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * tokens
+            inner = F.silu(F.grouped_mm(x.flatten(0, 1), self.up.mT, offs=offsets))
+            return F.grouped_mm(inner, self.down, offs=offsets).view_as(x)
+        out = []
+        for expert, tokens in enumerate(x):
+            weight = self.up[torch.tensor(expert)]
+            inner = F.silu(F.linear(tokens, weight) if self.way == "linear" else tokens @ weight.T)
+            out.append(inner @ self.down[expert])
+        return torch.stack(out)
+
+
+def run(way: str, mode: str, steps: int = 15, **settings: Any) -> tuple[Experts, Any]:
+    model = Experts(way)
+    optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=5, compile=False, **settings)
+    generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        g.fused_backward(model, optimizer, mode)
+        for x in torch.randn(steps, EXPERTS, 24, WIDTH, generator=generator).to(model.up.dtype):
+            optimizer.zero_grad()
+            for part in x.chunk(2, 1):
+                (model(part) - part.sin()).square().mean().backward()
+            optimizer.step()
+    return model, optimizer
+
+
+def assert_same(got: nn.Module, wanted: nn.Module) -> None:
+    for p, q in zip(got.parameters(), wanted.parameters(), strict=True):
+        assert (p - q).norm() <= (1e-9 if p.dtype == torch.float64 else 1e-5) * q.norm()
+
+
+@pytest.mark.parametrize("proj_type", ["std", "left", "right", "full"])
+@pytest.mark.parametrize("way", ["linear", "matmul", "bmm", "grouped"])
+def test_experts_train_as_in_project(way: str, proj_type: str) -> None:
+    """Three refreshes, two micro-batches."""
+    assert_same(run(way, "direct", proj_type=proj_type)[0], run(way, "project", proj_type=proj_type)[0])
+
+
+@pytest.mark.parametrize("way", ["linear", "bmm", "grouped"])
+def test_between_refreshes_no_gradient_of_the_experts_is_made(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ordinary gradients that reach the optimizer."""
+    model, optimizer = run(way, "direct", steps=9)
+    optimizer.zero_grad()
+    seen: list[Tensor] = []
+    monkeypatch.setattr(optimizer, "compress_gradient", lambda p, group: seen.append(p))
+    before = {p: optimizer.state[p]["step"] for p in model.parameters()}
+    due = [p for p in model.parameters() if (before[p] - int(5 * (optimizer.state[p]["index"] * 0.6180339887498949 % 1.0))) % 5 == 0]
+    assert not due, "a step without a refresh was meant"
+    model(torch.randn(EXPERTS, 3, WIDTH, dtype=model.up.dtype)).square().sum().backward()
+    assert not seen
+    assert all(isinstance(p.grad, LowRankGrad) for p in model.parameters())
+
+
+def test_an_expert_that_meets_its_first_token_later_gets_its_basis_then() -> None:
+    results = []
+    for mode in ("project", "direct"):
+        model = Experts("linear")
+        optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=50, compile=False)
+        g.fused_backward(model, optimizer, mode)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(8):
+            x = torch.randn(EXPERTS, 12, WIDTH, generator=generator, dtype=torch.float64)
+            out = model(x)
+            used = out[:2] if step < 3 else out  # the last expert adds nothing to the loss at first
+            used.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(bool(optimizer.state[p]["basis_ready"].all()) for p in model.parameters())
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
+def test_direct_update_gives_what_direct_gives() -> None:
+    assert_same(_updated("direct_update"), _updated("direct"))
+
+
+def _updated(mode: str) -> nn.Module:
+    model = Experts("linear")
+    optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=5, compile=False)
+    g.fused_backward(model, optimizer, mode)
+    generator = torch.Generator().manual_seed(1)
+    for x in torch.randn(12, EXPERTS, 12, WIDTH, generator=generator, dtype=torch.float64):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_an_unknown_use_is_listed_once_and_trains_as_in_project() -> None:
+    class Einsum(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("etn,emn->etm", x, self.up) @ self.down
+
+    results = []
+    for mode in ("project", "direct"):
+        model = Einsum("")
+        optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=5, compile=False)
+        g.fused_backward(model, optimizer, mode)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            generator = torch.Generator().manual_seed(1)
+            for x in torch.randn(8, EXPERTS, 12, WIDTH, generator=generator, dtype=torch.float64):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert [str(w.message).split()[0] for w in seen] == (["up"] if mode == "direct" else [])
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
+def test_a_copy_is_plain_and_remove_ends_it() -> None:
+    model = Experts("linear")
+    optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], compile=False)
+    attachment = g.fused_backward(model, optimizer, "direct")
+    assert type(copy.deepcopy(model)) is Experts
+    attachment.remove()
+    assert type(model) is Experts
+    assert not [key for key in vars(model) if key.startswith("_direct")]
+
+
+def test_a_mixture_of_transformers_trains_as_in_project() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=64,
+        num_local_experts=4, num_experts_per_tok=2, use_cache=False,
+    )  # fmt: skip
+    results = []
+    for mode in ("project", "direct"):
+        torch.manual_seed(0)
+        model = transformers.MixtralForCausalLM(config)
+        optimizer = g.GaLoreAdamW(g.galore_param_groups(model, 8, update_proj_gap=5), lr=1e-2, compile=False)
+        g.fused_backward(model, optimizer, mode)
+        words = torch.randint(64, (8, 4, 24), generator=torch.Generator().manual_seed(1))
+        for each in words:
+            model(input_ids=each, labels=each).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model)
+    assert_same(results[1], results[0])
