@@ -71,21 +71,27 @@ def test_the_state_is_two_moments_of_the_means_and_nothing_else() -> None:
         assert storage_bytes(g.GaLoreAdamW([W], rank=12, projector="block_mean", recovery=recovery).state[W]) == 2 * 4 * 12 * 64
 
 
-@pytest.mark.parametrize(("mode", "recovery"), [("project", "project_back"), ("update", "project_back"), ("update", "foam")])
-def test_inside_the_backward_pass(mode: str, recovery: str) -> None:
-    """Two micro-batches in mode "project". Oracle: the run without fused_backward."""
+@pytest.mark.parametrize(
+    ("mode", "projector", "recovery"),
+    [
+        *itertools.product(["project", "direct", "update"], ["block_mean", "rows"], ["project_back"]),
+        ("update", "block_mean", "foam"),
+    ],
+)
+def test_inside_the_backward_pass(mode: str, recovery: str, projector: str) -> None:
+    """Two micro-batches but in mode "update". Oracle: the run without fused_backward."""
 
     def run(fused: bool) -> Tensor:
         torch.manual_seed(0)
         model = nn.Linear(64, 32, bias=False)
-        optimizer = g.GaLoreAdamW(model.parameters(), rank=8, projector="block_mean", recovery=recovery)
+        optimizer = g.GaLoreAdamW(model.parameters(), rank=8, projector=projector, recovery=recovery)
         attached = g.fused_backward(model, optimizer, mode) if fused else None
         for _ in range(4):
-            for _ in range(2 if mode == "project" else 1):
+            for _ in range(1 if mode == "update" else 2):
                 model(torch.randn(4, 64)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        if attached:
+        if attached is not None:
             attached.remove()
         return model.weight.detach()
 
