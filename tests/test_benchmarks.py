@@ -33,6 +33,7 @@ def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path, f
         ["step_time/memory.py", *common, "--picture", pictures[2]],
         ["step_time/parts.py", "--shapes", "demo", "--rounds", "1"],
         ["step_time/latency.py", "--shapes", "1", "--rank", "16", "--steps", "10", "--classes", "GaLoreAdamW"],
+        ["structured/run.py", "--shapes", "demo", "--rounds", "1", "--processor_time"],
         ["loss/run.py", "--cases", "100:20", "--chunks", "8", "--width", "8", "--rounds", "1"],
         ["refresh/energy.py", "--layers", "1", "--steps", "2", "--gaps", "1", "--batch", "1", *text],
     ]
@@ -40,6 +41,7 @@ def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path, f
     assert printed.count("| GaLoreAdamW8bit |") == 4
     assert printed.count("| GaLoreAdamW | ") >= 3
     assert "| 1 | power, first |" in printed
+    assert "| foam, compile=False |" in printed
     assert "| 100 | 20 | chunks of 8 |" in printed
     assert printed.count("Without galore-torch 1.0 AdamW: not installed") == 3
     assert all(Path(picture).exists() for picture in pictures)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from report import heading, progress, table
 
 from galore_torch import GaLoreAdamW
 from galore_torch.engine.layout import layout_of
+from galore_torch.ops.native import block_means, library
 
 ADAMW = "torch AdamW, fused"
 MEANS = {"projector": "block_mean", "recovery": "foam"}
@@ -51,6 +53,20 @@ def ours(settings: dict[str, Any]) -> Any:
     return build
 
 
+def operator_alone(contender: Contender) -> Callable[[], None]:
+    """The C++ operator on every matrix, with nothing of the optimizer around it: what Python's part of a step is beside it."""
+    optimizer = contender.optimizer
+    states = [(p.detach(), p.grad, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in contender.params]
+    numbers = (0.1, 1e-3, 1e-9, 1e-6, 1.0, 1.0)
+
+    def call() -> None:
+        for weight, grad, moments in states:
+            assert grad is not None
+            block_means(weight, grad, moments, numbers, True)
+
+    return call
+
+
 def passes(contender: Contender, settings: dict[str, Any]) -> Iterator[tuple[float, int]]:
     """(elements moved, elements) of each matrix."""
     group = contender.optimizer.param_groups[0]
@@ -66,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_arguments(parser)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--processor_time", action="store_true", help="one thread: its own time, where others use the processors too")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     arguments = parser.parse_args()
     work = Work.of(arguments)
@@ -75,12 +92,19 @@ def main() -> None:
         progress(f"first step of {name}")
         contenders[name] = Contender(ours(SETTINGS[name]), work).between_refreshes()
     progress(f"{len(contenders)} contenders, {arguments.rounds} rounds")
-    times = medians({name: contender.step for name, contender in contenders.items()}, arguments.rounds, device=work.device)
+    steps = {name: contender.step for name, contender in contenders.items()}
+    for name in [
+        name for name in arguments.only if library() and SETTINGS[name].get("recovery") == "foam" and "compile" not in SETTINGS[name]
+    ]:
+        steps[f"{name}: the operator alone"] = operator_alone(contenders[name])
+    clock = time.thread_time if arguments.processor_time else time.perf_counter
+    times = medians(steps, arguments.rounds, device=work.device, clock=clock)
     progress("")
-    print(heading(f"{work}; {arguments.rounds} rounds", work.device))
+    print(heading(f"{work}; {arguments.rounds} rounds{', processor time' if arguments.processor_time else ''}", work.device))
     rows = []
     for name, seconds in times.items():
-        moved = list(passes(contenders[name], SETTINGS[name])) if name in SETTINGS else [(7.0, 1)]
+        whole = name.partition(":")[0] if name.endswith("alone") else name
+        moved = list(passes(contenders[whole], SETTINGS[whole])) if whole in SETTINGS else [(7.0, 1)]
         traffic = f"{sum(each for each, _ in moved) / sum(7 * full for _, full in moved):.2f}" if moved else "-"
         rows.append([name, f"{1e3 * seconds:.2f}", f"{seconds / times[ADAMW]:.2f}", traffic])
     print(table(["step", "ms", f"of {ADAMW}", "traffic"], rows))

@@ -41,7 +41,7 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     decay_factor = 1 - group["lr"] * group["weight_decay"]
     late = decay_factor if group["decay"] == "after" else 1.0
     numbers = (*new, lr * group["scale"] * late, eps, decay_factor, -1.0 if group["maximize"] else 1.0)
-    matrices = weight.detach().view(layout.view), grad.view(layout.view)
+    matrices = (weight, grad) if weight.shape == layout.view else (weight.view(layout.view), grad.view(layout.view))
     moments = (state["exp_avg"], state["exp_avg_sq"])
     is_finite = native(*matrices, moments, numbers, residual) if weight.is_cpu else None
     if is_finite is None:

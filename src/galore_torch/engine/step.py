@@ -190,8 +190,8 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
         change = WeightUpdate(weight if part is None else weight.detach()[part], scale * late, decay_factor, seed)
         fused.step(region, inputs, fuse and not write.is_coarse(weight), change)
         if part:
-            write.decay(weight[: part.start], decay_factor)
-            write.decay(weight[part.stop :], decay_factor)
+            for others in ((0, part.start), (part.stop, len(weight))) if group["weight_decay"] else ():
+                write.decay(weight[slice(*others)], decay_factor)
         return
     recovery = RECOVERIES[group["recovery"]]
     update = torch.empty_like(low) if grad is None or recovery.reads or group["carry"] else low
