@@ -72,7 +72,6 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
         if "moments" in reads:
             decoded = {"fp32": 0, "bf16": 2 * low, "int8": 5 * low}[group["state_codec"]]
             product = low + max(product + min(decoded, 2 * low), decoded)
-        product = max(product, 4 * prod(layout.shape) if short and device == "cpu" else 0)  # the test for a finite gradient
     elif "grad" in reads:  # the residual, and the update beside R
         product = low + prod(layout.shape) * layout.compute_dtype.itemsize
     carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0  # what was remembered, in full, and with G
