@@ -64,9 +64,7 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
     product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize) if layout.dtype.itemsize == 2 else 0
     reads = RECOVERIES[group["recovery"]].reads
-    if (
-        group["projector"] == "block_mean"
-    ):  # the update of some rows; with the residual R, both moments and G of them, and the decoded moments
+    if group["projector"] == "block_mean":  # some rows of the update; for the residual R, both moments and G of them, and decoded moments
         short = layout.dtype.itemsize == 2
         product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
         if "moments" in reads:
