@@ -136,11 +136,11 @@ def test_bad_low_rank_gradient_inside_the_backward_pass_is_counted(
     bad, weights = "model.layers.0.mlp.gate_proj.weight", []
     reduce = DirectLayer.reduce
 
-    def poisoned(layer: DirectLayer, grad: torch.Tensor, *kept: Any) -> torch.Tensor:
+    def poisoned(layer: DirectLayer, view: Any, grad: torch.Tensor, *kept: Any) -> torch.Tensor:
         if layer.name == bad:
             weights.append(layer.weight.detach().clone())
             grad = grad * torch.nan if len(weights) == 3 else grad
-        return reduce(layer, grad, *kept)
+        return reduce(layer, view, grad, *kept)
 
     monkeypatch.setattr(DirectLayer, "reduce", poisoned)
     config = make_config(optimizer="galore_adamw_per_layer", rank=4, num_training_steps=4)
