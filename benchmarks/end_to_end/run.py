@@ -12,6 +12,7 @@ import argparse
 import io
 import statistics
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,9 +31,9 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import Batches, TokenData
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.result import RunResult
-from galore_torch.train.loop.trainer import _Loop
+from galore_torch.train.loop.trainer import _attached, _Loop
 from galore_torch.train.model.llama import PRESETS
-from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer, optimizer_spec
+from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
 
 LENGTH = 128  # tokens of one sequence
 PRESET = "end_to_end"
@@ -48,7 +49,11 @@ class Run:
 
     @classmethod
     def of(cls, config: PretrainConfig, data: TokenData, name: str, device: str) -> Run:
-        """``name``: an optimizer of `galore pretrain`, or a low-rank peer, which gets the same groups and learning rate as ours."""
+        """``name``: an optimizer of `galore pretrain`, with what --gradients takes behind a colon, or a low-rank peer, which gets the same
+        groups and learning rate as ours."""
+        name, _, gradients = name.partition(":")
+        config = replace(config, gradients=gradients or None)
+        attached = nullcontext(None)
         model = model_for(config, data).to(device)
         if name in PEERS:
             lr, settings = optimizer_spec("galore_adamw").default_lr, config.optimizer_settings
@@ -63,7 +68,10 @@ class Run:
         else:
             lr = optimizer_spec(name).default_lr
             optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
-        loop = _Loop(config, model, optimizer, data, device, RunResult(name, lr), io.StringIO(), Nobody(), folder=Path())
+            attached = _attached(config, name, model, optimizer)
+        loop = _Loop(
+            config, model, optimizer, data, device, RunResult(name, lr), io.StringIO(), Nobody(), folder=Path(), fused=attached.__enter__()
+        )
         return cls(loop, data.batches(config))
 
     def update(self) -> None:
@@ -90,7 +98,8 @@ def train_all(arguments: argparse.Namespace, tokens: int) -> tuple[dict[str, lis
             runs[name] = Run.of(config, data, name, arguments.device)
         except NotInstalledError as missing:
             reasons[name] = str(missing)
-    Run.of(config, data, "adamw", arguments.device).update()  # what torch loads late is nobody's cost
+    for name in ("adamw", "galore_adamw"):
+        Run.of(config, data, name, arguments.device).update()  # what torch loads late is nobody's cost
     names = list(runs)
     for start in range(0, arguments.steps, arguments.block):
         for name in names:
@@ -107,7 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     add_peers_argument(parser, default=["galore-torch"])
-    parser.add_argument("--optimizers", nargs="+", default=["adamw", "galore_adamw", "galore_adamw8bit"], choices=OPTIMIZERS)
+    ours = ["adamw", "galore_adamw", "galore_adamw:full", "galore_adamw8bit"]
+    parser.add_argument("--optimizers", nargs="+", default=ours, metavar="NAME[:GRADIENTS]", help="as in galore pretrain")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 256], help="tokens of one update")
     parser.add_argument("--steps", type=int, default=200, help="updates: at least one gap, for a mean with its refreshes")
     parser.add_argument("--gap", type=int, default=200)
