@@ -19,7 +19,7 @@ from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.loop.distributed import launched
 from galore_torch.train.model.known_models import KNOWN_MODELS
 from galore_torch.train.model.llama import PRESETS
-from galore_torch.train.optimizers.registry import OPTIMIZERS
+from galore_torch.train.optimizers.registry import GRADIENTS, OPTIMIZERS
 from galore_torch.train.report.listing import list_runs
 
 _TRAIN_EXTRA = ("transformers", "tokenizers", "rich", "matplotlib")
@@ -282,6 +282,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--optimizer", metavar="NAME", help="one of the names below (default: galore_adamw8bit_per_layer)")
     plan.add_argument("--rank", type=int, metavar="N", help="rank of the subspace (default: short side of the matrices / 4)")
     plan.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers that are projected (default: the linear layers of the body)")
+    plan.add_argument("--gradients", metavar="NAME", help=f"{', '.join(GRADIENTS)}, as of galore pretrain (default: direct)")
     plan.add_argument("--state_codec", metavar="NAME", help=f"moments: {', '.join(STATE_CODECS)} (default: the optimizer's own)")
     plan.add_argument("--basis_codec", metavar="NAME", help=f"the basis: {', '.join(BASIS_CODECS)} (default: the optimizer's own)")
     plan.add_argument("--dtype", metavar="NAME", help="weights: bfloat16 or float32 (default: bfloat16)")

@@ -82,7 +82,7 @@ class OuterProduct:
 
     def in_range(self) -> OuterProduct:
         """Each factor over its largest magnitude where products of G's elements might overflow: the subspaces are the same."""
-        left, right = (factor.abs().amax((-2, -1), keepdim=True) for factor in (self.left, self.right))
+        left, right = (_largest(factor) for factor in (self.left, self.right))
         fits = left * right * self.left.shape[-2] < product_bound(self.dtype, self.shape)
         if readable(fits) and bool(fits.all()):
             return self
@@ -93,3 +93,8 @@ class OuterProduct:
         """Zero but for the ``wanted`` matrices of a batch; wanted: a bool for each."""
         mask = wanted.view(*self.shape[:-2], 1, 1)
         return OuterProduct(*(torch.where(mask, factor, 0.0) for factor in (self.left, self.right)))
+
+
+def _largest(factor: Tensor) -> Tensor:
+    """The largest magnitude of each matrix, (E x) 1 x 1, without a temporary of the factor's size; NaN propagates."""
+    return torch.maximum(-factor.amin((-2, -1), keepdim=True), factor.amax((-2, -1), keepdim=True))

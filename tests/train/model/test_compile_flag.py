@@ -73,15 +73,14 @@ def test_it_decides_bits_so_a_resumed_run_keeps_it(make_config: Make, token_data
         ("lora", {}),
     ],
 )
-def test_curve_is_the_eager_one(
-    name: str, settings: dict[str, Any], make_config: Make, token_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curve_is_the_eager_one(name: str, settings: dict[str, Any], make_config: Make, token_data: TokenData, tmp_path: Path) -> None:
     """Losses, validation losses and what is kept for the backward pass, which fusion makes less of; six steps."""
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # LoRA's dropout then draws what it draws eagerly
+    inductor_config: Any = torch._inductor.config
     curves = []
     for on in (False, True):
         config = make_config(optimizer=name, rank=4, compile=on, **settings)
-        result, _ = train(config, name, 0.01, token_data, tmp_path, Silent())
+        with inductor_config.patch(fallback_random=True):  # LoRA's dropout then draws what it draws eagerly
+            result, _ = train(config, name, 0.01, token_data, tmp_path, Silent())
         assert result.status == "finished"
         curves.append([loss for _, loss in result.losses + result.evals])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

@@ -37,7 +37,7 @@ COMPARED = {
 _CODECS = ("state_codec", "basis_codec")
 _SETTINGS = (
     *("max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype", "activation_checkpointing", "vocab_size"),
-    "targets",
+    *("targets", "gradients"),
     *_CODECS,
 )
 _CYCLE = 200  # steps between relora's merges: they cost no memory, but it has no default
@@ -68,13 +68,13 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
             f"--{other} {arguments[other]} has no effect with --compare, which has optimizers of its own; leave one of them out"
         )
     if arguments.get("compare") or arguments.get("sweep"):
-        return _side_by_side(console, arguments, config, device, budget)
+        return _side_by_side(console, arguments, config, device, budget, world_size)
     if arguments.get("picture"):
         raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
     if "max_length" not in given:
         console.print(f"note: sequences of {config.max_length} tokens, the default; --seq N plans yours", highlight=False)
     if budget is None:
-        show_plan(console, planned(plan_request(config, device=device), traced=True), None, world_size)
+        show_plan(console, planned(plan_request(config, device=device, processes=world_size), traced=True), None, world_size)
         return EXIT_FITS
     return _for_a_card(console, arguments, given, config, device, budget, world_size)
 
@@ -124,19 +124,21 @@ def _for_a_card(
     budget: Budget,
     world_size: int,
 ) -> int:
-    best = best_that_fits(given, budget.bytes, device, traced=True)
+    best = best_that_fits(given, budget.bytes, device, traced=True, processes=world_size)
     if best is None:
-        least = planned(plan_request(config, device=device), traced=True)
+        least = planned(plan_request(config, device=device, processes=world_size), traced=True)
         show_plan(console, least, budget, world_size)
         console.print("nothing that was left open to choose makes it fit", highlight=False)
         if "optimizer" in given and (
-            other := best_that_fits({k: v for k, v in given.items() if k != "optimizer"}, budget.bytes, device, traced=False)
+            other := best_that_fits(
+                {k: v for k, v in given.items() if k != "optimizer"}, budget.bytes, device, traced=False, processes=world_size
+            )
         ):
             console.print(f"with another --optimizer it would: {describe(other[1])}", highlight=False, soft_wrap=True)
         return EXIT_DOES_NOT_FIT
     chosen, found = best
     show_plan(console, found, budget, world_size)
-    show_choices(console, _choices(given, found, budget, device), budget)
+    show_choices(console, _choices(given, found, budget, device, world_size), budget)
     settings = _recipe(chosen, found, budget)
     if output := arguments.get("output"):
         _write(Path(output), settings)
@@ -146,11 +148,11 @@ def _for_a_card(
     return EXIT_FITS
 
 
-def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str) -> list[tuple[str, Plan | None]]:
+def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str, world_size: int) -> list[tuple[str, Plan | None]]:
     """The recipe beside those with another answer to what was left open: the least recomputing, or INT8 weights."""
 
     def best(**settings: Any) -> Plan | None:
-        other = best_that_fits({**given, **settings}, budget.bytes, device, traced=False)
+        other = best_that_fits({**given, **settings}, budget.bytes, device, traced=False, processes=world_size)
         return other and other[1]
 
     rows: list[tuple[str, Plan | None]] = [("this recipe", found)]
@@ -166,7 +168,7 @@ def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str)
 
 def _recipe(config: PretrainConfig, found: Plan, budget: Budget) -> dict[str, Any]:
     names: tuple[str, ...] = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
-    names += ("activation_checkpointing", "vocab_size", "cycle_length", "targets", *_CODECS)
+    names += ("activation_checkpointing", "vocab_size", "cycle_length", "targets", "gradients", *_CODECS)
     settings = {name: getattr(config, name) for name in names}
     if config.hf_model:
         del settings["model_config"]
@@ -184,18 +186,23 @@ def _write(path: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"-o {path} cannot be written: {error.strerror}") from error
 
 
-def _side_by_side(console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: Budget | None) -> int:
+def _side_by_side(
+    console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: Budget | None, world_size: int
+) -> int:
     """`--compare` and `--sweep rank`: the same run with other optimizers, or other ranks."""
     setting = f"{config.model_name}, {config.torch_dtype}, {config.batch_size} x {config.max_length} tokens"
     rows: Sequence[tuple[str, Plan]]
     if arguments.get("compare"):
         names = COMPARED.items()
-        rows = [(label, planned(plan_request(config, device=device, optimizer=name), traced=False)) for label, name in names]
+        rows = [
+            (label, planned(plan_request(config, device=device, optimizer=name, processes=world_size), traced=False))
+            for label, name in names
+        ]
         title, first, kind = f"{setting}, rank {config.resolved_rank}", "optimizer", "compare"
     else:
         width = plan_request(config, device=device).sizes.short_side
         ranks = sorted({width // share for share in SHARES if width >= share} | ({config.rank} if config.rank else set()))
-        rows = [(str(rank), _with_rank(config, rank, device)) for rank in ranks]
+        rows = [(str(rank), _with_rank(config, rank, device, world_size)) for rank in ranks]
         title, first, kind = f"{setting}, {config.contenders[0][0]}", "rank", "sweep"
         if len({found.peak for _, found in rows}) == 1 and not rows[0][1].basis:
             raise UserError(f"--sweep rank: the memory of {config.contenders[0][0]} has no rank; choose galore_adamw8bit")
@@ -206,6 +213,6 @@ def _side_by_side(console: Console, arguments: Mapping[str, Any], config: Pretra
     return EXIT_FITS
 
 
-def _with_rank(config: PretrainConfig, rank: int, device: str) -> Plan:
-    request = plan_request(config, device=device)
+def _with_rank(config: PretrainConfig, rank: int, device: str, world_size: int) -> Plan:
+    request = plan_request(config, device=device, processes=world_size)
     return planned(replace(request, settings={**request.settings, "rank": rank}), traced=False)

@@ -113,9 +113,11 @@ class Probe:
             self._first = False
         return row
 
-    def _look_at(self, gradient: Tensor) -> None:
+    def _look_at(self, gradient: Tensor | None) -> None:
         from galore_torch.ops.linalg import finite
 
+        if gradient is None:  # a compiled graph calls the hooks of every weight
+            return
         good = finite(gradient)
         self._finite = good if self._finite is None else self._finite & good
 

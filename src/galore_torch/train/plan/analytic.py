@@ -13,15 +13,18 @@ from math import prod
 from typing import Any
 
 from galore_torch.train.model.sizes import Part, Sizes, Targets
-from galore_torch.train.optimizers.registry import optimizer_spec
-from galore_torch.train.plan.methods import FACTORED, Cost, cost, trained_parts
+from galore_torch.train.optimizers.registry import backward_mode, optimizer_spec
+from galore_torch.train.plan.methods import FACTORED, Cost, cost, thin_input, trained_parts
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One run, as far as its memory goes. ``settings``: what `build_optimizer` takes; ``deferred``: accumulation or clipping is on."""
+    """One run, as far as its memory goes. ``settings``: what `build_optimizer` takes; ``deferred``: accumulation or clipping is on.
+
+    ``refreshing``: whether every basis is made in the step, as in the first of a run; else a few matrices have their turn.
+    """
 
     sizes: Sizes
     optimizer: str
@@ -37,6 +40,8 @@ class PlanRequest:
     model: str = ""  # name or path, for a trace
     pretrained: bool = False  # whether `model` is transformers' own, not a LLaMA's sizes
     targets: Targets = None  # what `sizes` has as projected
+    gradients: str = "full"  # --gradients, settled
+    refreshing: bool = True
 
     @property
     def tokens(self) -> int:
@@ -70,13 +75,24 @@ class PlanRequest:
 
     def _costs(self, parts: tuple[Part, ...]) -> list[tuple[Part, Cost]]:
         return [
-            (part, cost(part, trained, self.optimizer, self.dtype, self.device, self.settings))
+            (part, cost(part, trained, self.optimizer, self.dtype, self.device, self.settings, self.tokens * self.direct))
             for part, trained in trained_parts(self.optimizer, parts, self.rank)
         ]
 
     @property
-    def per_layer(self) -> bool:
-        return optimizer_spec(self.optimizer).per_layer
+    def mode(self) -> str | None:
+        """Of `fused_backward`; None: an ordinary backward pass."""
+        return backward_mode(self.optimizer, self.gradients, deferred=self.deferred)
+
+    @property
+    def direct(self) -> bool:
+        """Whether linear layers make their low-rank gradients themselves."""
+        return self.gradients == "direct"
+
+    @property
+    def updates(self) -> bool:
+        """Whether weights are updated inside the backward pass."""
+        return self.mode in ("update", "direct_update")
 
     def total(self, field: str) -> int:
         """Of the whole model: a field of Cost, added up."""
@@ -85,9 +101,9 @@ class PlanRequest:
 
     def kept(self, each: Cost) -> int:
         """Bytes of a parameter's gradient from its backward pass to the step."""
-        if not self.per_layer:
+        if self.mode is None:
             return each.gradient
-        if not self.deferred:
+        if self.updates:
             return 0
         return each.low or each.gradient
 
@@ -117,7 +133,8 @@ def phases(request: PlanRequest) -> Iterator[Phase]:
     tokens, b, D, I = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate
     own, rows = layer_activations(q), tokens * D * b
     saved = rows if q.checkpointing else own  # of a layer, from the forward pass
-    end = final_activations(q)
+    whole = kept_whole(q)
+    end = final_activations(q) + whole
     outer = q.kept_of(q.outer)
     inner = q.kept_of(q.layer)
     embedding = next(each for part, each in q.outer if part.role == "embedding")
@@ -126,22 +143,23 @@ def phases(request: PlanRequest) -> Iterator[Phase]:
     before = outer + layers * inner if again else 0
 
     yield from _loss_phases(q, before, layers * saved + end, head)
-    if q.per_layer:
-        yield Phase("the head's update", before + head.gradient, layers * saved + end, 0, rows + _passing(q, head))
+    if q.mode:
+        yield Phase("the head's update", before + head.gradient, layers * saved + end, 0, rows + passing_bytes(q, head))
     for index, name in ((layers - 1, "the last layer's backward pass"), (0, "the first layer's backward pass")):
         done = before or q.kept(head) + (layers - 1 - index) * inner
         pending = max(each.gradient for _, each in q.layer)
-        held = index * saved + own + (rows if q.checkpointing and b == 2 else 0)
+        held = index * saved + own + whole + (rows if q.checkpointing and b == 2 else 0)
         unpacked = max(each.unpacked for _, each in q.layer)  # and not while a gradient is widened
         pair = tokens * I * b  # the gradient of one of the MLP's products
         widest = max(prod(part.shape) for part, _ in q.layer) * q.widened
         yield Phase(name, done + pending, held, 0, rows + max(2 * pair, pair + max(widest, unpacked)), max(0, unpacked - widest))
-        if q.per_layer:
-            worst = max((each for _, each in q.layer), key=lambda each: each.gradient + _passing(q, each))
-            yield Phase(name.replace("backward pass", "updates"), done + worst.gradient, held, 0, rows + _passing(q, worst))
+        if q.mode:
+            worst = max((each for _, each in q.layer), key=lambda each: each.gradient + passing_bytes(q, each))
+            passing = rows + pair * q.direct + passing_bytes(q, worst)  # a layer's own R is made when both of its gradients are there
+            yield Phase(name.replace("backward pass", "updates"), done + worst.gradient, held, 0, passing)
     everything = outer + layers * inner
     done = everything if again else everything - q.kept(embedding)
-    yield Phase("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (_passing(q, embedding) if q.per_layer else 0))
+    yield Phase("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (passing_bytes(q, embedding) if q.mode else 0))
     yield Phase("the optimizer's step", everything, 0, 0, step_transient(q))
 
 
@@ -171,20 +189,22 @@ def _loss_phases(q: PlanRequest, before: int, activations: int, head: Cost) -> I
     yield Phase("the head's backward pass", before + head.gradient, activations, again, rows + copies)
 
 
-def _passing(q: PlanRequest, each: Cost) -> int:
-    """What a hook on this gradient needs: the whole update, or in the deferred mode a projection and perhaps a refresh."""
-    return each.transient if not q.deferred or each.low else 0
+def passing_bytes(q: PlanRequest, each: Cost) -> int:
+    """What a hook on this gradient needs: the whole update, or where R is kept for the step a projection and perhaps a refresh."""
+    if q.updates:
+        return max(each.transient, each.step)
+    return each.transient if each.low else 0
 
 
 def step_transient(q: PlanRequest) -> int:
     """Of `optimizer.step()`: one parameter after the other; torch's own handle all at once on a GPU (foreach)."""
-    if q.per_layer and not q.deferred:
+    if q.updates:
         return 0
     costs = [*q.outer, *q.layer]
     if q.device == "cuda" and optimizer_spec(q.optimizer).home in ("torch.optim", "galore_torch.train.model.baselines"):
         roots = q.optimizer in ("adam", "adamw", "adagrad") or q.optimizer in FACTORED
         return q.total("gradient") if roots else 0
-    return max(each.transient for _, each in costs)
+    return max(each.step if q.mode else each.transient for _, each in costs)
 
 
 def layer_activations(q: PlanRequest) -> int:
@@ -197,7 +217,38 @@ def layer_activations(q: PlanRequest) -> int:
     norms = 2 * (s.hidden * (4 if b == 2 else b) + 2 * s.hidden * b)
     attention = 2 * (s.attention + s.key_value) * b + 4 * s.heads
     mlp = 4 * s.intermediate * b
-    return q.tokens * (norms + attention + mlp + 8 + _adapters(q))
+    return q.tokens * (norms + attention + mlp + 8 + _adapters(q) + _thinner(q) * b)
+
+
+def _thinner(q: PlanRequest) -> int:
+    """Elements a token by which a layer's linear layers keep more (less: below 0) where their inputs are kept projected.
+
+    Those of q, k, v and of gate, up are shared: one that needs the whole keeps it for all. Attention keeps its output itself.
+    """
+    if not q.direct or q.refreshing:
+        return 0
+    s = q.sizes
+    D, I, A, KV = s.hidden, s.intermediate, s.attention, s.key_value
+    ranks = input_ranks(q)
+    change = ranks.get((D, A), 0)
+    for shapes, width in (((A, D), (KV, D), (KV, D)), D), (((I, D), (I, D)), D), (((D, I),), I):
+        thin = [ranks.get(shape, 0) for shape in shapes]
+        change += sum(thin) - (width if all(thin) else 0)
+    return change
+
+
+def input_ranks(q: PlanRequest) -> dict[tuple[int, ...], int]:
+    """shape of a layer's linear layers -> the rank of their inputs, where those are kept projected between refreshes."""
+    return {part.shape: q.rank for part, each in q.layer if each.low and not each.gradient and thin_input(part, q.optimizer, q.settings)}
+
+
+def kept_whole(q: PlanRequest) -> int:
+    """Bytes of the inputs that a step between the first and the last keeps whole, at most: of the matrices whose turn it is."""
+    if not q.direct or q.refreshing:
+        return 0
+    thin = [(part.shape[1], q.sizes.layers * part.count) for part, _ in q.layer if part.shape in input_ranks(q)]
+    turns = -(-sum(count for _, count in thin) // q.settings["update_proj_gap"])
+    return turns * max((width for width, _ in thin), default=0) * q.tokens * q.itemsize
 
 
 def _adapters(q: PlanRequest) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import ModelShape, build_model, model_shape
-from galore_torch.train.optimizers.registry import as_targets, optimizer_spec
+from galore_torch.train.optimizers.registry import as_targets, optimizer_spec, settled_gradients
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 
 # What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
@@ -19,7 +19,10 @@ RESERVE = {"cuda": (700 * 10**6, 0.03), "cpu": (500 * 10**6, 0.02)}
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes: what lasts, the phases of a step, and the reserve."""
+    """Bytes: what lasts, the phases of the step in which most is held, and the reserve.
+
+    ``ordinary``: the most bytes of tensors in a step that makes few bases, where that is another step.
+    """
 
     request: PlanRequest
     weights: int
@@ -28,6 +31,7 @@ class Plan:
     phases: tuple[Phase, ...]
     traced: bool
     untraced: str = ""  # why a trace that was asked for is missing
+    ordinary: int | None = None
 
     @property
     def at_peak(self) -> Phase:
@@ -72,8 +76,10 @@ class Plan:
         return max(getattr(phase, field) for phase in self.phases)
 
 
-def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None) -> PlanRequest:
-    """The memory side of a config, for its first optimizer or for another."""
+def plan_request(
+    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, processes: int = 1
+) -> PlanRequest:
+    """The memory side of a config, for its first optimizer or for another; ``processes``: where the config does not say."""
     from galore_torch.train.model.loss import settled_chunk
 
     name = (optimizer or config.contenders[0][0]).lower()
@@ -86,7 +92,7 @@ def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None =
         length=config.max_length,
         batch=config.batch_size,
         accumulation=config.accumulation,
-        deferred=config.accumulation > 1 or config.grad_clipping > 0,
+        deferred=config.deferred,
         checkpointing=config.activation_checkpointing,
         chunk=settled_chunk(config.loss_chunk, sizes.vocabulary, config.batch_size * config.max_length),
         device=device,
@@ -94,11 +100,24 @@ def plan_request(config: PretrainConfig, *, device: str, optimizer: str | None =
         model=config.hf_model or config.model_config,
         pretrained=config.hf_model is not None,
         targets=targets,
+        gradients=settled_gradients(name, config.gradients, max(processes, config.processes)),
     )
 
 
 def planned(request: PlanRequest, *, traced: bool) -> Plan:
-    """The plan by formulas, or with the model's passes traced where this torch and the model let them."""
+    """The plan by formulas, or with the model's passes traced where this torch and the model let them.
+
+    Of the first step, which makes every basis; or where linear layers keep their inputs projected after it, and those are larger than the
+    inputs that they share, of a step after that.
+    """
+    if not request.direct:
+        return _planned(request, traced)
+    first, ordinary = (_planned(each, False) for each in (request, replace(request, refreshing=False)))
+    worst = max(first, ordinary, key=lambda plan: plan.peak)
+    return replace(_planned(worst.request, traced), ordinary=None if worst is ordinary else ordinary.peak)
+
+
+def _planned(request: PlanRequest, traced: bool) -> Plan:
     found, untraced = _traced(request) if traced else (None, "")
     weights, basis, moments = (request.total(each) for each in ("weight", "basis", "moments"))
     return Plan(request, weights, basis, moments, found or tuple(phases(request)), found is not None, untraced)
@@ -112,7 +131,7 @@ def _traced(request: PlanRequest) -> tuple[tuple[Phase, ...] | None, str]:
         return None, "this torch has no MemTracker"
     if request.sizes.recurrent:  # and take minutes, token by token
         return None, f"the reference code of {request.model}'s recurrent layers does not hold what their kernels hold"
-    if request.per_layer and request.targets is not None:
+    if request.mode and request.targets is not None:
         return None, "--targets can choose other matrices from layer to layer"
     try:
         return tuple(traced_phases(request, _builder(request))), ""

@@ -23,7 +23,10 @@ FACTORED = {"low_rank": False, "lora": True, "relora": True}  # baselines whose 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one parameter. ``gradient`` is whole, ``low`` its projection (0: there is none), ``transient`` a step's."""
+    """Bytes of one parameter. ``gradient`` is whole (0: it is never made), ``low`` its projection (0: there is none).
+
+    ``transient``: what using the gradient needs for a moment, a refresh included; ``step``: what a step from what was kept of it needs.
+    """
 
     weight: int
     gradient: int
@@ -31,6 +34,7 @@ class Cost:
     basis: int
     moments: int
     transient: int
+    step: int
     unpacked: int = 0  # a floating copy of a quantised weight, while a product needs it
 
 
@@ -53,28 +57,42 @@ def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[P
     return out
 
 
-def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Cost:
-    """Of one parameter of `part`; ``settings`` as `build_optimizer` takes them."""
+def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings: Mapping[str, Any], tokens: int = 0) -> Cost:
+    """Of one parameter of `part`; ``settings`` as `build_optimizer` takes them. ``tokens`` of a forward pass, where the linear layers make
+    low-rank gradients themselves; else 0."""
     import torch
 
     kind: torch.dtype = getattr(torch, dtype)
     size = prod(part.shape)
     weight = size * kind.itemsize
     if not trained:
-        return Cost(weight, 0, 0, 0, 0, 0)
+        return Cost(weight, 0, 0, 0, 0, 0, 0)
     if optimizer_spec(name).home != "galore_torch":
         moments, transient = _foreign(part, "adamw" if name in FACTORED else name, kind.itemsize, settings["beta1"])
-        return Cost(weight, weight, 0, 0, moments, transient)
+        return Cost(weight, weight, 0, 0, moments, transient, transient)
     from galore_torch.ops.linalg import product_dtype
-    from galore_torch.train.plan.optimizer_bytes import param_bytes
+    from galore_torch.train.plan.optimizer_bytes import param_bytes, thin_bytes
 
     rule, full, projected = _groups(name, frozen(settings))
     group = projected if part.projected else full
     found = param_bytes(part.shape, kind, group, rule, device)
+    gradient, transient = weight, found.transient
+    if tokens and part.role == "matrix" and found.low:
+        gradient, transient = 0, found.low + thin_bytes(part.shape, kind, group, rule, tokens, device)
     if not optimizer_spec(name).quantized or not part.quantizable:
-        return Cost(weight, weight, found.low, found.basis, found.moments, found.transient)
+        return Cost(weight, gradient, found.low, found.basis, found.moments, transient, found.step)
     coded, unpacked = size + _BLOCK_BYTES * -(-size // _BLOCK), size * product_dtype(kind, device).itemsize
-    return Cost(coded, weight, found.low, found.basis, found.moments, found.transient, unpacked)
+    return Cost(coded, gradient, found.low, found.basis, found.moments, transient, found.step, unpacked)
+
+
+def thin_input(part: Part, name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a linear layer of `part` has a basis on its input's side, so that its input is kept projected."""
+    import torch
+
+    from galore_torch.engine.layout import make_layout
+
+    _, full, projected = _groups(name, frozen(settings))
+    return -1 in make_layout(part.shape, torch.float32, projected if part.projected else full).ranks
 
 
 def frozen(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -50,6 +50,20 @@ def param_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, 
     return ParamBytes(basis, moments, low, step, refresh)
 
 
+def thin_bytes(
+    shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, tokens: int, device: str = "cpu"
+) -> int:
+    """What a layer's backward pass needs for a moment to find a basis and R from dy (``tokens`` x m) and x (``tokens`` x n), R aside.
+
+    `OuterProduct`: both factors in fp32, and products of as many columns as a sketch has; no tensor of the weight's size.
+    """
+    layout = make_layout(shape, dtype, group)
+    spec = state_spec(layout, group, rule)
+    low = prod(layout.low_shape) * layout.compute_dtype.itemsize
+    state = sum(tensor.nbytes for key, tensor in spec.items())
+    return _refresh(layout, group, low, state, device, tokens)
+
+
 def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
     """An ordinary step: R, the bases in the dtype of the products, and chunks of the elementwise passes."""
     elements = min(prod(layout.low_shape), chunk_elements(torch.device(device)))
@@ -76,20 +90,21 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     return low + carried + max(passes, copied + product)
 
 
-def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str) -> int:
+def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str, tokens: int = 0) -> int:
     """A refresh: the gradient in fp32, then the largest of the sketch's blocks and of the transport of the moments.
 
-    Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
+    ``tokens``: rows of the two factors that stand in the gradient's place; 0: it is whole. Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
     """
     if not layout.ranks or PROJECTORS[layout.projector].find is None:
         return 0
     itemsize, (m, n), matrices = layout.compute_dtype.itemsize, layout.view[-2:], prod(layout.batch)
     rank, blind = max(layout.ranks.values()), device != "cpu"
-    gradient = matrices * (m * n * itemsize if layout.dtype != layout.compute_dtype else 0)
-    gradient += matrices * m * n * layout.dtype.itemsize if blind else 0
+    elements = tokens * (m + n) if tokens else m * n
+    gradient = matrices * (elements * itemsize if layout.dtype != layout.compute_dtype else 0)
+    gradient += matrices * elements * layout.dtype.itemsize if blind else 0
     width = min(rank + OVERSAMPLING, m, n)
     found = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize
-    sketch = 2 * matrices * (m + n) * width * itemsize
+    sketch = matrices * (2 * (m + n) + tokens) * width * itemsize
     if group["projector"] in ("svd", "gram"):
         sketch = matrices * itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
     decoded = found if layout.basis_codec != "fp32" else 0

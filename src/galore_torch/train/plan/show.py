@@ -13,6 +13,7 @@ from galore_torch.train.plan.answer import RESERVE, Plan
 from galore_torch.train.plan.units import GB, gb
 from galore_torch.train.report.progress import show_table
 
+_LATER = "the first step keeps all inputs whole, to make every basis; tensors of later ones"
 UTILISATION = 0.4  # of the peak, which training runs of this size commonly reach (arXiv 2204.02311, table 3, has 21 to 46 %)
 PARTS = ("weights", "basis", "moments", "gradients", "activations", "logits", "transient")
 _MEANING = {
@@ -82,6 +83,11 @@ def notes(plan: Plan, world_size: int) -> list[str]:
     ]
     if not plan.traced and not q.sizes.like_llama:
         found.append(f"the formulas are LLaMA's; the activations of {q.model} are an estimate")
+    if q.gradients == "direct":
+        found.append(
+            "--gradients direct: no gradient of a projected linear layer is made in full; "
+            + ("the peak is of a step after the first" if plan.ordinary is None else f"{_LATER}: {gb(plan.ordinary)} GB, by formulas")
+        )
     if world_size > 1:
         found.append(
             f"of each of {world_size} processes: weights, gradients and state are replicated, as under DistributedDataParallel, whose "

@@ -1,7 +1,7 @@
 """The same phases traced: forward and backward of the model with two and with three layers, on tensors without memory.
 
-torch's own MemTracker counts; what a third layer adds goes on for all others. Per-layer updates are traced as the memory that their
-hooks take and leave. MemTracker is private to torch: where it is missing there is no trace, and the formulas stand alone.
+torch's own MemTracker counts; what a third layer adds goes on for all others. What uses gradients in the backward pass is traced as the
+memory that its hooks, and linear layers that make no gradient, take and leave. MemTracker is private to torch: where it is missing there is no trace, and the formulas stand alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.model.chunked_loss import head_loss, products_on
-from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
+from galore_torch.ops.linear import input_grad, linear
+from galore_torch.optim.direct_backward import is_linear
+from galore_torch.train.plan.analytic import Phase, PlanRequest, input_ranks, kept_whole, passing_bytes, phases
 from galore_torch.train.plan.methods import Cost
 
 try:
@@ -49,12 +52,12 @@ def traced_phases(request: PlanRequest, build: Build) -> list[Phase]:
         few, more = _trace(request, build(FEW)), _trace(request, build(MORE))
     finally:
         log.disabled = silent
-    further = request.sizes.layers - FEW
+    further, whole = request.sizes.layers - FEW, kept_whole(request)
     found = []
     for stage, group in by_stage(by_formulas).items():
         largest = max(group, key=lambda phase: phase.total)
         if stage in few:
-            total = few[stage] + further * (more[stage] - few[stage]) + largest.unpacked
+            total = few[stage] + further * (more[stage] - few[stage]) + largest.unpacked + whole * (stage != "embedding")
             known = largest.gradients + largest.logits
             activations = max(0, min(largest.activations, total - known))
             largest = replace(largest, activations=activations, transient=total - known - activations)
@@ -150,9 +153,9 @@ def _materialise(model: nn.Module) -> None:
 
 
 def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
-    """Gradients that are there before, and hooks that take and leave what the optimizer's would; returns what the hooks leave."""
+    """Gradients that are there before, and what takes and leaves what `fused_backward` would; returns what that leaves."""
     again, kept = request.accumulation > 1, dict[Tensor, Tensor]()
-    if not request.per_layer:
+    if request.mode is None:
         for p in model.parameters():
             p.grad = torch.empty_like(p) if again and p.requires_grad else None
         return kept
@@ -161,14 +164,19 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
     mine: dict[Tensor, Cost] = {p: costs[tuple(p.shape), p in projected] for p in model.parameters()}
 
     def hook(p: Tensor) -> None:
-        if request.deferred and not mine[p].low:
+        if not request.updates and not mine[p].low:
             return
-        passing = torch.empty(mine[p].transient, dtype=torch.uint8)
+        passing = torch.empty(passing_bytes(request, mine[p]), dtype=torch.uint8)
         p.grad = None
         del passing
-        if request.deferred and p not in kept:
+        if not request.updates and p not in kept:
             kept[p] = torch.empty(mine[p].low, dtype=torch.uint8)
 
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if weight in mine and not mine[weight].gradient and is_linear(module):
+            rank = 0 if request.refreshing else input_ranks(request).get(tuple(weight.shape), 0)
+            module.forward = partial(_thin_linear, module, not isinstance(module, nn.Linear), rank, hook)  # type: ignore[method-assign]
     for weight, each in mine.items():
         weight.register_post_accumulate_grad_hook(hook)
         if again and each.low:
@@ -176,6 +184,30 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
         elif again:
             weight.grad = torch.empty_like(weight)
     return kept
+
+
+def _thin_linear(module: Any, transposed: bool, rank: int, hook: Callable[[Tensor], None], input: Tensor) -> Tensor:
+    out: Tensor = _Thin.apply(input, module.weight, module.bias, transposed, rank, hook)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Thin(torch.autograd.Function):
+    """A linear layer that keeps of its input (T x n) as many columns as ``rank``, 0: all, and calls ``hook`` in place of a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, rank: int, hook: Callable[[Tensor], None]
+    ) -> Tensor:
+        flat = input.reshape(-1, input.shape[-1])
+        ctx.save_for_backward(flat.new_empty(len(flat), rank) if rank else flat)
+        ctx.weight, ctx.bias, ctx.transposed, ctx.hook = weight, bias is not None, transposed, hook
+        return linear(input, weight, bias, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = input_grad(grad, ctx.weight, ctx.transposed)
+        ctx.hook(ctx.weight)
+        return back, None, grad.flatten(0, -2).sum(0) if ctx.bias else None, None, None, None
 
 
 def _watch(model: Any, peaks: _Peaks) -> None:
