@@ -93,7 +93,8 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
 def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str, tokens: int = 0) -> int:
     """A refresh: the gradient in fp32, then the largest of the sketch's blocks and of the transport of the moments.
 
-    ``tokens``: rows of the two factors that stand in the gradient's place; 0: it is whole. Off the CPU the host looks at no value: a state is copied to be put back, and a gradient to be zeroed, where that is not finite.
+    ``tokens``: rows of the two factors that stand in the gradient's place; 0: it is whole. Off the CPU the host looks at no value: a state is
+    copied to be put back, and a gradient to be zeroed, where that is not finite.
     """
     if not layout.ranks or PROJECTORS[layout.projector].find is None:
         return 0

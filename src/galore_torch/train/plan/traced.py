@@ -1,7 +1,8 @@
 """The same phases traced: forward and backward of the model with two and with three layers, on tensors without memory.
 
 torch's own MemTracker counts; what a third layer adds goes on for all others. What uses gradients in the backward pass is traced as the
-memory that its hooks, and linear layers that make no gradient, take and leave. MemTracker is private to torch: where it is missing there is no trace, and the formulas stand alone.
+memory that its hooks, and linear layers that make no gradient, take and leave. MemTracker is private to torch: where it is missing there is
+no trace, and the formulas stand alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from galore_torch.optim.param_groups import chosen_weights
-from galore_torch.train.model.chunked_loss import head_loss, products_on
 from galore_torch.ops.linear import input_grad, linear
 from galore_torch.optim.direct_backward import is_linear
+from galore_torch.optim.param_groups import chosen_weights
+from galore_torch.train.model.chunked_loss import head_loss, products_on
 from galore_torch.train.plan.analytic import Phase, PlanRequest, input_ranks, kept_whole, passing_bytes, phases
 from galore_torch.train.plan.methods import Cost
 
@@ -176,7 +177,7 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
         weight: Any = getattr(module, "weight", None)
         if weight in mine and not mine[weight].gradient and is_linear(module):
             rank = 0 if request.refreshing else input_ranks(request).get(tuple(weight.shape), 0)
-            module.forward = partial(_thin_linear, module, not isinstance(module, nn.Linear), rank, hook)  # type: ignore[method-assign]
+            module.forward = partial(_thin_linear, module, not isinstance(module, nn.Linear), rank, hook)
     for weight, each in mine.items():
         weight.register_post_accumulate_grad_hook(hook)
         if again and each.low:
@@ -187,7 +188,7 @@ def _attach(request: PlanRequest, model: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def _thin_linear(module: Any, transposed: bool, rank: int, hook: Callable[[Tensor], None], input: Tensor) -> Tensor:
-    out: Tensor = _Thin.apply(input, module.weight, module.bias, transposed, rank, hook)  # type: ignore[no-untyped-call]
+    out: Tensor = _Thin.apply(input, module.weight, module.bias, transposed, rank, hook)
     return out
 
 
