@@ -112,6 +112,7 @@ def _renew(view: ParamView, grad: Tensor | OuterProduct, warm: bool, can: Tensor
     exact = grad.to(layout.compute_dtype)
     exact = exact.in_range() if isinstance(exact, OuterProduct) else in_range(exact)
     found = view.projector.find(exact, layout.ranks, old, seed)
+    del exact  # a copy of the whole gradient, where that is of 16 bits
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one
         total = basis.flatten(len(layout.batch)).sum(-1)
         can &= (total - total) == 0

@@ -76,7 +76,7 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     needed = product_dtype(layout.dtype, device)
     copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 else 0)
     rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
-    product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize) if layout.dtype.itemsize == 2 else 0
+    product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize + 6) if layout.dtype.itemsize == 2 else 0  # and its rounding
     reads = RECOVERIES[group["recovery"]].reads
     if group["projector"] == "block_mean":  # some rows of the update; for the residual R, both moments and G of them, and decoded moments
         short = layout.dtype.itemsize == 2
@@ -93,8 +93,8 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
 def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str, tokens: int = 0) -> int:
     """A refresh: the gradient in fp32, then the largest of the sketch's blocks and of the transport of the moments.
 
-    ``tokens``: rows of the two factors that stand in the gradient's place; 0: it is whole. Off the CPU the host looks at no value: a state is
-    copied to be put back, and a gradient to be zeroed, where that is not finite.
+    ``tokens``: rows of the two factors that stand in the gradient's place; 0: it is whole. Off the CPU the host looks at no value: a
+    state is copied to be put back, and a gradient to be zeroed, where that is not finite.
     """
     if not layout.ranks or PROJECTORS[layout.projector].find is None:
         return 0
