@@ -54,8 +54,8 @@ class Run:
 
     def updates(self, number: int = UPDATES) -> None:
         config = self.config
-        deferred = config.accumulation > 1 or config.grad_clipping > 0
-        with fused_pass(self.name, self.model, self.optimizer, deferred=deferred):
+        gradients = config.gradients_of(self.name)
+        with fused_pass(self.name, self.model, self.optimizer, deferred=config.deferred, gradients=gradients):
             for _ in range(number):
                 for _ in range(config.accumulation):
                     (self.loss(self.tokens, self.tokens) / (self.tokens.numel() * config.accumulation)).backward()

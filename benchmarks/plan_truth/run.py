@@ -25,7 +25,7 @@ from galore_torch.train.optimizers.registry import OPTIMIZERS
 from galore_torch.train.plan.answer import plan_request, planned
 
 Row = dict[str, Any]
-SMALL = {"batch_size": 2, "max_length": 64}
+SMALL, LARGER = {"batch_size": 2, "max_length": 64}, {"batch_size": 4, "max_length": 256}
 ON_CPU: list[Row] = [
     {"model_config": "demo", "optimizer": "galore_adamw", "batch_size": 16, "max_length": 128},
     {"model_config": "9m", "optimizer": "galore_adamw8bit", **SMALL},
@@ -47,6 +47,15 @@ ON_CPU: list[Row] = [
     {"model_config": "350m", "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
     {"model_config": "350m", "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "gradient_accumulation": 2, **SMALL},
     {"model_config": "350m", "optimizer": "galore_adamw", **SMALL},
+    {"model_config": "35m", "optimizer": "galore_adamw", "loss_chunk": 64, **LARGER},
+    {"model_config": "35m", "optimizer": "galore_adamw", "rank": 192, "loss_chunk": 64, **LARGER},
+    {"model_config": "60m", "optimizer": "galore_adamw8bit", "proj_type": "right", "loss_chunk": 64, **LARGER},
+    {"model_config": "60m", "optimizer": "galore_adamw_per_layer", "loss_chunk": 64, **LARGER},
+    {"model_config": "130m", "optimizer": "galore_adamw", "loss_chunk": 64, "activation_checkpointing": True, **LARGER},
+    {"model_config": "130m", "optimizer": "galore_adamw8bit_per_layer", "dtype": "bfloat16", "gradient_accumulation": 2, **SMALL},
+    {"model_config": "350m", "optimizer": "galore_adamw8bit", "dtype": "bfloat16", "loss_chunk": 64, "batch_size": 2, "max_length": 256},
+    {"model_config": "35m", "optimizer": "galore_adamw", "loss_chunk": 64, "gradients": "project", **LARGER},
+    {"model_config": "35m", "optimizer": "galore_adamw", "loss_chunk": 64, "gradients": "full", **LARGER},
     {"model_config": "60m", "optimizer": "qgalore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
     {"model_config": "350m", "optimizer": "qgalore_adamw8bit_per_layer", "dtype": "bfloat16", **SMALL},
 ]
@@ -56,7 +65,17 @@ ON_CUDA: list[Row] = [
     for optimizer in ("galore_adamw8bit", "galore_adamw8bit_per_layer", "qgalore_adamw8bit_per_layer")
     for more in ({}, {"gradient_accumulation": 2})
 ]
-HEADER = ["model", "optimizer", "run", "predicted, traced", "predicted, by formulas", "measured", "error, traced", "error, formulas"]
+HEADER = [
+    "model",
+    "optimizer",
+    "gradients",
+    "run",
+    "predicted, traced",
+    "predicted, by formulas",
+    "measured",
+    "error, traced",
+    "error, formulas",
+]
 
 
 def measure(row: Row, how: str) -> int:
@@ -75,6 +94,9 @@ def described(config: PretrainConfig) -> str:
         words.append(f"accumulated {config.accumulation} times")
     if config.activation_checkpointing:
         words.append("recomputing activations")
+    words += [f"rank {config.rank}"] if config.rank else []
+    words += [f"--proj_type {config.proj_type}"] if config.proj_type != "std" else []
+    words += [f"--loss_chunk {config.loss_chunk}"] if config.loss_chunk else []
     return ", ".join(words)
 
 
@@ -87,6 +109,7 @@ def line(row: Row, device: str, found: dict[str, int]) -> list[str]:
     cells = [
         config.model_config,
         config.optimizer,
+        config.gradients_of(config.optimizer),
         described(config),
         *(cell(value / 1e6, 1) for value in (traced, formulas, measured)),
         *errors,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.plan import traced as tracing
-from galore_torch.train.plan.answer import plan_request, planned
+from galore_torch.train.plan.answer import _planned, plan_request, planned
 from support.memory import peak_bytes
 
 BF16 = {"dtype": "bfloat16"}
@@ -34,6 +35,45 @@ def test_a_trace_and_the_formulas_agree_within_3_percent(run: dict[str, Any], de
     assert trace.traced
     assert not formulas.traced
     assert formulas.peak == pytest.approx(trace.peak, rel=0.03)
+
+
+DIRECT: list[dict[str, Any]] = [
+    {"model_config": "9m", "optimizer": "galore_adamw", "batch_size": 32},
+    {"model_config": "20m", "optimizer": "galore_adamw8bit", "batch_size": 4, "proj_type": "right"},
+    {"model_config": "35m", "optimizer": "galore_adamw", "batch_size": 8, "rank": 192, "loss_chunk": 64},
+    {"model_config": "130m", "optimizer": "galore_adamw8bit_per_layer", "batch_size": 8, "loss_chunk": 64, **BF16},
+    {"model_config": "350m", "optimizer": "galore_adamw", "batch_size": 8, "proj_type": "full", "activation_checkpointing": True},
+    {"model_config": "1b", "optimizer": "galore_adamw8bit", "batch_size": 2, "gradient_accumulation": 2, **BF16},
+    {"model_config": "llama3-8b", "optimizer": "qgalore_adamw8bit_per_layer", "batch_size": 1, "max_length": 2048, **BF16},
+]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("run", DIRECT, ids=lambda run: run["model_config"])
+def test_of_gradients_that_are_never_made_every_stage_agrees(run: dict[str, Any], first: bool) -> None:
+    """The first step, which makes every basis, and those after it, whose inputs are kept projected."""
+    request = replace(plan_request(PretrainConfig(**run), device="cuda"), refreshing=first)
+    assert request.direct
+    trace, formulas = _planned(request, True), _planned(request, False)
+    assert trace.traced
+    assert not formulas.traced
+    lasting, expected = trace.weights + trace.basis + trace.moments, tracing.by_stage(formulas.phases)
+    for stage, (phase,) in tracing.by_stage(trace.phases).items():
+        assert lasting + max(each.total for each in expected[stage]) == pytest.approx(lasting + phase.total, rel=0.03), stage
+
+
+def test_the_worse_of_the_first_step_and_those_after_it_is_planned() -> None:
+    """Projected inputs of q, k, v, o, gate and up are less than the two whole ones that they share, up to a rank of a third."""
+    common: dict[str, Any] = {"model_config": "60m", "optimizer": "galore_adamw", "batch_size": 8, "loss_chunk": 64}
+    small, large = (planned(plan_request(PretrainConfig(**common, rank=rank), device="cpu"), traced=False) for rank in (128, 256))
+    assert small.request.refreshing
+    assert small.ordinary is not None
+    assert small.ordinary < small.peak
+    assert not large.request.refreshing
+    assert large.ordinary is None
+    full = planned(plan_request(PretrainConfig(**common, rank=128, gradients="full"), device="cpu"), traced=False)
+    assert full.ordinary is None
+    assert full.largest("gradients") > 1.4 * small.largest("gradients")
 
 
 def test_phases_agree_too_not_only_their_largest() -> None:

@@ -78,7 +78,7 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
     found = param_bytes(part.shape, kind, group, rule, device)
     gradient, transient = weight, found.transient
     if tokens and part.role == "matrix" and found.low:
-        gradient, transient = 0, found.low + thin_bytes(part.shape, kind, group, rule, tokens, device)
+        gradient, transient = 0, thin_bytes(part.shape, kind, group, rule, tokens, device)
     if not optimizer_spec(name).quantized or not part.quantizable:
         return Cost(weight, gradient, found.low, found.basis, found.moments, transient, found.step)
     coded, unpacked = size + _BLOCK_BYTES * -(-size // _BLOCK), size * product_dtype(kind, device).itemsize

@@ -53,7 +53,7 @@ def param_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, 
 def thin_bytes(
     shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, tokens: int, device: str = "cpu"
 ) -> int:
-    """What a layer's backward pass needs for a moment to find a basis and R from dy (``tokens`` x m) and x (``tokens`` x n), R aside.
+    """What a layer's backward pass needs for a moment to find a basis and R from dy (``tokens`` x m) and x (``tokens`` x n).
 
     `OuterProduct`: both factors in fp32, and products of as many columns as a sketch has; no tensor of the weight's size.
     """
@@ -105,10 +105,12 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
     gradient += matrices * elements * layout.dtype.itemsize if blind else 0
     width = min(rank + OVERSAMPLING, m, n)
     found = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize
-    sketch = matrices * (2 * (m + n) + tokens) * width * itemsize
+    side = max(layout.view[axis] for axis in layout.ranks)
+    sketch = matrices * (m + n + max(m + n, tokens + side if tokens else 0)) * width * itemsize
     if group["projector"] in ("svd", "gram"):
         sketch = matrices * itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
     decoded = found if layout.basis_codec != "fp32" else 0
     moved = low * 25 // 4 if group["state_codec"] == "int8" else 2 * low
     transport = found + decoded + matrices * rank**2 * itemsize + moved + (state if blind else 0)
-    return max(gradient + decoded + sketch, transport)
+    started = 0 if tokens else decoded  # a first basis, the largest, starts from none
+    return max(gradient + started + sketch, transport)
