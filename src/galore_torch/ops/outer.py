@@ -82,6 +82,8 @@ class OuterProduct:
 
     def in_range(self) -> OuterProduct:
         """Each factor over its largest magnitude where products of G's elements might overflow: the subspaces are the same."""
+        if not self.left.shape[-2]:
+            return self  # no tokens: G is zero
         left, right = (_largest(factor) for factor in (self.left, self.right))
         fits = left * right * self.left.shape[-2] < product_bound(self.dtype, self.shape)
         if readable(fits) and bool(fits.all()):

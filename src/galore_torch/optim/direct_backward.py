@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from galore_torch.engine import step as engine
 from galore_torch.engine.layout import ParamView
@@ -37,20 +39,22 @@ class DirectLayer:
         self.input_axis = -2 if self.transposed else -1
         self._optimizer = weakref.ref(optimizer)
         self._module = weakref.ref(module)
-        self._terms: list[OuterProduct] = []  # the factors of this pass whose basis is due
-        self._reduced = False  # whether this pass has made a part of R in the basis as it is
+        self._passes: dict[int, _Pass] = {}  # by autograd's number of the backward pass: reentrant checkpoints nest passes
         self._whole_step = -1  # the step in which the input is kept whole: recomputed forward passes must do as the first one did
         self.kept: dict[int, Tensor] = {}  # of compiled layers: inputs that are kept whole, by ticket
-        self.probe = self.new_probe()
+        self._arrival: _Arrival | None = None
+        self.probe: Tensor | None = self.new_probe()
+        self._node: Any = get_gradient_edge(self.probe).node  # what adds up the probe's gradients; until `remove`
         width = self.seen().layout.ranks.get(self.input_axis, 0)
-        own = {"layer": self, "key": register(self), "probe": self.probe, "form": (width, self.transposed)}
+        own = {"layer": self, "key": register(self), "probe": self.probe, "weight": weight, "form": (width, self.transposed)}
         swap_class(module, _DirectForward, **own)
 
     def new_probe(self) -> Tensor:
         """The leaf whose gradient is R, on the weight's device: one zero, seen in R's shape."""
         layout = self.seen().layout
         probe = torch.zeros((), dtype=layout.compute_dtype, device=self.weight.device).expand(layout.low_shape).requires_grad_()
-        probe.register_post_accumulate_grad_hook(_Arrival(weakref.ref(self)))
+        self._arrival = _Arrival(weakref.ref(self))
+        probe.register_post_accumulate_grad_hook(self._arrival)
         return probe
 
     def seen(self) -> ParamView:
@@ -64,9 +68,11 @@ class DirectLayer:
         return view
 
     def remove(self) -> None:
-        """The layer is an ordinary one again. A pass that is under way still reaches the optimizer."""
+        """The layer is an ordinary one again. A pass that is under way still reaches the optimizer: its graph holds probe and hook."""
         if (module := self._module()) is not None:
             restore_class(module)
+        if self._arrival is not None:
+            self._arrival.layer, self._arrival, self.probe, self._node = (lambda: self), None, None, None
 
     def takes_plain(self) -> bool:
         """Whether an ordinary gradient of the weight is as it should be: it never is."""
@@ -79,8 +85,20 @@ class DirectLayer:
 
     def serves(self, weight: Tensor) -> bool:
         """Whether the layer's low-rank gradient is wanted: not where a caller has put another weight in, and not without gradients."""
-        wanted = torch.is_grad_enabled() and weight is self.weight and weight.requires_grad
-        return wanted and self._optimizer() is not None and not torch._C._are_functorch_transforms_active()
+        wanted = torch.is_grad_enabled() and weight is self.weight and weight.requires_grad and self.probe is not None
+        return wanted and self._optimizer() is not None and not _is_transformed()
+
+    def move(self) -> Tensor:
+        """The probe, on the device where the model has gone since."""
+        assert self.probe is not None
+        if self.probe.device != self.weight.device:
+            self.probe = self.new_probe()
+            self._node = get_gradient_edge(self.probe).node
+        return self.probe
+
+    def is_wanted(self) -> bool:
+        """Whether the backward pass under way asks for R: `torch.autograd.grad` of something else runs through the layer too."""
+        return self._node is None or torch._C._will_engine_execute_node(self._node)
 
     def keep(self, view: ParamView, input: Tensor) -> tuple[Tensor, bool]:
         """What the backward pass needs of the input (T x n), and whether it is projected already."""
@@ -97,16 +115,31 @@ class DirectLayer:
 
     @staticmethod
     def basis_version(view: ParamView) -> int:
-        """Changes with the basis."""
-        return sum(view.state[key]._version for stored in view.layout.bases.values() for key in stored.keys)
+        """Changes with the basis, and with the state that holds it; not negative."""
+        versions = (view.state[key]._version for stored in view.layout.bases.values() for key in stored.keys)
+        return hash((id(view.state), *versions)) & 0x3FFFFFFFFFFFFFFF
 
+    @torch._disable_dynamo
+    def check_basis(self, version: int) -> None:
+        """Raise RuntimeError where the basis that an input is projected with is another one by now."""
+        if self.basis_version(self.seen()) != version:
+            raise RuntimeError(
+                f"the basis of layer {self.name} has changed between its forward and its backward pass: call backward() before "
+                "optimizer.load_state_dict(), zero_grad() and another backward pass of the same step that refreshes it"
+            )
+
+    @torch._disable_dynamo
     def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
         """R, the gradient of the probe: from dy (T x m) and what `keep` returned. Zero where the basis is due: `arrived` adds it."""
+        zero = output_grad.new_zeros((), dtype=view.layout.compute_dtype).expand(view.layout.low_shape)
+        if not self.is_wanted():
+            return zero
+        this = self._passes.setdefault(torch._C._current_graph_task_id(), _Pass(view.state["step"]))
         with without_autocast([kept]):
             if self.is_whole(view) and not projected:
-                self._terms.append(self._factors(output_grad, kept))
-                return output_grad.new_zeros((), dtype=view.layout.compute_dtype).expand(view.layout.low_shape)
-            self._reduced = True
+                this.terms.append(self._factors(output_grad, kept))
+                return zero
+            this.reduced = True
             other = engine.project_factor(view, output_grad, -3 - self.input_axis)
             own = kept if projected else engine.project_factor(view, kept, self.input_axis)
             return self._factors(other, own).dense().to(view.layout.compute_dtype)
@@ -114,16 +147,25 @@ class DirectLayer:
     def _factors(self, output_grad: Tensor, input: Tensor) -> OuterProduct:
         return OuterProduct(input, output_grad) if self.transposed else OuterProduct(output_grad, input)
 
+    @torch._disable_dynamo  # compiled autograd would trace it
     def arrived(self, low: Tensor) -> None:
         """All that this backward pass adds to R is there."""
-        terms, self._terms = self._terms, []
-        reduced, self._reduced = self._reduced, False
-        self.kept.clear()
+        this = self._passes.pop(torch._C._current_graph_task_id(), _Pass(-1))
+        self._passes = {number: other for number, other in self._passes.items() if other.step == this.step}  # others have failed
         optimizer = self._optimizer()
-        if optimizer is not None:
-            total = OuterProduct.total(terms) if terms else None
-            optimizer.add_low_rank(self.weight, low if reduced or not terms else None, total)
+        if optimizer is not None and self.weight.requires_grad:  # it may have been frozen since the forward pass
+            total = OuterProduct.total(this.terms) if this.terms else None
+            optimizer.add_low_rank(self.weight, low if this.reduced or not this.terms else None, total)
             self.finish(self.weight)
+
+
+@dataclass
+class _Pass:
+    """What one backward pass has made of R so far."""
+
+    step: int
+    terms: list[OuterProduct] = field(default_factory=list)  # the factors whose basis is due
+    reduced: bool = False  # whether a part has been made in the basis as it is
 
 
 class _Arrival:
@@ -147,6 +189,15 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def _is_transformed() -> bool:
+    """Whether gradients are those of torch.func or of forward mode, or the layer is recorded to run elsewhere."""
+    return torch._C._are_functorch_transforms_active() or _forward_level() >= 0 or torch._C._get_tracing_state() is not None
+
+
+def _forward_level() -> int:
+    return torch.autograd.forward_ad._current_level
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes y = x W^T + b or y = x W + b, and nothing else."""
     return (type(module).forward is nn.Linear.forward or _is_conv1d(module)) and "forward" not in vars(module)
@@ -158,38 +209,47 @@ class _DirectForward(SwappedClass):
     _direct_layer: DirectLayer
     _direct_key: Tensor
     _direct_probe: Tensor
+    _direct_weight: Tensor
     _direct_form: tuple[int, bool]  # the rank of the input's axis, 0 where that is not projected, and whether W is transposed
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Any = self.weight
         bias: Any = self.bias
+        out: Tensor
         if torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and weight.requires_grad:
-                return compiled_linear(input, weight.detach(), bias, self._direct_probe, self._direct_key, *self._direct_form)
-        elif (layer := self._direct_layer).serves(weight):
-            if layer.probe.device != layer.weight.device:  # the model was moved
-                self._direct_probe = layer.probe = layer.new_probe()
-            out: Tensor = _Linear.apply(input, weight.detach(), bias, layer.probe, layer)  # type: ignore[no-untyped-call]
+            direct = (
+                torch.is_grad_enabled() and weight.requires_grad and weight is self._direct_weight and not torch.compiler.is_exporting()
+            )
+        else:
+            direct = self._direct_layer.serves(weight)
+        if not direct:
+            out = self._plain.forward(self, input)
             return out
-        plain: Tensor = self._plain.forward(self, input)
-        return plain
+        flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+        if torch.compiler.is_compiling():
+            out = compiled_linear(flat, weight.detach(), bias, self._direct_probe, self._direct_key, *self._direct_form)
+        else:
+            self._direct_probe = self._direct_layer.move()
+            out = _Linear.apply(flat, weight.detach(), bias, self._direct_probe, self._direct_layer)  # type: ignore[no-untyped-call]
+        # A view that were made inside of the function could not be written in place, as nn.ReLU(inplace=True) does.
+        return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, whose weight has no gradient: the probe has R for its.
 
-    The weight comes without its place in the graph, where even no gradient would call its hooks. It is not among the saved tensors, whose
-    hooks, such as `save_on_cpu`, would copy it.
+    x: T x n, y: T x m. The weight comes without its place in the graph, where even no gradient would call its hooks. It is not among the
+    saved tensors, whose hooks, such as `save_on_cpu`, would copy it.
     """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, layer: DirectLayer) -> Tensor:
         out = linear(input, weight, bias, layer.transposed)
-        ctx.view = view = layer.seen()
-        kept, ctx.projected = layer.keep(view, input.detach().reshape(-1, input.shape[-1]).to(out.dtype))
+        view = layer.seen()
+        kept, ctx.projected = layer.keep(view, input.detach().to(out.dtype))
         ctx.save_for_backward(kept)
         ctx.layer, ctx.weight_version, ctx.basis_version = layer, layer.weight._version, layer.basis_version(view)
-        ctx.shape, ctx.dtypes = input.shape, (input.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = input.dtype, None if bias is None else bias.dtype
         return out
 
     @staticmethod
@@ -197,12 +257,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,), layer, (dtype, bias_dtype) = ctx.saved_tensors, ctx.layer, ctx.dtypes
         check_unwritten(layer.weight, ctx.weight_version)
-        if ctx.projected and layer.basis_version(ctx.view) != ctx.basis_version:
-            raise RuntimeError(
-                f"the basis of layer {layer.name} has changed between its forward and its backward pass: call backward() before "
-                "zero_grad() and before another backward pass of the same step refreshes it"
-            )
+        view = layer.seen()
+        if ctx.projected:
+            layer.check_basis(ctx.basis_version)
         back = input_grad(grad, layer.weight, layer.transposed).to(dtype) if ctx.needs_input_grad[0] else None
-        flat = grad.reshape(-1, grad.shape[-1])
-        of_bias = flat.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
-        return back, None, of_bias, layer.reduce(ctx.view, flat, kept, ctx.projected), None
+        of_bias = grad.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
+        return back, None, of_bias, layer.reduce(view, grad, kept, ctx.projected), None

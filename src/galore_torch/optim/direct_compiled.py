@@ -25,13 +25,14 @@ class Layer(Protocol):
 
     def view(self) -> ParamView | None: ...
     def is_whole(self, view: ParamView) -> bool: ...
+    def basis_version(self, view: ParamView) -> int: ...
+    def check_basis(self, version: int) -> None: ...
     def keep(self, view: ParamView, input: Tensor) -> tuple[Tensor, bool]: ...
     def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor: ...
 
 
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _KEYS, _TICKETS = itertools.count(), itertools.count()
-_NO_TICKET = -1
 
 
 def register(layer: Layer) -> Tensor:
@@ -54,14 +55,19 @@ def _seen(key: Tensor) -> tuple[Layer, ParamView]:
 
 @torch.library.custom_op("galore_torch::keep", mutates_args=())
 def _keep(input: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """x (T x n) on the basis of its axis (T x width), and the ticket of the whole x where the basis is due."""
+    """x (T x n) on the basis of its axis (T x width), and a ticket: of the whole x where the basis is due, else -1 - the basis's version.
+
+    The whole x is freed with its ticket.
+    """
     layer, view = _seen(key)
     kept, projected = layer.keep(view, input)
     if projected:
-        return kept.contiguous(), torch.tensor(_NO_TICKET, device="cpu")
-    ticket = next(_TICKETS)
-    layer.kept[ticket] = input.clone()  # the compiler may write over the tensor itself
-    return input.new_empty(input.shape[0], width), torch.tensor(ticket, device="cpu")
+        return kept.contiguous(), torch.tensor(-1 - layer.basis_version(view), device="cpu")
+    number = next(_TICKETS)
+    layer.kept[number] = input.clone()  # the compiler may write over the tensor itself
+    ticket = torch.tensor(number, device="cpu")
+    weakref.finalize(ticket.untyped_storage(), layer.kept.pop, number, None).atexit = False
+    return input.new_empty(input.shape[0], width), ticket
 
 
 @_keep.register_fake
@@ -74,8 +80,11 @@ def _reduce(grad: Tensor, kept: Tensor, ticket: Tensor, key: Tensor, probe: Tens
     """R from dy (T x m) and what `_keep` returned, or x itself where the input's axis is not projected (``projects`` is False)."""
     layer, view = _seen(key)
     whole = layer.kept.get(int(ticket)) if projects else kept
-    if whole is None:
+    if int(ticket) < 0 and projects:
+        layer.check_basis(-1 - int(ticket))
         return layer.reduce(view, grad, kept, True).contiguous()
+    if whole is None:
+        raise RuntimeError("the input of a compiled layer was freed before its backward pass: train without hooks that move saved tensors")
     if layer.is_whole(view):
         grad, whole = grad.clone(), whole.clone() if whole is kept else whole
     return layer.reduce(view, grad, whole, False).contiguous()
@@ -92,7 +101,7 @@ class _CompiledLinear(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, key: Tensor, width: int, transposed: bool
     ) -> Tensor:
         out = linear(input, weight, bias, transposed)
-        kept, ticket = input.reshape(-1, input.shape[-1]).to(out.dtype), key
+        kept, ticket = input.to(out.dtype), key
         if width:
             kept, ticket = torch.ops.galore_torch.keep(kept, key, width)
         ctx.save_for_backward(kept, ticket, key, probe, weight)
@@ -105,13 +114,12 @@ class _CompiledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, ticket, key, probe, weight = ctx.saved_tensors
         back = input_grad(grad, weight, ctx.transposed).to(ctx.dtype)
-        flat = grad.reshape(-1, grad.shape[-1])
-        of_bias = None if ctx.bias is None else flat.sum(0).to(ctx.bias)
-        low = torch.ops.galore_torch.reduce(flat, kept, ticket, key, probe, ctx.width > 0)
+        of_bias = None if ctx.bias is None else grad.sum(0).to(ctx.bias)
+        low = torch.ops.galore_torch.reduce(grad, kept, ticket, key, probe, ctx.width > 0)
         return back, None, of_bias, low, None, None, None
 
 
 def compiled_linear(input: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, key: Tensor, width: int, transposed: bool) -> Tensor:
-    """y = x W^T + b, or x W + b where ``transposed``. ``width``: the rank of the input's axis, 0 where that is not projected."""
+    """y = x W^T + b, or x W + b where ``transposed``; x: T x n. ``width``: the rank of the input's axis, 0 where that is not projected."""
     out: Tensor = _CompiledLinear.apply(input, weight, bias, probe, key, width, transposed)  # type: ignore[no-untyped-call]
     return out

@@ -70,9 +70,7 @@ class FusedBackward:
         optimizer = self._optimizer()
         if optimizer is None or p.grad is None:
             return
-        if not self._checked:
-            _refuse_data_parallel(self._params[0])
-            self._checked = True
+        self._check_parallel()
         if p in self._direct and (isinstance(p.grad, ConsumedGrad) or (isinstance(p.grad, LowRankGrad) and not p.grad.has_dense)):
             return  # compiled layers call it for no gradient at all
         layer = self._direct.get(p)
@@ -81,6 +79,12 @@ class FusedBackward:
         updates = self.mode in _UPDATING and layer is None  # the rest of its gradient may still be on its way
         act = optimizer.update_parameter if updates else optimizer.compress_gradient
         act(p, optimizer.group_of(p))
+
+    def _check_parallel(self) -> None:
+        """Refuse a wrapper that came after the attachment, once."""
+        if not self._checked:
+            _refuse_data_parallel(self._params[0])
+            self._checked = True
 
     def attach_layers(self, model: nn.Module) -> None:
         """Give the linear layers of projected matrices a backward pass that makes no full gradient; say which matrices have none."""
@@ -116,6 +120,7 @@ class FusedBackward:
 
     def finish(self, p: Tensor) -> None:
         """The low-rank gradient of a layer is in ``p.grad``. That of experts waits for `step`: a part of it may come the ordinary way."""
+        self._check_parallel()
         optimizer = self._optimizer()
         if optimizer is not None and self.mode in _UPDATING and not isinstance(self._direct.get(p), DirectExperts):
             if self.look is not None and isinstance(p.grad, LowRankGrad):

@@ -16,7 +16,8 @@ class SwappedClass(nn.Module):
     _plain: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new, (self._plain,), {key: value for key, value in self.__dict__.items() if not key.startswith(PREFIX)}
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _new, (self._plain,), {key: value for key, value in state.items() if not key.startswith(PREFIX)}
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
@@ -42,8 +43,8 @@ def swap_class(module: nn.Module, first: type[SwappedClass], **attributes: Any) 
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `swap_class`; nothing where it was not called."""
-    if isinstance(module, SwappedClass):
+    """Undo `swap_class`; nothing where it was not called, nor where the class was changed again, as by a parametrization."""
+    if "_plain" in vars(type(module)):
         module.__class__ = module._plain  # type: ignore[assignment]
         for key in [key for key in vars(module) if key.startswith(PREFIX)]:
             del vars(module)[key]
