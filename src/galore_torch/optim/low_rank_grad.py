@@ -148,9 +148,9 @@ class ConsumedGrad(_StandIn):
     def refuse() -> NoReturn:
         """Raise RuntimeError: what any use of it is."""
         raise RuntimeError(
-            "this gradient was consumed inside the backward pass (fused_backward mode='update'), so it cannot be accumulated, clipped or "
-            "read, nor used by another optimizer. Call optimizer.step() or zero_grad() between backward passes; for gradient accumulation "
-            "or global clipping use mode='project'; remove() on what fused_backward returned ends it"
+            "this gradient was consumed inside the backward pass (fused_backward mode='update' or 'direct_update'), so it cannot be "
+            "accumulated, clipped or read, nor used by another optimizer. Call optimizer.step() or zero_grad() between backward passes; for "
+            "gradient accumulation or global clipping use mode='project' or 'direct'; remove() on what fused_backward returned ends it"
         )
 
 
