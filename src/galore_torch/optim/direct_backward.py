@@ -11,7 +11,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,19 @@ from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
 from galore_torch.optim.direct_compiled import compiled_linear, register
 from galore_torch.optim.swapped_class import SwappedClass, plain_class, restore_class, swap_class
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _untraced(method: F) -> F:
+    """A method that compiled autograd does not trace. Where nothing is traced, it costs nothing: `torch._disable_dynamo` does."""
+    hidden = torch._disable_dynamo(method)
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        return (hidden if torch.compiler.is_compiling() else method)(*args)
+
+    return cast(F, call)
 
 
 class DirectLayer:
@@ -119,7 +133,7 @@ class DirectLayer:
         versions = (view.state[key]._version for stored in view.layout.bases.values() for key in stored.keys)
         return hash((id(view.state), *versions)) & 0x3FFFFFFFFFFFFFFF
 
-    @torch._disable_dynamo
+    @_untraced
     def check_basis(self, version: int) -> None:
         """Raise RuntimeError where the basis that an input is projected with is another one by now."""
         if self.basis_version(self.seen()) != version:
@@ -128,7 +142,7 @@ class DirectLayer:
                 "optimizer.load_state_dict(), zero_grad() and another backward pass of the same step that refreshes it"
             )
 
-    @torch._disable_dynamo
+    @_untraced
     def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
         """R, the gradient of the probe: from dy (T x m) and what `keep` returned. Zero where the basis is due: `arrived` adds it."""
         zero = output_grad.new_zeros((), dtype=view.layout.compute_dtype).expand(view.layout.low_shape)
@@ -147,7 +161,7 @@ class DirectLayer:
     def _factors(self, output_grad: Tensor, input: Tensor) -> OuterProduct:
         return OuterProduct(input, output_grad) if self.transposed else OuterProduct(output_grad, input)
 
-    @torch._disable_dynamo  # compiled autograd would trace it
+    @_untraced
     def arrived(self, low: Tensor) -> None:
         """All that this backward pass adds to R is there."""
         this = self._passes.pop(torch._C._current_graph_task_id(), _Pass(-1))

@@ -149,8 +149,8 @@ class ConsumedGrad(_StandIn):
         """Raise RuntimeError: what any use of it is."""
         raise RuntimeError(
             "this gradient was consumed inside the backward pass (fused_backward mode='update' or 'direct_update'), so it cannot be "
-            "accumulated, clipped or read, nor used by another optimizer. Call optimizer.step() or zero_grad() between backward passes; for "
-            "gradient accumulation or global clipping use mode='project' or 'direct'; remove() on what fused_backward returned ends it"
+            "accumulated, clipped or read, nor used by another optimizer. Call optimizer.step() or zero_grad() between backward passes. "
+            "For gradient accumulation or clipping use mode='project' or 'direct'; remove() on what fused_backward returned ends it"
         )
 
 
