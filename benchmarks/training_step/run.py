@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from picture import Panel, draw
 from report import cell, heading, progress, ratios, table
 
 from galore_torch import GaLoreAdamW, fused_backward, galore_param_groups
-from galore_torch.train.model.llama import PRESETS
+from galore_torch.train.model.llama import PRESETS, build_model
 
 LENGTH = 256  # tokens of one sequence
 VOCABULARY = 64  # next to nothing: a head's gradient is made in full with every optimizer
@@ -38,20 +39,8 @@ CONTENDERS: dict[str, tuple[str | None, dict[str, Any]]] = {  # name -> (mode of
 
 
 def blocks(preset: str, layers: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = PRESETS[preset]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_hidden_layers=layers,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=LENGTH,
-        use_cache=False,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
+    shape = replace(PRESETS[preset], num_hidden_layers=layers, vocab_size=VOCABULARY)
+    model: nn.Module = build_model(shape, seed=0, dtype="float32", bos_token_id=None, eos_token_id=None, activation_checkpointing=False)
     return model
 
 

@@ -205,11 +205,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_transformed() -> bool:
     """Whether gradients are those of torch.func or of forward mode, or the layer is recorded to run elsewhere."""
-    return torch._C._are_functorch_transforms_active() or _forward_level() >= 0 or torch._C._get_tracing_state() is not None
-
-
-def _forward_level() -> int:
-    return torch.autograd.forward_ad._current_level
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_mode or torch._C._get_tracing_state() is not None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -245,7 +242,7 @@ class _DirectForward(SwappedClass):
         else:
             self._direct_probe = self._direct_layer.move()
             out = _Linear.apply(flat, weight.detach(), bias, self._direct_probe, self._direct_layer)  # type: ignore[no-untyped-call]
-        # A view that were made inside of the function could not be written in place, as nn.ReLU(inplace=True) does.
+        # A view that is made inside of the function cannot be written in place, as nn.ReLU(inplace=True) does.
         return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
 
