@@ -89,12 +89,14 @@ def _seen(view: ParamView, grad: Tensor) -> Tensor:
 
 def _own_rows(view: ParamView) -> slice | None:
     """The rows that are all the step moves: it may then write into them as into a weight at full rank. None where it may not."""
-    layout, group, weight = view.layout, view.group, view.weight
+    layout, group, weight, part = view.layout, view.group, view.weight, view.projector.part
+    if part is None:  # asked first: a dense basis is not decoded for this
+        return None
     if isinstance(view.rule, BaseRule) or group["recovery"] != "project_back" or group["carry"] or weight.shape != layout.view:
         return None
     if not write.is_plain(weight) or (group["weight_decay"] and not write.fits_gemm(weight)):  # rounded, other rows move at random
         return None
-    return view.projector.part(bases_of(view))
+    return part(bases_of(view))
 
 
 def project(view: ParamView, grad: Tensor | OuterProduct) -> Tensor:

@@ -44,7 +44,7 @@ class Projector:
     ``project(X, bases)``: X with each reduced axis as short as its rank, in the dtype X is multiplied in.
     ``project_back(change, low, bases)``: W <- decay_factor W - scale (low in full size), in place.
     ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
-    ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which; else None.
+    ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which, else None; None: it never is.
     ``fit(length, rank)``: the rank in use on an axis of this length for a rank that is wished, or None where there is none.
     ``adam(weight, grad, moments, numbers, residual)``: one native pass that does the whole step of Adam on a matrix, see `ops.native`.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
@@ -58,7 +58,7 @@ class Projector:
     project: Callable[[Tensor, Bases], Tensor]
     project_back: Callable[[write.WeightUpdate, Tensor, Bases], None]
     overlap: Callable[[Bases, Bases], Overlaps]
-    part: Callable[[Bases], slice | None] = lambda bases: None
+    part: Callable[[Bases], slice | None] | None = None
     axes: tuple[int, ...] | None = None
     looks: bool = True
     in_turn: bool = True
