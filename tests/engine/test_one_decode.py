@@ -1,4 +1,4 @@
-"""A step decodes each basis as often as it multiplies with it: to project, and to project back."""
+"""A step decodes each basis as often as it multiplies with it: to project, and to project back. bf16 is multiplied with as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from galore_torch.ops.codecs import StoredTensor
 
 
 @pytest.mark.parametrize("basis_codec", ["fp32", "bf16", "int4"])
-def test_a_step_decodes_its_basis_twice(basis_codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_decodes_its_basis_twice_at_most(basis_codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = nn.Parameter(torch.randn(64, 48))
     optimizer = g.GaLoreAdamW([p], rank=8, update_proj_gap=100, basis_codec=basis_codec, compile=False)
     p.grad = torch.randn(64, 48)
@@ -25,4 +25,4 @@ def test_a_step_decodes_its_basis_twice(basis_codec: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(StoredTensor, "decode", counted)
     optimizer.step()
-    assert seen.count("basis") == 2
+    assert seen.count("basis") == (0 if basis_codec == "bf16" else 2)

@@ -91,10 +91,10 @@ def _compiled(function: Callable[..., Any], region: Any, arguments: Any, tensors
 
 def _flatten(value: Any, tensors: list[Any]) -> None:
     """The tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-    elif isinstance(value, tuple | list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, tuple | list | dict):
             _flatten(item, tensors)
 
 

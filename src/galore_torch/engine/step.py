@@ -113,7 +113,7 @@ def project_factor(view: ParamView, factor: Tensor, axis: int) -> Tensor:
     stored = view.layout.bases.get(axis)
     if stored is None:
         return factor
-    basis = {axis: stored.decode(view.state)}
+    basis = {axis: stored.read(view.state)}
     low = view.projector.project(factor, basis) if axis == -1 else view.projector.project(factor.mT, basis).mT
     return low.to(factor.dtype)
 
@@ -128,7 +128,8 @@ def _as_view(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def bases_of(view: ParamView) -> Bases:
-    return {axis: stored.decode(view.state) for axis, stored in view.layout.bases.items()}
+    """The bases as they are for products."""
+    return {axis: stored.read(view.state) for axis, stored in view.layout.bases.items()}
 
 
 def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:

@@ -122,6 +122,10 @@ class StoredTensor:
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
         return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.compute_dtype)
 
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The value for one product, which converts it anyway: as `decode`, but bf16 stays what it is."""
+        return state[self.name] if self.codec == "bf16" else self.decode(state)
+
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
         if self.codec == "int8":
@@ -243,7 +247,11 @@ def noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Ten
 
 
 def _new_noise(rows: int, columns: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
+    if rows + columns > min(KEPT, chunk_elements(device)):
+        return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
+    counted = _counters(max(rows, columns), device)  # both in one go: of so few numbers the calls cost more than the numbers
+    a_b = _finalise(torch.cat([counted[:rows] + _start(2 * seed), counted[:columns] + _start(2 * seed + 1)])).to(torch.int32)
+    return a_b[:rows].unsqueeze(1), a_b[rows:]
 
 
 @lru_cache(maxsize=64)
@@ -275,13 +283,29 @@ def stochastic_round(value: Tensor, seed: Seed) -> Tensor:
     return rounded.view(value.shape).to(torch.bfloat16)
 
 
+MASK = 0xFFFFFFFF  # the arithmetic is that of 32-bit integers without a sign, in int64: torch has no shift for those
+
+
 def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
     """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
-    mask = 0xFFFFFFFF
     out = torch.empty(count, dtype=torch.int32, device=device)
     for some in parts(count, chunk_elements(device)):  # int64 inside: four times the size, and more than once
-        x = (torch.arange(some.start, some.stop, device=device) * 0x9E3779B1 + (seed * 0x85EBCA6B) % mask) & mask
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
-        x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
-        out[some] = (x ^ (x >> 16)) & 0xFFFF
+        out[some] = _finalise(torch.arange(some.start, some.stop, device=device).mul_(0x9E3779B1).add_(_start(seed)))
     return out
+
+
+@lru_cache(maxsize=16)
+def _counters(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device).mul_(0x9E3779B1)
+
+
+def _start(seed: int) -> int:
+    return (seed * 0x85EBCA6B) % MASK
+
+
+def _finalise(x: Tensor) -> Tensor:
+    """Sixteen well mixed bits of each int64, in place."""
+    x.bitwise_and_(MASK)
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(MASK)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(MASK)
+    return x.bitwise_xor_(x >> 16).bitwise_and_(0xFFFF)

@@ -32,6 +32,7 @@ class Stored(Protocol):
     def keys(self) -> tuple[str, ...]: ...
     def spec(self) -> dict[str, TensorSpec]: ...
     def decode(self, state: Mapping[str, Tensor]) -> Tensor: ...
+    def read(self, state: Mapping[str, Tensor]) -> Tensor: ...  # `decode`, or what a product takes as well
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None: ...
 
 
@@ -135,7 +136,7 @@ def dense_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
     if -2 not in bases:
         write.subtract_product(change, low, bases[-1].mT)  # (m, r) @ (r, n)
         return
-    right = linalg.mode_product(low, bases[-1], -1) if -1 in bases else low
+    right = linalg.mode_product(low, bases[-1].to(low.dtype), -1) if -1 in bases else low
     write.subtract_product(change, bases[-2], right)  # (m, r) @ (r, n)
 
 
@@ -166,6 +167,8 @@ class StoredIndex:
 
     def decode(self, state: Mapping[str, Tensor]) -> Tensor:
         return state[self.name]
+
+    read = decode
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None:
         state[self.name].copy_(value)
@@ -231,6 +234,8 @@ class StoredBlocks:
 
     def decode(self, state: Mapping[str, Tensor]) -> Tensor:
         return torch.empty(self.shape, device="cpu")
+
+    read = decode
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None:
         """There is nothing to keep."""
