@@ -3,8 +3,9 @@
     git worktree add build/before COMMIT
     python benchmarks/two_trees/run.py build/before .
 
-Each tree has a process of its own, which answers with the time of one call; the two take turns, and medians are compared. Only public
-names are used, so that any two versions can be compared. A refresh is timed as a step of an optimizer that refreshes at every step.
+Each tree has a process of its own, which answers with the time of one call; the two take turns, and medians are compared. Where a process's
+tensors lie in memory moves its times by several per cent, so several pairs of processes are made, one after the other. Only public names
+are used, so that any two versions can be compared. A refresh is timed as a step of an optimizer that refreshes at every step.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="*", metavar="TREE", help="before and after, two folders")
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of processes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -111,27 +113,40 @@ def main() -> None:
         return
     if len(arguments.trees) != 2:
         parser.error("give two working trees: before and after")
+    import torch
     from report import heading, progress, table
 
-    before, after = (Tree(folder, arguments.threads) for folder in arguments.trees)
-    rows = []
-    for name in arguments.cases:
-        progress(name)
-        old, new = [], []
-        for turn in range(arguments.rounds + 1):
-            first, second = (before, after) if turn % 2 else (after, before)  # neither always follows the other
-            seconds = {first: first.seconds(name), second: second.seconds(name)}
-            pair = seconds[before], seconds[after]
-            if turn:  # the first one warms up
-                old.append(pair[0])
-                new.append(pair[1])
-        ratio = statistics.median(b / a for a, b in zip(old, new, strict=True))
-        rows.append([name, f"{1e3 * statistics.median(old):.2f}", f"{1e3 * statistics.median(new):.2f}", f"{ratio:.3f}"])
+    torch.set_num_threads(arguments.threads)  # the heading tells
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arguments.cases}
+    for pair in range(arguments.pairs):
+        before, after = (Tree(folder, arguments.threads) for folder in arguments.trees)
+        for name in arguments.cases:
+            progress(f"pair {pair + 1} of {arguments.pairs}: {name}")
+            found[name].append(compare(before, after, name, arguments.rounds))
+        before.close()
+        after.close()
     progress("")
-    before.close()
-    after.close()
-    print(heading(f"one layer of LLaMA-60M, rank {RANK}; {arguments.rounds} rounds, medians; ratio of turns", "cpu"))
-    print(table(["", "before, ms", "after, ms", "after / before"], rows))
+    rows = []
+    for name, pairs in found.items():
+        old, new, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ends = [pair[2] for pair in pairs]
+        rows.append([name, f"{1e3 * old:.2f}", f"{1e3 * new:.2f}", f"{ratio:.3f}", f"{min(ends):.3f} to {max(ends):.3f}"])
+    said = f"{arguments.pairs} pairs of processes, {arguments.rounds} rounds each, medians; ratio of turns"
+    print(heading(f"one layer of LLaMA-60M, rank {RANK}; {said}", "cpu"))
+    print(table(["", "before, ms", "after, ms", "after / before", "pairs"], rows))
+
+
+def compare(before: Tree, after: Tree, name: str, rounds: int) -> tuple[float, float, float]:
+    """Median seconds of a call in each tree, and the median ratio of the calls of one turn."""
+    old, new = [], []
+    for turn in range(rounds + 1):
+        first, second = (before, after) if turn % 2 else (after, before)  # neither always follows the other
+        seconds = {first: first.seconds(name), second: second.seconds(name)}
+        if turn:  # the first one warms up
+            old.append(seconds[before])
+            new.append(seconds[after])
+    ratio = statistics.median(b / a for a, b in zip(old, new, strict=True))
+    return statistics.median(old), statistics.median(new), ratio
 
 
 if __name__ == "__main__":
