@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NEEDS = {"plain_loop": (), "hf_trainer": ("transformers", "accelerate"), "lightning_module": ("lightning",)}
-SAYS = {"plain_loop": "step 2: loss ", "hf_trainer": "'train_loss': ", "lightning_module": "loss "}
+NEEDS = {
+    "plain_loop": (),
+    "hf_trainer": ("transformers", "accelerate"),
+    "lightning_module": ("lightning",),
+    "neural_operator": ("neuralop",),
+}
+SAYS = {"plain_loop": "step 2: loss ", "hf_trainer": "'train_loss': ", "lightning_module": "loss ", "neural_operator": "relative L2 error "}
 
 
 def test_every_example_is_here_and_short() -> None:

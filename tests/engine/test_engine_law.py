@@ -39,7 +39,10 @@ def test_the_kinds_of_weights_are_told_apart_in_write_alone(name: str) -> None:
     assert "galore_torch.ops.int8_weight" not in modules
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name not in ("slots/projectors.py", "ops/linalg.py", "galore_projector.py")])
+PROJECTS = ("slots/projectors.py", "slots/tucker.py", "ops/linalg.py", "galore_projector.py")
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name not in PROJECTS])
 def test_nobody_but_a_projector_multiplies_by_a_basis(name: str) -> None:
     """`linalg.project` and `mode_product` take a dense basis; a transport multiplies by overlaps C, which every projector has."""
     imported = {alias.name for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) for alias in node.names}

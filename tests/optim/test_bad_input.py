@@ -34,7 +34,7 @@ each_class = pytest.mark.parametrize(("cls", "own"), CLASSES, ids=[cls.__name__ 
 # key, value, words of the bound and of the cure
 NUMBERS: list[tuple[str, Any, str]] = [
     *[("rank", value, "whole number from 1.*fraction.*between 0 and 1.*None") for value in (0, -1, 2.5, 1.0, 0.0, -0.5)],
-    *[("rank", value, "whole number from 1") for value in (float("nan"), float("inf"), True, "128", [2])],
+    *[("rank", value, "whole number from 1") for value in (float("nan"), float("inf"), True, "128", [2], [0])],
     *[("update_proj_gap", value, "whole number from 1.*200") for value in (0, -5, 200.0, None, "200", True)],
     *[("scale", value, "finite number.*0.25") for value in (float("nan"), float("inf"), None, "0.25", 0, -0.25)],
 ]
@@ -179,12 +179,18 @@ def test_unsupported_modes(flag: str) -> None:
 
 @each_class
 def test_complex_parameters(cls: type[Optimizer], own: dict[str, Any]) -> None:
+    """Projected as a matrix of real numbers; in a torch.optim class; at full rank elsewhere they train."""
     z = Parameter(torch.ones(4, 3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"\(4, 3\).*complex64.*another optimizer"):
-        cls([z], **own)
+    wraps = issubclass(cls, GaLore)
+    with pytest.raises(ValueError, match=r"\(4, 3\).*complex64.*another optimizer" if wraps else r"\(4, 3\).*complex64.*tensor=True"):
+        cls([z], rank=2, **own)
     optimizer = cls([weight(6, 4)], **own)
     with refused(optimizer, "complex64"):
-        optimizer.add_param_group({"params": [weight(2, 2), z]})
+        optimizer.add_param_group({"params": [weight(2, 2), z], "rank": 1})
+    if not wraps:
+        z.grad = torch.full_like(z, 1j)
+        cls([z], **own).step()
+        assert (z.imag < 0).all()
 
 
 def test_the_same_parameter_in_two_groups() -> None:

@@ -72,7 +72,7 @@ def test_a_refused_group_changes_nothing(bad: str, monkeypatch: pytest.MonkeyPat
     before, held = [dict(group) for group in optimizer.param_groups], list(optimizer.state)
     group: dict[str, Any] = {"params": [Parameter(torch.zeros(8, 8)), Parameter(torch.zeros(8, 8))], "rank": 2}
     if bad == "complex":
-        group["params"][1] = Parameter(torch.zeros(8, 8, dtype=torch.complex64))
+        group["params"][1] = Parameter(torch.zeros(8, 8, dtype=torch.complex64))  # in a group with a rank
     given = {**group, **({"compile": True} if bad == "compiler" else {})}
     keys = dict(given)
     with pytest.raises(ValueError, match=r"complex|compiler"):

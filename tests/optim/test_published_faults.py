@@ -183,12 +183,15 @@ def test_b08_b09_b10_tensors_train_as_their_matrices(cls: type[Optimizer], own: 
 
 
 def test_b09_the_published_key_dim_is_read_or_refused() -> None:
-    """1.0 wrote dim=2 into its groups; a larger one chose its broken tensor projector."""
+    """1.0 wrote dim=2 into its groups; a larger one chose its broken tensor projector, and chooses one that works here."""
     GaLoreAdamW([{"params": [weight(6, 4)], "rank": 2, "dim": 2}])
-    with pytest.raises(ValueError, match=r"dim=5.*leave dim out"):
-        GaLoreAdamW([{"params": [weight(6, 5, 2, 2, 2)], "rank": 2, "dim": 5}])
-    with pytest.raises(NotImplementedError, match="not available"):
-        GaLoreProjectorTensor(rank=2)
+    p = weight(6, 5, 2, 2, 2)
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 2, "dim": 5}])
+    assert optimizer.state[p]["exp_avg"].shape == (2, 2, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"dim=5.*tensor=True"):
+        GaLoreAdamW([{"params": [weight(6, 5, 2, 2, 2)], "rank": 2, "dim": 5, "tensor": False}])
+    core = GaLoreProjectorTensor(rank=2).project(weight(6, 5, 2).detach(), 0)
+    assert core.shape == (2, 2, 2)
 
 
 def test_b10_a_tensor_moves_by_what_the_rule_says() -> None:

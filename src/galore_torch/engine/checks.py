@@ -11,16 +11,25 @@ from typing import Any
 import torch
 
 from galore_torch.choices import PROJ_TYPES, one_of
-from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_slots
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_slots, takes_tensors
+from galore_torch.slots.projectors import PROJECTORS
 
 
 def check_group(group: Mapping[str, Any], row: Recipe) -> None:
     """Refuse a parameter group that cannot work: ValueError with the value, the bound and the cure."""
     rank, gap, scale = group["rank"], group["update_proj_gap"], group["scale"]
-    if not (rank is None or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
+    many = isinstance(rank, list | tuple) and all(r is None or _is_count(r) for r in rank)
+    if not (rank is None or many or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
         raise ValueError(
             f"rank={rank!r} is not a rank: give a whole number from 1 (such as 128), a fraction of the short side between 0 and 1 "
-            "(such as 0.25), or None to train the group at full rank"
+            "(such as 0.25; of a tensor's elements), a list with a number or None for each dimension of a tensor, or None to train the "
+            "group at full rank"
+        )
+    one_of("projector", group["projector"], PROJECTORS)
+    if many and not takes_tensors(group):
+        raise ValueError(
+            f"rank={rank!r} has a number for each dimension, which a tensor projection alone reads: give tensor=True too, or one whole "
+            "number from 1"
         )
     if not _is_count(gap):
         raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
@@ -40,9 +49,9 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
             "weights of experts), or None to tell them by their shapes"
         )
     dim = group.get("dim", 2)
-    if not isinstance(dim, int) or dim > 2:
+    if not isinstance(dim, int) or (dim > 2 and not group["tensor"]):
         raise ValueError(
-            f"dim={dim!r} asks for a tensor projection, which is not available yet; leave dim out: tensors are projected as matrices"
+            f"dim={dim!r} asks for a tensor projection, which is tensor=True here: give that; without it tensors are projected as matrices"
         )
     if row.rule != "torch":
         _check_numbers(group)

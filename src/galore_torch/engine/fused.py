@@ -61,6 +61,8 @@ def fuses(weight: Tensor, elements: int, group: Group, step: int) -> bool:
     wish = group["compile"]
     if wish is False or (wish is None and (elements < WORTHWHILE or not _paid(weight, elements, group, step))):
         return False
+    if weight.is_complex():  # the compiler has no complex arithmetic
+        return False
     return (write.is_plain(weight) or write.is_coarse(weight)) and has_compiler(weight.device.type) and not is_disabled()
 
 

@@ -31,10 +31,11 @@ KERNEL = 16  # a 3-D weight with a last or middle axis below this is a convoluti
 class Layout:
     """How one parameter is seen by the engine.
 
-    ``view``: (rows, columns), or (matrices, rows, columns) for a batch such as the weights of experts; the shape itself at full rank.
-    ``ranks``: projected axis of the view, -2 = rows and -1 = columns -> rank; empty at full rank.
+    ``view``: (rows, columns), or (matrices, rows, columns) for a batch such as the weights of experts; the shape itself at full rank, and
+    for a projector that takes tensors with all of their axes.
+    ``ranks``: projected axis of the view, counted from its end: -2 = rows and -1 = columns -> rank; empty at full rank.
     ``scaled``: whether the group's scale applies; it does to a matrix whose rank turned out not to be smaller.
-    ``basis_codec``: as it is resolved for this parameter's dtype.
+    ``projector``, ``basis_codec``: as they are resolved for this parameter.
     """
 
     shape: tuple[int, ...]
@@ -47,13 +48,18 @@ class Layout:
 
     @cached_property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the parameter's arithmetic."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        """The dtype of the parameter's arithmetic: fp32 or fp64, or complex with such parts."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @cached_property
+    def is_tensor(self) -> bool:
+        """Whether it is projected as a tensor with all of its axes, and not as matrices."""
+        return bool(self.ranks) and PROJECTORS[self.projector].modes is not None
 
     @cached_property
     def batch(self) -> tuple[int, ...]:
         """(matrices,) of a projected batch, else ()."""
-        return self.view[:-2] if self.ranks else ()
+        return self.view[:-2] if self.ranks and not self.is_tensor else ()
 
     @cached_property
     def low_shape(self) -> tuple[int, ...]:
@@ -72,10 +78,10 @@ class Layout:
     def long_axis(self) -> int:
         """The axis of R, from 0, that int8 blocks run along: inside one singular direction, so the one that is not projected.
 
-        Where neither or both are, the last, or the longest when the last is too short for blocks (a convolution's kernel).
+        Where neither or both are, the last, or the longest when the last is too short for blocks (a convolution's kernel); in a tensor too.
         """
         axes = len(self.low_shape)
-        if len(self.ranks) == 1:
+        if len(self.ranks) == 1 and not self.is_tensor:
             return axes - 2 if -1 in self.ranks else axes - 1
         last = max(0, axes - 1)
         if not axes or self.low_shape[last] >= 64:
@@ -105,8 +111,11 @@ class ParamView:
 
 
 def view_of(weight: Tensor, state: State, group: Group, rule: AnyRule) -> ParamView:
-    """The view of a parameter; ``weight`` has its local shape."""
-    return ParamView(weight, state, group, rule, layout_of(weight, group))
+    """The view of a parameter; ``weight`` has its local shape. Its group names the projector that serves this parameter."""
+    layout = layout_of(weight, group)
+    if layout.projector != group["projector"]:
+        group = {**group, "projector": layout.projector}
+    return ParamView(weight, state, group, rule, layout)
 
 
 def layout_of(weight: Tensor, group: Group) -> Layout:
@@ -115,19 +124,30 @@ def layout_of(weight: Tensor, group: Group) -> Layout:
 
 def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> Layout:
     """The layout of a parameter of a (local) shape in a group."""
-    keys = group["rank"], group["proj_type"], group["projector"], group["basis_codec"]
-    return _make_layout(shape, dtype, keys, group["batch_dims"])
+    rank = tuple(group["rank"]) if isinstance(group["rank"], list) else group["rank"]
+    keys = rank, group["proj_type"], group["projector"], group["basis_codec"]
+    return _make_layout(shape, dtype, keys, group["batch_dims"], group["tensor"])
 
 
 @lru_cache(maxsize=4096)
-def _make_layout(shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], batch_dims: int | None) -> Layout:
+def _make_layout(shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], batch_dims: int | None, tensor: bool | str) -> Layout:
     rank, proj_type, projector, codec = keys
     if codec == "weight":
         codec = "bf16" if dtype.itemsize == 2 else "fp32"
     view = matrices(shape, batch_dims)
-    row = PROJECTORS[projector]
-    resolved = fits(view, rank, row.axes)
     scaled = rank is not None and len(shape) > 1
+    if tensor and (tensor != "auto" or dtype.is_complex or (len(shape) > 2 and len(view) == 2)):
+        projector = "tucker"
+    row = PROJECTORS[projector]
+    if row.modes is not None:
+        return Layout(shape, dtype, shape, row.modes(shape, rank) if scaled else {}, scaled, projector, codec)
+    if scaled and (isinstance(rank, tuple) or dtype.is_complex):
+        raise ValueError(
+            f"rank={rank!r} of a parameter of shape {shape} and {dtype}: complex weights, and a rank for each dimension, are projected as "
+            "tensors. Give their group tensor=True, or tensor='auto', which leaves real matrices to a single rank; without a rank complex "
+            "weights train at full rank"
+        )
+    resolved = fits(view, rank, row.axes)
     axes = () if resolved is None else projected_axes(view, proj_type) if row.axes is None else row.axes
     found = {axis: row.fit(view[axis], resolved) for axis in axes if resolved is not None}
     ranks = {axis: rank for axis, rank in found.items() if rank is not None}
@@ -189,7 +209,10 @@ def _stored_moments(
         small = not shape or prod(shape[len(layout.batch) :]) < min_8bit_size
         codec = "fp32" if small and state_codec == "int8" else state_codec
         axis = layout.long_axis if len(shape) == len(layout.low_shape) else len(shape) - 1
-        out.append((StoredTensor(name, shape, codec, axis, moment.kind != "second", layout.compute_dtype, moment.fill), moment))
+        dtype = layout.compute_dtype
+        if moment.kind == "second" and dtype.is_complex:  # |R|^2
+            dtype = dtype.to_real()
+        out.append((StoredTensor(name, shape, codec, axis, moment.kind != "second", dtype, moment.fill), moment))
     return tuple(out)
 
 

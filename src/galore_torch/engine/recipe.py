@@ -61,7 +61,10 @@ class Recipe:
 def check_slots(group: Mapping[str, Any], row: Recipe) -> None:
     """Refuse a group whose rows are not known, or cannot work together or with its settings: ValueError with the cure."""
     Recipe(row.rule, **{key: group[key] for key in row.group_keys()})
+    one_of("tensor", group["tensor"], (False, True, "auto"))
     projector, recovery = PROJECTORS[group["projector"]], RECOVERIES[group["recovery"]]
+    if takes_tensors(group):
+        _check_tensors(group, row)
     if group["gap_range"] is not None and not projector.looks:
         raise ValueError(
             f"gap_range={group['gap_range']!r} needs a projector that looks at the gradient: bases of {group['projector']!r} overlap by "
@@ -86,6 +89,27 @@ def check_slots(group: Mapping[str, Any], row: Recipe) -> None:
         raise ValueError(
             f"recovery={group['recovery']!r} scales the columns of one projected side, and proj_type='full' projects both: use 'std', "
             "'reverse_std', 'left' or 'right'"
+        )
+
+
+def takes_tensors(group: Mapping[str, Any]) -> bool:
+    """Whether parameters of the group may be projected as tensors, with a rank for each of their dimensions."""
+    return bool(group["tensor"]) or PROJECTORS[group["projector"]].modes is not None
+
+
+def _check_tensors(group: Mapping[str, Any], row: Recipe) -> None:
+    """Refuse settings of matrices where every parameter is a tensor, and a recovery for one side."""
+    if group["tensor"] != "auto":
+        for key, default in (("projector", row.projector), ("proj_type", "std"), ("batch_dims", None)):
+            if group[key] != default and group[key] != "tucker":
+                raise ValueError(
+                    f"{key}={group[key]!r} has no effect with tensor=True, which projects each dimension: leave it {default!r}, or give "
+                    "tensor='auto', which leaves matrices, and batches of them, to it"
+                )
+    if RECOVERIES[group["recovery"]].one_sided or RECOVERIES[group["recovery"]].only:
+        raise ValueError(
+            f"recovery={group['recovery']!r} is for one projected side of a matrix, and tensor={group['tensor']!r} projects every "
+            "dimension: leave it 'project_back'"
         )
 
 
@@ -127,6 +151,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "scale": 0.25,
     "proj_type": "std",
     "batch_dims": None,
+    "tensor": False,
     "decay": "before",
     "stochastic_rounding": True,
     "min_8bit_size": 4096,

@@ -63,7 +63,7 @@ def refresh(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) ->
     state, group = view.state, view.group
     if isinstance(grad, OuterProduct) and view.projector.whole:
         grad = grad.dense()
-    is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad)
+    is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad, len(view.layout.batch))
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -110,7 +110,7 @@ def _renew(view: ParamView, grad: Tensor | OuterProduct, warm: bool, can: Tensor
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
     assert view.projector.find is not None
     exact = grad.to(layout.compute_dtype)
-    exact = exact.in_range() if isinstance(exact, OuterProduct) else in_range(exact)
+    exact = exact.in_range() if isinstance(exact, OuterProduct) else in_range(exact, len(layout.batch))
     found = view.projector.find(exact, layout.ranks, old, seed)
     del exact  # a copy of the whole gradient, where that is of 16 bits
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -151,7 +149,7 @@ def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
 
 def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
     """`_apply` for each matrix of a batch, as if it were a parameter of its own; its state is views."""
-    with _viewed(view.weight, view.layout) as weights:
+    with write.viewed(view.weight, view.layout.view) as weights:
         for i, weight in enumerate(weights):
             own = {key: value for key, value in view.state.items() if key not in ("gap", "gap_start")}
             state = {key: value[i] if isinstance(value, Tensor) else value for key, value in own.items()}
@@ -239,21 +237,12 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, known: Known
     subtract = fused.subtract if compiled else write.subtract
     back = partial(project_back, bases=bases_of(view), view=view)
     read = (low if "low" in recovery.reads else None), (grad if "grad" in recovery.reads else None)
-    with _viewed(view.weight, layout) as matrix:
+    with write.viewed(view.weight, layout.view) as matrix:
         change = WeightUpdate(matrix, change.scale, change.decay_factor, change.seed, subtract)
         seen = Seen(back, tuple(layout.ranks), *read, lr, view.state, -1.0 if group["maximize"] else 1.0)
         if "moments" in recovery.reads:
             seen = replace(seen, moments=moments_of(view), numbers=numbers, is_finite=is_finite)
         recovery.apply(change, update, seen)
-
-
-@contextmanager
-def _viewed(weight: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """The weight as matrices; one whose memory is not theirs (a kernel in channels_last) through a copy, written back at the end."""
-    matrix = _as_view(weight, layout)
-    yield matrix
-    if matrix is not weight and matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-        weight.copy_(matrix.view(weight.shape))
 
 
 def _apply_base(view: ParamView, low: Tensor, rule: BaseRule) -> None:

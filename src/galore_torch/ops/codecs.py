@@ -1,6 +1,7 @@
 """Ops: how a state tensor is stored. fp32 inside, storage dtype outside; no optimizer, no configuration.
 
-A codec turns one real tensor ("value", fp32 or fp64) into named storage tensors and back:
+A codec turns one tensor ("value", fp32 or fp64) into named storage tensors and back; of a complex one, but for fp32, the real and the
+imaginary parts, as two tensors side by side:
     fp32   the value itself (fp64 for fp64 parameters)
     bf16   2 bytes an element, stochastically rounded so that small changes survive on average
     int8   1 byte an element and one fp32 scale a block: the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861)
@@ -10,8 +11,8 @@ A codec turns one real tensor ("value", fp32 or fp64) into named storage tensors
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from math import prod
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from galore_torch.ops import affine
 from galore_torch.ops.chunks import chunk_elements, parts
+from galore_torch.ops.linalg import as_real
 
 Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
@@ -49,7 +51,7 @@ class StoredTensor:
     """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that int8 blocks run along.
 
     The axis is the long one, so that a block stays inside one singular direction. ``signed`` is False for second moments;
-    ``compute_dtype`` is the arithmetic dtype (fp32 or fp64); ``fill`` >= 0 is the first value.
+    ``compute_dtype`` is the arithmetic dtype (fp32 or fp64, or complex); ``fill`` >= 0 is the first value.
     """
 
     name: str
@@ -65,6 +67,13 @@ class StoredTensor:
         """Elements of ``axis`` that share one scale."""
         return block_length(self.shape[self.axis])
 
+    @cached_property
+    def pair(self) -> StoredTensor | None:
+        """How the parts (..., 2) of a complex value are stored; None where it is stored as it is."""
+        if not self.compute_dtype.is_complex or self.codec == "fp32":
+            return None
+        return replace(self, shape=(*self.shape, 2), compute_dtype=self.compute_dtype.to_real())
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The state keys of the storage tensors."""
@@ -73,6 +82,8 @@ class StoredTensor:
 
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
+        if self.pair:
+            return self.pair.spec()
         if self.codec not in ("int8", "int4"):
             return {self.name: TensorSpec(self.shape, self.compute_dtype if self.codec == "fp32" else torch.bfloat16, self.fill)}
         blocks = -(-self.shape[self.axis] // self.block)
@@ -112,6 +123,8 @@ class StoredTensor:
 
         ``tables``: those of `tables`, for a caller that a compiler follows and that must therefore hand them in.
         """
+        if self.pair:
+            return torch.view_as_complex(self.pair.decode(state, tables).contiguous())
         if self.codec == "int4":
             return self._decode4(*(state[key] for key in self.keys))
         if self.codec != "int8":
@@ -128,6 +141,9 @@ class StoredTensor:
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
+        if self.pair:
+            self.pair.encode(state, as_real(value), seed, tables)
+            return
         if self.codec == "int8":
             blocks = _blocked(value.float(), self.axis, self.block)
             scale = blocks.abs().amax(self.axis + 1)

@@ -1,7 +1,7 @@
 """Ops: the linear algebra of subspaces. Tensors in, tensors out; no optimizer, no state, no configuration.
 
-Every function is batched over leading dimensions and works in the dtype it is given: callers hand it fp32 or fp64.
-Shape suffixes: M x N is the gradient, R the rank.
+Every function is batched over leading dimensions and works in the dtype it is given: callers hand it fp32 or fp64, real or complex.
+Shape suffixes: M x N is the gradient, R the rank. A basis has orthonormal columns: basis^H basis = I, and ^H is ^T for real ones.
 """
 
 from __future__ import annotations
@@ -21,32 +21,46 @@ def readable(tensor: Any) -> bool:
     return tensor.is_cpu
 
 
-def usable(grad_MN: Tensor) -> Tensor:
-    """Whether a gradient may make a basis: finite and not zero. A bool for each matrix of a batch, on the gradient's device, without a
-    sync."""
-    low, high = _extremes(grad_MN)
+def usable(grad: Tensor, batch: int = 0) -> Tensor:
+    """Whether a gradient may make a basis: finite and not zero. A bool for each index of the first ``batch`` axes, on the gradient's
+    device, without a sync."""
+    low, high = _extremes(grad, batch)
     return low.isfinite() & high.isfinite() & ((low < 0) | (high > 0))
 
 
-def _extremes(grad_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest element of each matrix, in one pass without a temporary; NaN propagates."""
-    return torch.aminmax(grad_MN) if grad_MN.dim() == 2 else torch.aminmax(grad_MN.flatten(-2), dim=-1)
+def _extremes(grad: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest element of each tensor of a batch, in one pass without a temporary; NaN propagates.
+
+    Of a complex one the least and the largest real or imaginary part.
+    """
+    real = as_real(grad)
+    return torch.aminmax(real.flatten(batch), dim=-1) if batch else torch.aminmax(real)
 
 
-def in_range(grad_MN: Tensor) -> Tensor:
+def in_range(grad: Tensor, batch: int = 0) -> Tensor:
     """A usable gradient in fp32 or fp64, over its largest magnitude where products of its elements would overflow: its subspaces are
     the same. One that needs no scaling is returned as it is."""
-    low, high = _extremes(grad_MN)
+    low, high = _extremes(grad, batch)
     largest = torch.maximum(-low, high)
-    bound = product_bound(grad_MN.dtype, grad_MN.shape)
+    bound = product_bound(grad.dtype, grad.shape[batch:])
     if readable(largest) and bool((largest < bound).all()):
-        return grad_MN
-    return grad_MN / torch.where(largest < bound, 1.0, largest)[..., None, None]
+        return grad
+    return grad / torch.where(largest < bound, 1.0, largest).view(*largest.shape, *[1] * (grad.dim() - batch))
 
 
 def product_bound(dtype: torch.dtype, shape: torch.Size) -> float:
-    """The magnitude of elements (m x n) above which sums of products of two of them may overflow."""
-    return math.sqrt(torch.finfo(dtype).max / max(1, shape[-2:].numel()))
+    """The magnitude of elements of a tensor above which sums of products of two of them may overflow."""
+    return math.sqrt(torch.finfo(dtype).max / max(1, shape.numel() * (2 if dtype.is_complex else 1)))
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or of a complex one a view of its real and imaginary parts, on a last axis of 2."""
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg()) if tensor.is_complex() else tensor
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """|x|^2 of each element: real, a new tensor."""
+    return torch.view_as_real(tensor.resolve_conj()).square().sum(-1) if tensor.is_complex() else tensor.square()
 
 
 def finite(grad: Tensor) -> Tensor:
@@ -74,15 +88,24 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Multiply ``matrix`` (j x k) into an axis (-2 = rows, -1 = columns) whose size is k.
+THIN = 16  # below so many columns a batch of products takes up to 90 times as long as one product with a copy
 
-    This one product is projection (matrix = basis transposed), back-projection (matrix = basis) and transport (matrix = C):
+
+def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply ``matrix`` (j x k) into an axis (-2 = rows, -1 = columns, -3 and below: earlier ones) whose size is k.
+
+    This one product is projection (matrix = basis^H), back-projection (matrix = basis) and transport (matrix = C):
     the side of a projection is never spelled out anywhere else.
     """
-    if axis == -2:
+    matrix = matrix.resolve_conj()  # once, and not for each product of a batch
+    if axis == -1:
+        return tensor @ matrix.mT  # (m, k) @ (k, j) -> (m, j)
+    if axis == -2 and tensor.dim() == matrix.dim():
         return matrix @ tensor  # (j, k) @ (k, n) -> (j, n)
-    return tensor @ matrix.mT  # (m, k) @ (k, j) -> (m, j)
+    later = tensor.shape[axis + 1 :]
+    if later.numel() < THIN < tensor.shape[:axis].numel():
+        return (tensor.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)  # (..., k) @ (k, j): one product, for a copy
+    return (matrix @ tensor.flatten(axis + 1)).unflatten(-1, later)  # (j, k) @ (..., k, n) -> (..., j, n)
 
 
 @cache
@@ -155,19 +178,19 @@ BLIND = 1e-4  # a direction with less than this share of a random one's energy s
 def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
     """Approximate leading left singular vectors (m x r) from nothing: the range of a random sketch after one power iteration.
 
-    Halko et al., arXiv 0909.4061, Alg. 4.4, with r + 8 columns, of which Rayleigh-Ritz on A A^T keeps the best r, strongest
+    Halko et al., arXiv 0909.4061, Alg. 4.4, with r + 8 columns, of which Rayleigh-Ritz on A A^H keeps the best r, strongest
     first. Four thin GEMMs, two QRs, one small eigh.
     """
     width = min(rank + OVERSAMPLING, *A_MN.shape[-2:])
     block = orthonormalize(A_MN @ gaussian((*A_MN.shape[:-2], A_MN.shape[-1], width), seed, A_MN))
-    Q = orthonormalize(A_MN @ unit(A_MN.mT @ block))  # (m, n) @ (n, m) @ (m, l)
+    Q = orthonormalize(A_MN @ unit(A_MN.mH @ block))  # (m, n) @ (n, m) @ (m, l)
     return strongest(A_MN, Q, rank)
 
 
 def strongest(A_MN: Tensor, Q_ML: Tensor, rank: int) -> Tensor:
-    """The ``rank`` directions (m x r) of an orthonormal span that hold most of A, strongest first: Rayleigh-Ritz on A A^T."""
-    small = unit(Q_ML.mT @ A_MN)  # (l, m) @ (m, n)
-    _, rotation = torch.linalg.eigh(small @ small.mT)  # ascending
+    """The ``rank`` directions (m x r) of an orthonormal span that hold most of A, strongest first: Rayleigh-Ritz on A A^H."""
+    small = unit(Q_ML.mH @ A_MN)  # (l, m) @ (m, n)
+    _, rotation = torch.linalg.eigh(small @ small.mH)  # ascending
     return Q_ML @ rotation[..., -rank:].flip(-1)
 
 
@@ -179,22 +202,37 @@ def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     one in 32 makes room for a random direction, for nothing orthogonal to both start and A A^T start is ever found without.
     A direction that has lost the gradient, ``BLIND``, is drawn anew from the gradient's own range, as a sketch draws it.
     """
-    rows, rank = start_MR.shape[-2:]
+    rank = start_MR.shape[-1]
     fresh = max(1, rank // FRESH)
-    kept = rank - fresh if rank >= FEW else rank
-    random = gaussian((*start_MR.shape[:-1], fresh), seed, A_MN) / rows**0.5
-    block = torch.cat([start_MR[..., :kept], random], dim=-1)
-    small = unit(block.mT @ A_MN)  # (l, m) @ (m, n)
-    energy = small.square().sum(-1)
+    if rank >= FEW:
+        return _iterated(A_MN, start_MR[..., : rank - fresh], fresh, seed)
+    found = strongest(A_MN, _iterated(A_MN, start_MR, fresh, seed), rank)
+    turned = (found * start_MR).sum(-2, keepdim=True) < 0  # an eigenvector's sign is arbitrary: its old side
+    return torch.where(turned, -found, found)
+
+
+def sharp_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
+    """`power_step` that spares no direction: 8 random ones come on top, and Rayleigh-Ritz on A A^H keeps the best r of all (m x r).
+
+    For the short sides of tensors, where one direction of a dozen would be missed and the small eigh costs little. The answer is
+    turned within its span to lie near the old basis, vector by vector: moments then hardly mix.
+    """
+    rows, rank = start_MR.shape[-2:]
+    found = strongest(A_MN, _iterated(A_MN, start_MR, min(OVERSAMPLING, rows - rank), seed), rank)
+    return found @ orthonormalize(found.mH @ start_MR)  # (m, r) @ (r, r), unitary whatever is left of the old basis
+
+
+def _iterated(A_MN: Tensor, start_MK: Tensor, fresh: int, seed: int) -> Tensor:
+    """The orthonormal span (m x (k + fresh)) of A A^H [start, random directions], with those of start that are blind drawn anew."""
+    rows, kept = start_MK.shape[-2:]
+    random = gaussian((*start_MK.shape[:-1], fresh), seed, A_MN) / rows**0.5
+    block = torch.cat([start_MK, random], dim=-1)
+    small = unit(block.mH @ A_MN)  # (l, m) @ (m, n)
+    energy = squared(small).sum(-1)
     blind = energy <= BLIND * energy[..., kept:].amax(-1, keepdim=True)
     if not readable(A_MN) or bool(blind.any()):
         small = torch.where(blind.unsqueeze(-1), gaussian(small.shape, seed + 1, A_MN), small)
-    Q = orthonormalize((small @ A_MN.mT).mT)  # (l, n) @ (n, m), transposed: LAPACK's order of memory
-    if rank >= FEW:
-        return Q
-    found = strongest(A_MN, Q, rank)
-    turned = (found * start_MR).sum(-2, keepdim=True) < 0  # an eigenvector's sign is arbitrary: its old side
-    return torch.where(turned, -found, found)
+    return orthonormalize((small @ A_MN.mH).mH)  # (l, n) @ (n, m), transposed: LAPACK's order of memory
 
 
 def unit(matrix: Tensor) -> Tensor:
@@ -209,7 +247,8 @@ def gaussian(shape: tuple[int, ...], seed: int, like: Any) -> Tensor:
 
 
 def orthonormalize(columns_MR: Tensor) -> Tensor:
-    """An orthonormal basis of the columns' span, by QR, with the sign that keeps each new vector on its old side."""
+    """An orthonormal basis of the columns' span, by QR, with the sign (or phase) that keeps each new vector on its old side."""
     Q, R = torch.linalg.qr(columns_MR)
-    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
-    return Q.mul_(sign.unsqueeze(-2))
+    side = R.diagonal(dim1=-2, dim2=-1)
+    sign = torch.where(side == 0, 1.0, side.sgn()) if side.is_complex() else torch.where(side < 0, -1.0, 1.0)
+    return Q.mul_(sign.to(Q.dtype).unsqueeze(-2))

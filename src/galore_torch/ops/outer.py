@@ -52,6 +52,11 @@ class OuterProduct:
     def mT(self) -> OuterProduct:
         return OuterProduct(self.right, self.left)
 
+    @property
+    def mH(self) -> OuterProduct:
+        """It is real."""
+        return self.mT
+
     def dim(self) -> int:
         return self.left.dim()
 
@@ -85,7 +90,7 @@ class OuterProduct:
         if not self.left.shape[-2]:
             return self  # no tokens: G is zero
         left, right = (_largest(factor) for factor in (self.left, self.right))
-        fits = left * right * self.left.shape[-2] < product_bound(self.dtype, self.shape)
+        fits = left * right * self.left.shape[-2] < product_bound(self.dtype, self.shape[-2:])
         if readable(fits) and bool(fits.all()):
             return self
         tiny = torch.finfo(self.dtype).tiny

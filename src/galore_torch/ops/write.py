@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from galore_torch.ops.codecs import Seed, stochastic_round
 from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, row_unit, rows_of
 from galore_torch.ops.linalg import product_dtype
 
-__all__ = ["WeightUpdate", "decay", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows", "subtract_spread"]
+__all__ = ["WeightUpdate", "decay", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows", "subtract_spread", "viewed"]
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
 
@@ -71,6 +72,15 @@ def subtract_stored(stored: tuple[Tensor, ...], update: Tensor, scale: Any, deca
         move(stored[0], stored[1], stored[2], update, scale, decay_factor, seed)
     else:
         subtract(stored[0], update, scale, decay_factor, seed)
+
+
+@contextmanager
+def viewed(weight: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The weight in another shape; one whose memory is not in that order (a kernel in channels_last) by a copy, written back at the end."""
+    seen = weight if tuple(weight.shape) == shape else weight.reshape(shape)
+    yield seen
+    if seen is not weight and seen.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        weight.copy_(seen.view(weight.shape))
 
 
 @dataclass(frozen=True)

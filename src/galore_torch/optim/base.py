@@ -17,7 +17,7 @@ from galore_torch.engine import step as engine
 from galore_torch.engine.checks import check_group, plain_numbers, unread_keys
 from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView, state_spec
-from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept, takes_tensors
 from galore_torch.engine.sharding import refuse_sharded
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
@@ -29,13 +29,14 @@ from galore_torch.slots.rules import RULES
 class Projection(TypedDict, total=False):
     """The arguments, and group keys, that all classes share; their defaults are in `recipe.PROJECTION_DEFAULTS` and `RECIPES`."""
 
-    rank: int | float | None
+    rank: int | float | list[int | None] | None
     update_proj_gap: int
     gap_range: tuple[int, int] | None
     overlap_range: tuple[float, float]
     scale: float
     proj_type: str
     batch_dims: int | None
+    tensor: bool | str
     projector: str
     transport: str
     recovery: str
@@ -57,7 +58,8 @@ SHARED = """
     Shared by all classes, each also a group key:
         params: parameters, (name, parameter) pairs, or groups of either, such as `galore_param_groups` builds.
         rank: None trains at full rank; a whole number from 1, or a fraction of the short side. Vectors, and matrices whose
-            short side is not above the rank, train at full rank. Default None: only groups with a rank are projected.
+            short side is not above the rank, train at full rank. Default None: only groups with a rank are projected. Of tensors, see
+            ``tensor``.
         update_proj_gap: steps between two refreshes of the basis. Default 200.
         gap_range: None keeps that gap; (least, most) lets each matrix find its own from there: doubled at a refresh that kept at
             least the upper share of ``overlap_range`` of the subspace, halved at one that kept less than the lower. Default None.
@@ -71,6 +73,12 @@ SHARED = """
             GEMM, no basis and no refresh (arXiv 2512.07112).
         batch_dims: how many leading dimensions count matrices, each with a basis of its own. None is 1 for E x m x n weights with m and n
             from 16, as experts have, and 0 for others, such as kernels of convolutions: one matrix, (first, rest). Default None.
+        tensor: True projects each dimension of a parameter with a factor of its own, a Tucker decomposition (arXiv 2501.02379), real or
+            complex: convolutions, spectral weights. "auto" does so where a parameter is no matrix and no batch of matrices, as `batch_dims`
+            tells them, and where it is complex; real matrices keep to the other settings. rank is then a fraction of the elements that
+            the core keeps, a number for every dimension, or a list with a number or None (whole) for each; a fraction or a number leaves
+            dimensions of size 1 to 4 whole. The factors follow one warm sweep of HOOI at a refresh. A complex weight has the second
+            moment of |R|^2, a real number. Default False: tensors are projected as matrices.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
         recovery: how the update reaches the weight: "project_back", or "fira" (arXiv 2410.01623), which adds what lies outside of the
             subspace, scaled as the rule scaled each column, or "foam" (arXiv 2512.07112), which adds it to both moments of block means.
@@ -179,6 +187,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Add a group after checking it; nothing changes when it is refused."""
         group = {**self.defaults, **param_group}  # the caller's own dict stays as it is: it may serve another optimizer
         plain_numbers(group)
+        if group.get("dim", 2) != 2 and "tensor" not in param_group:  # as galore-torch 1.0 asked for its tensor projector
+            group["tensor"] = True
         self._check_group(group)
         unread = unread_keys(param_group, {*self.defaults, *self.fixed, "params", "param_names", "dim"})
         if unread:
@@ -191,10 +201,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         try:
             for p in group["params"]:
                 if p.is_complex():
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex parameters are not supported yet; "
-                        "give them to another optimizer"
-                    )
+                    self._check_complex(p, group)
                 self._check_compiler(p, group)
             self._adopt()
         except BaseException:
@@ -228,11 +235,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if whole:
             blocks = "leaves no means of 2, 4, 8, ... neighbours, which divide it, on the projected side"
             why = blocks if group["projector"] == "block_mean" else "is not smaller than the short side"
+            if takes_tensors(group):
+                why = "leaves no dimension above 4, or above its own rank, to shorten"
             warnings.warn(
                 f"rank={group['rank']} {why} of {len(whole)} of {len(group['params'])} parameters "
                 f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
                 stacklevel=_callers_level(),
             )
+
+    def _check_complex(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        what = f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
+        if p.dtype == torch.complex32:
+            raise ValueError(what + "torch computes little in halves of complex numbers; keep the weight in torch.complex64")
+        if self.row.rule == "torch":
+            raise ValueError(
+                what + f"{type(self).__name__} runs another class in the subspace of real ones alone; give complex parameters to another "
+                "optimizer, such as GaLoreAdamW or GaLoreSGD"
+            )
+        if group["compile"]:
+            raise ValueError(what + "the compiler has no complex arithmetic; leave compile=None, or give complex weights a group")
 
     def _check_compiler(self, p: Tensor, group: Mapping[str, Any]) -> None:
         if group["compile"] and not has_compiler(p.device.type):

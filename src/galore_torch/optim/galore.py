@@ -131,6 +131,30 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         super().add_param_group(param_group)
 
 
+class TensorGaLoreAdamW(GaLoreAdamW):
+    """GaLoreAdamW on tensors of any order, real and complex, with a factor for each dimension (Tensor-GaLore, arXiv 2501.02379).
+
+    ``TensorGaLoreAdamW(model.parameters(), rank=0.25)`` keeps moments of a quarter of a spectral weight's or a kernel's elements; matrices
+    keep to the short side, vectors train at full rank. It is GaLoreAdamW with another default.
+
+    Args:
+        lr, betas, eps, weight_decay: as GaLoreAdamW.
+        tensor: "auto", or True for a factor on both sides of matrices too.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        tensor: bool | str = "auto",
+        **projection: Any,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, tensor=tensor, **projection)
+
+
 class GaLoreAdafactor(LowRankOptimizer):
     """Adafactor in the low-rank subspace of each gradient.
 

@@ -2,7 +2,7 @@
 
 A gradient is seen as matrices (... x m x n), and a projector reduces one or both of their axes, -2 = rows and -1 = columns, to a rank.
 ``Bases`` maps each reduced axis to whatever describes its subspace: m x r orthonormal columns, or r indices. Nothing outside this file
-looks inside. Everything is batched over leading dimensions.
+looks inside. Everything is batched over leading dimensions. A row with ``modes`` sees a tensor with all of its axes (`slots.tucker`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from galore_torch.ops import linalg, native, write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
+from galore_torch.slots import tucker
 
 Ranks = Mapping[int, int]  # axis (-2 = rows, -1 = columns) -> its rank
 Bases = dict[int, Tensor]
@@ -49,6 +50,7 @@ class Projector:
     ``fit(length, rank)``: the rank in use on an axis of this length for a rank that is wished, or None where there is none.
     ``adam(weight, grad, moments, numbers, residual)``: one native pass that does the whole step of Adam on a matrix, see `ops.native`.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
+    ``modes(shape, rank)``: axis -> rank of a parameter that it sees as a tensor, real or complex; None: it sees real matrices.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
     ``whole``: whether ``find`` needs G as a matrix; else an `outer.OuterProduct`, which is only multiplied, is enough.
@@ -61,6 +63,7 @@ class Projector:
     overlap: Callable[[Bases, Bases], Overlaps]
     part: Callable[[Bases], slice | None] | None = None
     axes: tuple[int, ...] | None = None
+    modes: Callable[[tuple[int, ...], Any], dict[int, int]] | None = None
     looks: bool = True
     in_turn: bool = True
     whole: bool = False
@@ -73,7 +76,7 @@ def kept_share(C: Overlaps) -> Tensor:
 
     One for each matrix of a batch (...), 0-d for one. Blind to signs and to rotations within the subspace.
     """
-    return torch.stack([matrix.square().sum((-2, -1)) / matrix.shape[-1] for matrix in C.values()]).mean(0)
+    return torch.stack([linalg.squared(matrix).sum((-2, -1)) / matrix.shape[-1] for matrix in C.values()]).mean(0)
 
 
 # --- dense bases: orthonormal columns ----------------------------------------------------------------------------------
@@ -304,4 +307,5 @@ PROJECTORS: dict[str, Projector] = {
         fit=whole_blocks,
         adam=native.block_means,
     ),
+    "tucker": Projector(tucker.find, tucker.spec, tucker.project, tucker.back, tucker.overlap, modes=tucker.mode_ranks, whole=True),
 }

@@ -1,7 +1,7 @@
 """Slots: what the inner optimizer does with a gradient. Tensors in, tensors out; nothing here knows about subspaces.
 
 A rule names its moments, moves them in place, and answers with an update that already carries the learning rate: the weight
-moves by minus the update. Arithmetic is in the dtype of the gradient given (fp32 or fp64).
+moves by minus the update. Arithmetic is in the dtype of the gradient given: fp32 or fp64, real or complex.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from galore_torch.ops.linalg import squared
+
 Group = Mapping[str, Any]  # a parameter group: hyperparameters by name
 Moments = dict[str, Tensor]
 Numbers = tuple[Any, ...]  # floats or 0-d tensors
@@ -23,7 +25,7 @@ Numbers = tuple[Any, ...]  # floats or 0-d tensors
 class Moment:
     """One running average of a gradient R (... x rows x columns).
 
-    ``kind``: how it crosses a change of basis: "first" moves like R, "second" like the square of R, "other" not at all.
+    ``kind``: how it crosses a change of basis: "first" moves like R, "second" like |R|^2 and is real, "other" not at all.
     ``mean_over``: the axis of R that is averaged away (-1 or -2), or None when the moment has R's shape.
     """
 
@@ -77,12 +79,13 @@ def adam(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """Adam (Kingma & Ba, arXiv 1412.6980, Alg. 1, in the form of section 2 that moves the bias corrections into the step size).
 
     R: any shape; moments of R's shape. eps is added to the root of the uncorrected second moment, as galore-torch 1.0 does.
+    Of a complex R the second moment is that of |R|^2, one real number: no step depends on the phase that a basis happens to have.
     """
     lr, new1, new2, eps = numbers
     m = moments["exp_avg"].lerp_(R, new1)
-    v = moments["exp_avg_sq"].lerp_(R.square(), new2)
+    v = moments["exp_avg_sq"].lerp_(squared(R), new2)
     denominator = v.sqrt().add_(eps)
-    return torch.div(m, denominator, out=denominator).mul_(lr)
+    return torch.div(m, denominator, out=None if m.is_complex() else denominator).mul_(lr)
 
 
 def adafactor_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
@@ -103,9 +106,9 @@ def adafactor(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     square. A first moment, when asked for, averages updates (learning rate included), as transformers does.
     """
     lr, fresh, eps, clip_threshold, new1 = numbers
-    square = R.square().add_(eps)
+    square = squared(R).add_(eps)
     if "exp_avg_sq" in moments:
-        update = moments["exp_avg_sq"].lerp_(square, fresh).rsqrt().mul_(R)
+        update = R * moments["exp_avg_sq"].lerp_(square, fresh).rsqrt()
     else:
         row = moments["exp_avg_sq_row"].lerp_(square.mean(-1), fresh)
         col = moments["exp_avg_sq_col"].lerp_(square.mean(-2), fresh)
@@ -143,9 +146,9 @@ def adagrad_numbers(group: Group, step: int, lr: Any) -> Numbers:
 def adagrad(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """Adagrad (Duchi et al., JMLR 12, 2011, eq. 1, diagonal form), with torch's ``lr_decay``."""
     lr, eps = numbers
-    total = moments["sum"].addcmul_(R, R)
+    total = moments["sum"].add_(squared(R))
     denominator = total.sqrt().add_(eps)
-    return torch.div(R, denominator, out=denominator).mul_(lr)
+    return torch.div(R, denominator, out=None if R.is_complex() else denominator).mul_(lr)
 
 
 def momentum_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from galore_torch.ops.linalg import mode_product
+from galore_torch.ops.linalg import mode_product, squared
 from galore_torch.slots.projectors import Overlaps
 from galore_torch.slots.rules import Group, Moment
 
@@ -43,21 +43,23 @@ def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Gr
     v holds expected squares; for coordinates without correlation the square of C carries them. A new direction that lies
     outside the old subspace has no history: it is given the mean of the old ones, for a second moment near zero would
     make its first updates 1 / sqrt(1 - beta2) times too large. Every C_ij enters squared, so flipping a basis vector
-    changes nothing; C = I is the identity; r = m leaves basis m unchanged.
-    A moment averaged over one axis (Adafactor's factors) is carried along the axis it still has.
+    changes nothing; C = I is the identity; r = m leaves basis m unchanged. Of a complex basis C * C is |C|^2.
+    A tensor's moments are carried along each of its modes. One averaged over an axis (Adafactor's factors) has the others alone.
     """
     for name, moment in moments.items():
         value = values[name]
         for axis, matrix in C.items():
-            matrix = matrix.to(value.dtype)
+            if axis == moment.mean_over:
+                continue
             if moment.kind == "second":
-                matrix = matrix.square()
+                matrix = squared(matrix).to(value.dtype)
                 lost = (1 - matrix.sum(-1, keepdim=True)).clamp_min(0)
                 matrix = matrix + lost / matrix.shape[-1]  # the mean is a product with a constant matrix
+            matrix = matrix.to(value.dtype)
             if moment.mean_over is None:
                 value = mode_product(value, matrix, axis)
-            elif axis != moment.mean_over:
-                value = (matrix @ value.unsqueeze(-1)).squeeze(-1)
+            else:  # the axis that is missing keeps its place, with a length of 1
+                value = mode_product(value.unsqueeze(moment.mean_over), matrix, axis).squeeze(moment.mean_over)
         yield name, value
 
 

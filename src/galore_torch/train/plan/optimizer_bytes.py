@@ -17,6 +17,7 @@ from galore_torch.ops.chunks import chunk_elements
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.recovery import RECOVERIES
+from galore_torch.train.plan import tensor_bytes
 
 # Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
@@ -72,6 +73,9 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
         if layout.dtype != layout.compute_dtype:  # the gradient in fp32, and what rounding a weight makes on the way
             passes = max(passes + elements * layout.compute_dtype.itemsize, 18 * elements)
         return passes
+    if layout.is_tensor:
+        carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0
+        return carried + tensor_bytes.step_bytes(layout, low, passes)
     bases = sum(prod(basis.shape) for basis in layout.bases.values())
     needed = product_dtype(layout.dtype, device)
     copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 else 0)
@@ -98,6 +102,8 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
     """
     if not layout.ranks or PROJECTORS[layout.projector].find is None:
         return 0
+    if layout.is_tensor:
+        return tensor_bytes.refresh_bytes(layout, low + 2 * low, state if device != "cpu" else 0)
     itemsize, (m, n), matrices = layout.compute_dtype.itemsize, layout.view[-2:], prod(layout.batch)
     rank, blind = max(layout.ranks.values()), device != "cpu"
     elements = tokens * (m + n) if tokens else m * n

@@ -1,0 +1,63 @@
+"""What a step of a tensor needs for a moment: the products with its factors one after the other, and a refresh's sketches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from galore_torch.engine.layout import Layout
+from galore_torch.ops.linalg import OVERSAMPLING, THIN
+
+
+def step_bytes(layout: Layout, low: int, passes: int) -> int:
+    """An ordinary step: the gradient in fp32 where it has 16 bits, the chains of products, factors that are decoded.
+
+    ``low``, ``passes``: bytes of the core, and of the elementwise passes over it.
+    """
+    itemsize = layout.compute_dtype.itemsize
+    order = sorted(layout.ranks, key=lambda axis: layout.ranks[axis] / layout.view[axis])
+    sizes = [*layout.view]
+    forth = _chain(sizes, order, layout.ranks) * itemsize + (prod(layout.view) * itemsize if _is_wide(layout) else 0)
+    last = next((axis for axis in order if prod(sizes[: axis + len(sizes)]) == 1), max(order))
+    back = _chain(sizes, [axis for axis in reversed(order) if axis != last], dict(enumerate(layout.view, -len(sizes)))) * itemsize
+    rounded = 18 * min(prod(layout.shape), 1 << 17) if layout.dtype.itemsize == 2 else 0
+    decoded = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize if layout.basis_codec != "fp32" else 0
+    return decoded + max(forth, low + passes, low + back + rounded)
+
+
+def refresh_bytes(layout: Layout, moved: int, copied: int) -> int:
+    """The first refresh, whose sketches start from nothing: of each mode's unfolding, products as wide as the sketch.
+
+    ``moved``: bytes of the moments on their way across; ``copied``: those of a state that is to be put back on a device.
+    """
+    sizes, worst, whole = [*layout.view], 0, prod(layout.view)
+    for axis, rank in layout.ranks.items():
+        size, length = prod(sizes), sizes[axis]
+        before = size if size != whole else 0  # what the modes before have left of G
+        unfolded = 0 if prod(sizes[: axis + len(sizes)]) == 1 else size
+        width = min(rank + OVERSAMPLING, length, size // length)
+        worst = max(worst, before + unfolded + int(SKETCHES * width * size) // length)
+        sizes[axis] = rank
+    itemsize = layout.compute_dtype.itemsize
+    factors = 2 * sum(prod(basis.shape) for basis in layout.bases.values())
+    gradient = whole * itemsize * (_is_wide(layout) + (copied > 0))
+    return gradient + factors * itemsize + max(worst * itemsize, moved) + copied
+
+
+SKETCHES = 2.3  # tensors as wide as a sketch that are there at once: a product, and it over its largest magnitude
+
+
+def _chain(sizes: list[int], order: Iterable[int], lengths: Mapping[int, int]) -> int:
+    """The most elements at once, but for what comes in first, while each axis of ``order`` in turn gets its length; ``sizes`` follow."""
+    most, held = 0, 0
+    for axis in order:
+        before = prod(sizes)
+        thin = axis != -1 and prod(sizes[axis + 1 :]) < THIN < prod(sizes[: axis + len(sizes)])
+        sizes[axis] = lengths[axis]
+        after = prod(sizes)
+        most, held = max(most, held + after + (before if thin else 0)), after
+    return most
+
+
+def _is_wide(layout: Layout) -> bool:
+    return layout.dtype != layout.compute_dtype
