@@ -267,7 +267,8 @@ def _add_plan(commands: Any) -> None:
         dest="model",
         required=True,
         metavar="NAME",
-        help="preset, a model by its name on the hub (those below), a config.json or the folder of one",
+        help="preset, a model by its name on the hub (those below), a config.json or the folder of one, or a Fourier neural operator: "
+        "fno:64x64:64:4 (modes, channels, layers)",
     )
     plan.add_argument(
         "--memory", metavar="24GB", help="what there is: GB is 10**9 bytes, GiB 2**30 (a card sold as 24 GB has 24 GiB: --card)"

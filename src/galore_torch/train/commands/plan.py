@@ -18,6 +18,7 @@ from galore_torch.train.model.llama import PRESETS, preset_name
 from galore_torch.train.model.pretrained import quiet_transformers
 from galore_torch.train.optimizers.registry import optimizer_spec
 from galore_torch.train.plan.answer import Plan, plan_request, planned
+from galore_torch.train.plan.operators import PREFIX, plan_operator
 from galore_torch.train.plan.picture import draw_bars
 from galore_torch.train.plan.search import SHARES, best_that_fits
 from galore_torch.train.plan.show import Budget, describe, show_choices, show_plan, show_rows
@@ -47,6 +48,9 @@ _DEFAULTS = {"dtype": "bfloat16", "batch_size": 1, "optimizer": "galore_adamw8bi
 def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     """Answer one `galore plan`; returns the exit code: 1 where the run does not fit. UserError for what cannot be."""
     console = console or make_console()
+    if arguments["model"].lower().startswith(PREFIX):
+        plan_operator(arguments, console)
+        return EXIT_FITS
     world_size = arguments.get("world_size", 1)
     if world_size < 1:
         raise UserError(f"--world_size {world_size} is out of bounds: give a number of processes of at least 1")
