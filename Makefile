@@ -21,7 +21,7 @@ endef
 export FREEZE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint docs test test-all format import-time constraints clean
+.PHONY: help setup demo lint docs test test-all test-integrations format import-time constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ test: lint docs  ## set-up, lint, docs, the quick tests; ARGS="-k name" picks so
 
 test-all: lint docs  ## the same with the slow tests
 	$(PYTEST) -m "" $(ARGS)
+
+test-integrations:  ## frameworks in environments of their own, and their table in docs/; NAMES="trl peft" picks some, KEEP=--keep keeps them
+	$(PYTHON) tests/integrations/run.py --torch $(TORCH) $(KEEP) $(NAMES)
 
 format: $(STAMP)  ## rewrite the files in the project's layout
 	$(BIN)/ruff check --fix .
