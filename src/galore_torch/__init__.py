@@ -16,11 +16,13 @@ if TYPE_CHECKING:
         GaLoreAdamW8bit,
         GaLoreSGD,
         LayerwiseMixin,
+        LowRankHookState,
         QGaLoreAdamW8bit,
         TensorGaLoreAdamW,
         dequantize_linears,
         fused_backward,
         galore_param_groups,
+        low_rank_hook,
         quantize_linears,
     )
 
@@ -34,11 +36,13 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreSGD",
     "LayerwiseMixin",
+    "LowRankHookState",
     "QGaLoreAdamW8bit",
     "TensorGaLoreAdamW",
     "dequantize_linears",
     "fused_backward",
     "galore_param_groups",
+    "low_rank_hook",
     "quantize_linears",
 ]
 

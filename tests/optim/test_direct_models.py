@@ -440,7 +440,7 @@ def test_a_model_whose_layer_is_compiled_in_place_is_copied() -> None:
 
 
 @pytest.mark.parametrize("mode", ["project", "direct", "direct_update"])
-def test_data_parallel_around_a_fused_model_without_biases_is_refused(mode: str) -> None:
+def test_data_parallel_around_a_model_fused_before_there_were_processes_is_refused(mode: str) -> None:
     model = Net(bias=False)
     optimizer = optimizer_of(model)
     g.fused_backward(model, optimizer, mode)

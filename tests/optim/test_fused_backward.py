@@ -221,8 +221,8 @@ def test_a_low_rank_gradient_adds_another_and_says_what_it_cannot_do() -> None:
         grad.abs()
 
 
-def test_distributed_data_parallel_is_refused() -> None:
+@pytest.mark.parametrize(("dtype", "says"), [(torch.float16, "not torch.float32, torch.bf"), (torch.bfloat16, "no effect in one")])
+def test_a_dtype_to_average_in_is_one_of_two_and_needs_processes(dtype: torch.dtype, says: str) -> None:
     m = model()
-    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    with pytest.raises(ValueError, match="DistributedDataParallel"):
-        g.fused_backward(wrapped, g.GaLoreAdamW(m.parameters(), rank=3))
+    with pytest.raises(ValueError, match=says):
+        g.fused_backward(m, g.GaLoreAdamW(m.parameters(), rank=3), reduce_dtype=dtype)

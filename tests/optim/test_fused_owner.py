@@ -227,15 +227,16 @@ def test_a_foreach_zero_grad_after_updates_in_the_backward_pass() -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("mode", MODES)
-def test_a_model_that_becomes_data_parallel_is_refused_by_name(mode: str, tmp_path: Any) -> None:
+def test_a_wrapper_that_the_attachment_has_not_seen_is_refused_by_name(mode: str, tmp_path: Any) -> None:
+    """Fused before there were processes: nothing tells it of the wrapper until the first gradient, which must not be used."""
+    model = model_of()
+    optimizer = optimizer_of(model)
+    g.fused_backward(model, optimizer, mode)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model = model_of()
-        optimizer = optimizer_of(model)
-        g.fused_backward(model, optimizer, mode)
         wrapped = nn.parallel.DistributedDataParallel(model)
         before = values(model)
-        with pytest.raises(ValueError, match="DistributedDataParallel"):
+        with pytest.raises(ValueError, match=r"DistributedDataParallel that fused_backward has not seen.*init_process_group\(\) before"):
             backward(wrapped)
         assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     finally:

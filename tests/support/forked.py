@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,14 @@ class Forked:
         self.process.stdin.write(json.dumps(group) + "\n")
         self.process.stdin.flush()
         return list(self._line())
+
+    def together(self, processes: int, words: list[str]) -> list[int]:
+        """One command in several processes that find each other, as torchrun makes them; their ids."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+        return self.start(*[words] * processes, environments=[shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)])
 
     def wait(self) -> tuple[list[int], list[str]]:
         """(exit codes, what each said)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from galore_torch.engine.fused import only_if
 from galore_torch.engine.layout import Group, ParamView, State, carried_moments
+from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.codecs import StoredTensor
 from galore_torch.ops.linalg import in_range, readable, usable
 from galore_torch.ops.outer import OuterProduct
@@ -18,6 +19,7 @@ from galore_torch.slots.rules import Moment
 from galore_torch.slots.transport import TRANSPORTS
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
+Gradient = Tensor | OuterProduct | SharedGradient  # as a tensor, or as what is only multiplied
 STREAMS = 1 << 20  # random streams a step: the step counts them up from the first, a refresh takes the last 64
 
 
@@ -53,17 +55,20 @@ def _shift(state: State, group: Group) -> int:
     return int(group["update_proj_gap"] * (state["index"] * GOLDEN % 1.0)) if PROJECTORS[group["projector"]].in_turn else 0
 
 
-def refresh(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) -> None:
+def refresh(view: ParamView, grad: Gradient, first: bool = True) -> None:
     """New bases from this gradient, moments carried over; nothing changes, on the device, where the gradient is not usable.
 
-    grad: of the layout's view, or its factors, which are multiplied out only for a projector that needs the matrix. Each matrix of a
-    batch has its own basis: those without one get it from the first gradient they can use, the others at the end of the gap.
+    grad: of the layout's view, or its factors, or what all processes have of it: a projector that needs the matrix gets it. Each matrix of
+    a batch has its own basis: those without one get it from the first gradient they can use, the others at the end of the gap.
     ``first``: whether the gradient begins its step; a later micro-batch changes no basis in use.
     """
     state, group = view.state, view.group
-    if isinstance(grad, OuterProduct) and view.projector.whole:
+    if not isinstance(grad, Tensor) and view.projector.whole:
         grad = grad.dense()
-    is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad, len(view.layout.batch))
+    if isinstance(grad, SharedGradient):
+        is_usable, grad = grad.measured()
+    else:
+        is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad, len(view.layout.batch))
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -80,7 +85,7 @@ def refresh(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) ->
     state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=True)
 
 
-def _renew_some(view: ParamView, grad: Tensor | OuterProduct, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
+def _renew_some(view: ParamView, grad: Gradient, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
     """`_renew` for some matrices of a batch: they are taken out, and put back."""
     if bool(chosen.all()):
         return _renew(view, grad, warm, can)
@@ -98,19 +103,19 @@ def _renew_some(view: ParamView, grad: Tensor | OuterProduct, warm: bool, chosen
     return C
 
 
-def _renew(view: ParamView, grad: Tensor | OuterProduct, warm: bool, can: Tensor) -> Overlaps:
+def _renew(view: ParamView, grad: Gradient, warm: bool, can: Tensor) -> Overlaps:
     """New bases for all matrices of the view; C = new basis^T old basis. ``warm``: whether the old ones may be started from.
 
     ``can``: which gradients are usable; narrowed, in place, to those that made a finite basis.
     """
     state, layout = view.state, view.layout
     if not readable(grad):  # a decomposition must not meet NaN
-        grad = grad.where(can) if isinstance(grad, OuterProduct) else torch.where(can.view(*layout.batch, 1, 1), grad, 0.0)
+        grad = torch.where(can.view(*layout.batch, 1, 1), grad, 0.0) if isinstance(grad, Tensor) else grad.where(can)
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
     assert view.projector.find is not None
     exact = grad.to(layout.compute_dtype)
-    exact = exact.in_range() if isinstance(exact, OuterProduct) else in_range(exact, len(layout.batch))
+    exact = in_range(exact, len(layout.batch)) if isinstance(exact, Tensor) else exact.in_range()
     found = view.projector.find(exact, layout.ranks, old, seed)
     del exact  # a copy of the whole gradient, where that is of 16 bits
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one

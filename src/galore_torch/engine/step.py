@@ -20,7 +20,8 @@ from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State,
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.one_pass import in_one_pass
-from galore_torch.engine.refresh import STREAMS, moments_of, refresh, refresh_is_due
+from galore_torch.engine.refresh import STREAMS, Gradient, moments_of, refresh, refresh_is_due
+from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, norm, readable
 from galore_torch.ops.outer import OuterProduct
@@ -62,13 +63,14 @@ def step(view: ParamView, grad: Tensor) -> None:
                 error.encode(view.state, kept, view.state["step"] * STREAMS + STREAMS - 65)
 
 
-def compress(view: ParamView, grad: Tensor | OuterProduct, first: bool = True) -> Tensor:
+def compress(view: ParamView, grad: Gradient, first: bool = True) -> Tensor:
     """R = project(G), in fp32 or fp64, after a refresh of the basis from this gradient when that is due; G itself at full rank.
 
-    grad: the weight's shape or its view's, or the factors of a projected matrix's gradient. ``first``: whether it begins a step; a further
-    micro-batch only gives a basis to matrices that the earlier ones could give none.
+    grad: the weight's shape or its view's, or the factors of a projected matrix's gradient, or what this and other processes have of it,
+    of which R is this one's. ``first``: whether it begins a step; a further micro-batch only gives a basis to matrices that the earlier
+    ones could give none.
     """
-    if not isinstance(grad, OuterProduct):
+    if isinstance(grad, Tensor):
         if not view.layout.ranks:
             return grad
         grad = _as_view(grad, view.layout)
@@ -97,8 +99,13 @@ def _own_rows(view: ParamView) -> slice | None:
     return part(bases_of(view))
 
 
-def project(view: ParamView, grad: Tensor | OuterProduct) -> Tensor:
-    """R in the bases as they are, in fp32 or fp64. A new tensor."""
+def project(view: ParamView, grad: Gradient) -> Tensor:
+    """R in the bases as they are, in fp32 or fp64. A new tensor. Of a shared gradient, this process's R alone."""
+    if isinstance(grad, SharedGradient):
+        low = torch.zeros(view.layout.low_shape, dtype=view.layout.compute_dtype, device=grad.device)
+        for term in grad.terms:
+            low += project(view, term)
+        return low
     if isinstance(grad, OuterProduct):
         low = OuterProduct(project_factor(view, grad.left, -2), project_factor(view, grad.right, -1)).dense()
     else:
@@ -119,6 +126,13 @@ def project_factor(view: ParamView, factor: Tensor, axis: int) -> Tensor:
 def project_back(change: WeightUpdate, low: Tensor, bases: Bases, view: ParamView) -> None:
     """W <- decay_factor W - scale (low in full size), in place."""
     view.projector.project_back(change, low, bases)
+
+
+def unproject(view: ParamView, low: Tensor, out: Tensor) -> None:
+    """The gradient of the weight's shape that lies in the subspace and whose R is ``low``, into ``out``."""
+    with _viewed(out, view.layout) as matrix:
+        matrix.zero_()
+        project_back(WeightUpdate(matrix, -1.0), low, bases_of(view), view)
 
 
 def _as_view(tensor: Tensor, layout: Layout) -> Tensor:

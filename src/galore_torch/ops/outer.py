@@ -78,6 +78,12 @@ class OuterProduct:
         dtype = product_dtype(self.dtype, self.device.type)
         return self.left.to(dtype).mT @ self.right.to(dtype)
 
+    def largest(self) -> Tensor:
+        """An upper bound of G's magnitude for each matrix, (E x) 1 x 1, in the dtype of the factors. NaN propagates."""
+        if not self.left.shape[-2]:
+            return self.left.new_zeros((*self.shape[:-2], 1, 1))  # no tokens: G is zero
+        return _largest(self.left) * _largest(self.right) * self.left.shape[-2]
+
     def usable(self) -> Tensor:
         """Whether G is finite and not zero, by its product with one random vector: a bool for each matrix of a batch."""
         exact = self.to(torch.promote_types(self.dtype, torch.float32))

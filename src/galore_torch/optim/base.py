@@ -19,6 +19,7 @@ from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView, state_spec
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept, takes_tensors
 from galore_torch.engine.sharding import refuse_sharded
+from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.quantize import refuse_replaced
@@ -311,8 +312,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             p.grad = self._low_rank_grad(p, low)
 
     @torch.no_grad()
-    def add_low_rank(self, p: Tensor, low: Tensor | None, factors: OuterProduct | None) -> None:
-        """Add to ``p.grad`` what a backward pass has made without the gradient: R, and the factors of a part whose basis is due."""
+    def add_low_rank(self, p: Tensor, low: Tensor | None, factors: OuterProduct | SharedGradient | None) -> None:
+        """Add to ``p.grad`` what a backward pass has made without the gradient: R, and the factors of a part whose basis is due.
+
+        The part may be shared with other processes, which then find its basis together.
+        """
         group = self.group_of(p)
         view = self._check(p, group)
         if isinstance(p.grad, ConsumedGrad):
@@ -351,6 +355,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not self.state.get(p):
             self._adopt(also=p)
         return self._view(p, self.group_of(p))
+
+    def knows(self, p: Tensor) -> bool:
+        """Whether the parameter is one of this optimizer's."""
+        return p in self._places
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The group of one of this optimizer's parameters."""

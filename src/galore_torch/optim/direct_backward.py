@@ -30,6 +30,7 @@ from galore_torch.optim.direct_compiled import compiled_linear, register
 from galore_torch.optim.swapped_class import SwappedClass, plain_class, restore_class, swap_class
 
 F = TypeVar("F", bound=Callable[..., Any])
+Finish = Callable[[Tensor, "Tensor | None", "OuterProduct | None"], None]
 
 
 def _untraced(method: F) -> F:
@@ -44,9 +45,10 @@ def _untraced(method: F) -> F:
 
 
 class DirectLayer:
-    """What the layer of one weight knows of its optimizer. ``finish(p)`` is called when a pass's low-rank gradient is in ``p.grad``."""
+    """What the layer of one weight knows of its optimizer. ``finish(p, low, factors)`` takes what a pass has made: R, and the factors of a
+    part whose basis is due."""
 
-    def __init__(self, name: str, module: nn.Module, optimizer: LowRankOptimizer, finish: Callable[[Tensor], None]):
+    def __init__(self, name: str, module: nn.Module, optimizer: LowRankOptimizer, finish: Finish):
         weight: Any = module.weight
         self.name, self.weight, self.finish = name, weight, finish
         self.transposed = _is_conv1d(module)
@@ -166,11 +168,9 @@ class DirectLayer:
         """All that this backward pass adds to R is there."""
         this = self._passes.pop(torch._C._current_graph_task_id(), _Pass(-1))
         self._passes = {number: other for number, other in self._passes.items() if other.step == this.step}  # others have failed
-        optimizer = self._optimizer()
-        if optimizer is not None and self.weight.requires_grad:  # it may have been frozen since the forward pass
+        if self._optimizer() is not None and self.weight.requires_grad:  # it may have been frozen since the forward pass
             total = OuterProduct.total(this.terms) if this.terms else None
-            optimizer.add_low_rank(self.weight, low if this.reduced or not this.terms else None, total)
-            self.finish(self.weight)
+            self.finish(self.weight, low if this.reduced or not this.terms else None, total)
 
 
 @dataclass

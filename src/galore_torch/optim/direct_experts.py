@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from galore_torch.engine import step as engine
@@ -22,6 +23,7 @@ from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import gap_is_over
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
+from galore_torch.optim.direct_backward import Finish
 from galore_torch.optim.swapped_class import SwappedClass, restore_class, swap_class
 
 Segments = Sequence[tuple[int, slice]]  # expert, and which of the tokens are its
@@ -33,9 +35,9 @@ _PRODUCTS = {
 
 
 class DirectExperts:
-    """The experts' parameter and its optimizer. ``finish(p)`` is called when a pass's low-rank gradient is in ``p.grad``."""
+    """The experts' parameter and its optimizer. ``finish(p, low, None)`` takes the R that a pass has made."""
 
-    def __init__(self, name: str, module: nn.Module, weight: Tensor, optimizer: LowRankOptimizer, finish: Callable[[Tensor], None]):
+    def __init__(self, name: str, module: nn.Module, weight: Tensor, optimizer: LowRankOptimizer, finish: Finish):
         self.name, self.weight, self.finish = name, weight, finish
         self._optimizer = weakref.ref(optimizer)
         self._low: Tensor | None = None  # R of this pass so far
@@ -43,6 +45,7 @@ class DirectExperts:
         self._was_plain = False  # whether a product was since the last ordinary gradient
         self.trigger = torch.zeros((), requires_grad=True)
         self.trigger.register_post_accumulate_grad_hook(_Arrival(weakref.ref(self)))
+        self._node: Any = get_gradient_edge(self.trigger).node
         self._module = weakref.ref(module)
         _attach(module, self)
 
@@ -50,6 +53,10 @@ class DirectExperts:
         """The module is an ordinary one again, once all of its parameters are."""
         if (module := self._module()) is not None:
             _detach(module, self)
+
+    def is_wanted(self) -> bool:
+        """Whether the backward pass under way runs through a product whose R is made."""
+        return torch._C._will_engine_execute_node(self._node)
 
     def takes_plain(self) -> bool:
         """Whether an ordinary gradient of the weight is as it should be: where a product was an ordinary one."""
@@ -79,10 +86,8 @@ class DirectExperts:
     def arrived(self) -> None:
         """All products of this backward pass have been seen."""
         low, self._low = self._low, None
-        optimizer = self._optimizer()
-        if optimizer is not None and low is not None:
-            optimizer.add_low_rank(self.weight, low, None)
-            self.finish(self.weight)
+        if self._optimizer() is not None and low is not None:
+            self.finish(self.weight, low, None)
 
 
 class _Arrival:

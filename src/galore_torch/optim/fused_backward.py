@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from galore_torch.choices import one_of
 from galore_torch.engine.recipe import check_kept
+from galore_torch.ops.outer import OuterProduct
+from galore_torch.optim.averaging import Averaging
 from galore_torch.optim.base import LowRankOptimizer
 from galore_torch.optim.direct_backward import DirectLayer, is_linear
 from galore_torch.optim.direct_experts import DirectExperts
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
+from galore_torch.optim.wrapped import active_wrapper, holds, refuse_join
 
 MODES = ("project", "update", "direct", "direct_update")
 _DIRECT, _UPDATING = ("direct", "direct_update"), ("update", "direct_update")
@@ -30,19 +34,24 @@ _DIRECT, _UPDATING = ("direct", "direct_update"), ("update", "direct_update")
 class FusedBackward:
     """The attachment of an optimizer to a model's backward pass; ``remove()`` undoes it, and so does leaving a ``with``."""
 
-    def __init__(self, model: nn.Module, optimizer: LowRankOptimizer, params: list[nn.Parameter], mode: str):
-        self.mode, self._params = mode, params
+    def __init__(
+        self, model: nn.Module, optimizer: LowRankOptimizer, params: list[nn.Parameter], mode: str, reduce_dtype: torch.dtype | None = None
+    ):
+        self.mode, self._params, self._reduce_dtype = mode, params, reduce_dtype
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[Any] = []
         self._checked = False
+        self._averaging: Averaging | None = None  # where a DistributedDataParallel has left the gradients of projected weights to us
         self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
         self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
         self.look: Callable[[Tensor], None] | None = None  # called with each R of a linear layer before it updates its weight
         self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
         hook = _Hook(weakref.ref(self))
         self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]
-        if self._quantised:
+        if self._quantised or _has_processes():
             self._handles.append(model.register_forward_pre_hook(hook))
+        if _has_processes():
+            self._handles.append(model.register_forward_hook(hook))
         optimizer.attachments.append(self)
 
     def remove(self) -> None:
@@ -51,6 +60,9 @@ class FusedBackward:
             handle.remove()
         self._handles.clear()
         self._direct.clear()
+        if self._averaging is not None:
+            self._averaging.close()
+            self._averaging = None
         if (optimizer := self._optimizer()) is not None and self in optimizer.attachments:
             optimizer.attachments.remove(self)
 
@@ -65,6 +77,32 @@ class FusedBackward:
         for p in self._quantised:
             p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks  # what registering the first does
 
+    def begins(self) -> None:
+        """The forward pass of the model begins, maybe inside of a wrapper that has been put around it."""
+        self.follow()
+        if _has_processes() and (wrapper := active_wrapper()) is not None:
+            self.meet(wrapper)
+
+    def meet(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
+        """Take the projected weights from this wrapper, where it holds them: their gradients are averaged as R."""
+        if self._averaging is not None and self._averaging.serves(wrapper):
+            refuse_join(wrapper)
+            return
+        optimizer = self._optimizer()
+        if optimizer is None or not holds(wrapper, self._params):
+            return
+        weights = [p for p in self._params if optimizer.view_of(p).layout.ranks]
+        if self._averaging is not None:
+            self._averaging.close()
+        self._averaging = Averaging(optimizer, weights, wrapper, self._reduce_dtype)
+        if self.mode in _UPDATING:
+            self._averaging.averaged = _Update(weakref.ref(self))
+
+    def watch(self, output: Any) -> None:
+        """The forward pass of the model has ended."""
+        if self._averaging is not None:
+            self._averaging.watch(output)
+
     def fire(self, p: Tensor) -> None:
         """Use the gradient that has just been made, and free it."""
         optimizer = self._optimizer()
@@ -74,23 +112,29 @@ class FusedBackward:
         if p in self._direct and (isinstance(p.grad, ConsumedGrad) or (isinstance(p.grad, LowRankGrad) and not p.grad.has_dense)):
             return  # compiled layers call it for no gradient at all
         layer = self._direct.get(p)
+        waits = self._averaging is not None and layer is not None and layer.is_wanted() and not self._averaging.has(p, "direct")
         if layer is not None and not layer.takes_plain():
             self._give_up(p, layer)
+        if self._averaging is not None:
+            if p in self._averaging:
+                grad, p.grad = p.grad, None
+                self._averaging.arrived(p, "plain", (None, grad), waits)
+            return  # the wrapper's own stay until the step: their mean comes at the end of the backward pass
         updates = self.mode in _UPDATING and layer is None  # the rest of its gradient may still be on its way
         act = optimizer.update_parameter if updates else optimizer.compress_gradient
         act(p, optimizer.group_of(p))
 
     def _check_parallel(self) -> None:
-        """Refuse a wrapper that came after the attachment, once."""
-        if not self._checked:
-            _refuse_data_parallel(self._params[0])
+        """Refuse a wrapper whose forward pass did not go through the model that was fused, once."""
+        if not self._checked and self._averaging is None:
+            _refuse_unseen_wrapper(self._params[0])
             self._checked = True
 
     def attach_layers(self, model: nn.Module) -> None:
         """Give the linear layers of projected matrices a backward pass that makes no full gradient; say which matrices have none."""
         optimizer, names, left = self._optimizer(), _places_of(model), self.left
         assert optimizer is not None
-        finish = _Finish(weakref.ref(self))
+        finish = _Finish(weakref.ref(self), weakref.ref(optimizer))
         for p in self._params:
             if not (layout := optimizer.view_of(p).layout).ranks:
                 continue
@@ -118,29 +162,55 @@ class FusedBackward:
             stacklevel=2,
         )
 
-    def finish(self, p: Tensor) -> None:
-        """The low-rank gradient of a layer is in ``p.grad``. That of experts waits for `step`: a part of it may come the ordinary way."""
+    def finish(self, p: Tensor, low: Tensor | None, factors: OuterProduct | None) -> None:
+        """What a layer's backward pass has made: R, or the factors of a part whose basis is due."""
         self._check_parallel()
         optimizer = self._optimizer()
-        if optimizer is not None and self.mode in _UPDATING and not isinstance(self._direct.get(p), DirectExperts):
+        if optimizer is None:
+            return
+        if self._averaging is not None and p in self._averaging:
+            waits = torch._C._will_engine_execute_node(get_gradient_edge(p).node) and not self._averaging.has(p, "plain")
+            self._averaging.arrived(p, "direct", (low, factors), waits)
+            return
+        optimizer.add_low_rank(p, low, factors)
+        if self.mode in _UPDATING and not isinstance(self._direct.get(p), DirectExperts):  # a part of theirs may come the ordinary way
+            self.update(p)
+
+    def update(self, p: Tensor) -> None:
+        """The gradient of one weight is whole: use it up."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
             if self.look is not None and isinstance(p.grad, LowRankGrad):
                 self.look(p.grad.low)
             optimizer.update_parameter(p, optimizer.group_of(p))
 
 
 class _Finish:
-    """What a layer calls when its low-rank gradient is made. It holds the attachment weakly, as `_Hook` does."""
+    """What a layer calls when its low-rank gradient is made. It holds the attachment and its optimizer weakly, as `_Hook` does."""
+
+    def __init__(self, attachment: Callable[[], FusedBackward | None], optimizer: Callable[[], LowRankOptimizer | None]):
+        self.attachment, self.optimizer = attachment, optimizer
+
+    def __call__(self, p: Tensor, low: Tensor | None, factors: OuterProduct | None) -> None:
+        if (attachment := self.attachment()) is not None:
+            attachment.finish(p, low, factors)
+        elif (optimizer := self.optimizer()) is not None:  # removed since the forward pass
+            optimizer.add_low_rank(p, low, factors)
+
+
+class _Update:
+    """What averaged gradients are handed to. It holds the attachment weakly."""
 
     def __init__(self, attachment: Callable[[], FusedBackward | None]):
         self.attachment = attachment
 
     def __call__(self, p: Tensor) -> None:
         if (attachment := self.attachment()) is not None:
-            attachment.finish(p)
+            attachment.update(p)
 
 
 class _Hook:
-    """What a parameter calls when its gradient has been made, and a quantised model before it computes.
+    """What a parameter calls when its gradient has been made, and a quantised or data-parallel model before and after it computes.
 
     Saved with a model it belongs to no attachment, and a copy of a model has the attachment of no parameter.
     """
@@ -148,11 +218,14 @@ class _Hook:
     def __init__(self, attachment: Callable[[], FusedBackward | None]):
         self.attachment = attachment
 
-    def __call__(self, owner: Tensor | nn.Module, *_: Any) -> None:
+    def __call__(self, owner: Tensor | nn.Module, *seen: Any) -> None:
         if torch.compiler.is_compiling() or (attachment := self.attachment()) is None:
             return
         if isinstance(owner, nn.Module):
-            attachment.follow()
+            if len(seen) == 1:  # its inputs
+                attachment.begins()
+            else:
+                attachment.watch(seen[-1])
         else:
             attachment.fire(owner)
 
@@ -174,7 +247,9 @@ def attachment_of(p: Tensor) -> FusedBackward | None:
     return None
 
 
-def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "project") -> FusedBackward:
+def fused_backward(
+    model: nn.Module, optimizer: LowRankOptimizer, mode: str = "project", reduce_dtype: torch.dtype | None = None
+) -> FusedBackward:
     """Free each gradient inside the backward pass, as soon as it is made.
 
     mode "project": the gradient is projected into its low-rank buffer and freed. ``optimizer.step()`` stays an ordinary
@@ -191,16 +266,24 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
         go on as in "project".
     mode "direct_update": as "direct", and the weight is updated inside the backward pass, as in "update".
 
+    Under DistributedDataParallel, whether ``model`` is the wrapper or is put into one later: processes average the low-rank gradients of
+    projected weights, in ``reduce_dtype`` (torch.float32 or torch.bfloat16; None: in that of R), and the bases stay the same in all. The
+    wrapper averages the others, which are then updated by ``optimizer.step()`` in every mode. `no_sync` adds up micro-batches as always.
+
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
-    Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, but in mode "update" a
-    recovery or carry that reads the full gradient, and DistributedDataParallel, whose hooks would see gradients before they are averaged.
+    Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, and but in mode "update"
+    a recovery or carry that reads the full gradient.
     """
     one_of("mode", mode, MODES)
     if not isinstance(optimizer, LowRankOptimizer):
         raise ValueError(f"optimizer is a {type(optimizer).__name__}: fused_backward needs one of galore_torch, such as GaLoreAdamW")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(_DATA_PARALLEL)
+    if reduce_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"reduce_dtype={reduce_dtype!r} is not torch.float32, torch.bfloat16 or None, which is the dtype of R")
+    if reduce_dtype is not None and not _has_processes():
+        raise ValueError(f"reduce_dtype={reduce_dtype} has no effect in one process: leave it None, or call init_process_group() first")
+    wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    model = model if wrapper is None else wrapper.module
     own = {p for group in optimizer.param_groups for p in group["params"]}
     mine = [p for p in model.parameters() if p in own and p.requires_grad]
     if not mine:
@@ -210,9 +293,11 @@ def fused_backward(model: nn.Module, optimizer: LowRankOptimizer, mode: str = "p
     if mode != "update":
         for p in mine:
             check_kept(optimizer.group_of(p))
-    attachment = FusedBackward(model, optimizer, mine, mode)
+    attachment = FusedBackward(model, optimizer, mine, mode, reduce_dtype)
     if mode in _DIRECT:
         attachment.attach_layers(model)
+    if wrapper is not None:
+        attachment.meet(wrapper)
     return attachment
 
 
@@ -225,14 +310,16 @@ def _places_of(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
     return places
 
 
-_DATA_PARALLEL = (
-    "model is in a DistributedDataParallel: its gradients would be used before they are averaged over ranks; train without fused_backward"
-)
+def _has_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _refuse_data_parallel(p: Tensor) -> None:
-    """Raise ValueError where a model was wrapped after it was fused. DistributedDataParallel leaves no mark on a parameter."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def _refuse_unseen_wrapper(p: Tensor) -> None:
+    """Raise ValueError where the model is in a wrapper that has not been met. DistributedDataParallel leaves no mark on a parameter."""
+    if _has_processes():
         wrappers = [each for each in gc.get_objects() if type(each) is nn.parallel.DistributedDataParallel]
         if any(p is other for wrapper in wrappers for other in wrapper.parameters()):
-            raise ValueError(_DATA_PARALLEL)
+            raise ValueError(
+                "the model is in a DistributedDataParallel that fused_backward has not seen, so its gradients would be used before they "
+                "are averaged: call init_process_group() before fused_backward, or give fused_backward the wrapped model"
+            )

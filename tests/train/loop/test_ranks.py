@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from itertools import chain, islice
@@ -25,16 +24,6 @@ from support.forked import Forked
 from support.whole_runs import command, rows
 
 Make = Callable[..., PretrainConfig]
-
-
-def start(forked: Forked, processes: int, words: list[str]) -> list[int]:
-    """`galore pretrain` in several processes that find each other, as torchrun makes them; their ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
-    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return forked.start(*[words] * processes, environments=environments)
 
 
 def words(config: PretrainConfig) -> list[str]:
@@ -74,7 +63,7 @@ def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make
     settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]
     two = make_config(**settings, save_dir=str(tmp_path / "two"))
     one = make_config(**(settings | {"batch_size": 8}), gradients="full", save_dir=str(tmp_path / "one"))  # as two processes have them
-    start(forked, 2, words(two))
+    forked.together(2, words(two))
     assert command(one)[0] == 0
     codes, (said, other_said) = forked.wait()
     assert codes == [0, 0], said + other_said
@@ -88,11 +77,11 @@ def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make
 def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Make, tmp_path: Path, forked: Forked) -> None:
     """Streamed and packed: each process has a place of its own in the text, and gets it back."""
     settings = {"stream": True, "num_training_steps": 40, "batch_size": 2, "optimizer": "galore_adamw", "eval_every": 20}
-    start(forked, 2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
+    forked.together(2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
     codes, said = forked.wait()
     assert codes == [0, 0], said
     config = make_config(**settings)
-    first, _ = start(forked, 2, [*words(config), "--resume", "auto"])
+    first, _ = forked.together(2, [*words(config), "--resume", "auto"])
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 6) and time.monotonic() < deadline:
@@ -106,14 +95,14 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
     assert positions[0] != positions[1]
     with pytest.raises(UserError, match=r"was written by 2 processes, .* and 1 run now; give torchrun --nproc_per_node 2"):
         command(make_config(**(settings | {"batch_size": 4}), resume="auto"))
-    start(forked, 2, [*words(config), "--resume", "auto"])
+    forked.together(2, [*words(config), "--resume", "auto"])
     codes, said = forked.wait()
     assert codes == [0, 0], said
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     weights = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     for key, value in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
         assert torch.equal(weights[key], value), key
-    start(forked, 2, [*words(config), "--resume", "auto"])
+    forked.together(2, [*words(config), "--resume", "auto"])
     assert forked.wait()[0] == [0, 0], "nothing is left to do, and nobody waits for another"
 
 

@@ -1,0 +1,64 @@
+"""Means over the processes of a group: the one place where data-parallel training says something to the other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+class Processes:
+    """The processes that average their gradients, in a group of their own, so that no other's collectives come between theirs.
+
+    Made by all of them together. All of them call its methods in the same order.
+    """
+
+    def __init__(self, like: Any) -> None:
+        """``like``: the process group whose members they are."""
+        ranks = distributed.get_process_group_ranks(like)
+        self.group = distributed.new_group(ranks, use_local_synchronization=True)
+        self.size, self.first = len(ranks), ranks[0]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor of one shape, the same bits in each process."""
+        tensor = tensor / self.size
+        distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Any:
+        """Begin to sum up, in place; ``wait()`` on the answer ends it."""
+        return distributed.all_reduce(tensor, group=self.group, async_op=True)
+
+    def from_first(self, tensors: Sequence[Tensor]) -> None:
+        """The first process's values, in place."""
+        for tensor in tensors:
+            distributed.broadcast(tensor, self.first, group=self.group)
+
+    def close(self) -> None:
+        """End the group. Nothing where the processes have parted already."""
+        if distributed.is_initialized():
+            distributed.destroy_process_group(self.group)
+
+
+class MeanBucket:
+    """Tensors of several processes that are averaged together, in one all-reduce that computation goes on beside.
+
+    Beside each tensor stands whether this process has used it: a process that has not can ask whether another one has.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], used: Sequence[bool], processes: Processes, dtype: torch.dtype) -> None:
+        one = tensors[0]
+        flags = one.new_ones(len(used)) if all(used) else one.new_tensor(used)
+        flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), flags])
+        self.flat = flat.div_(processes.size).to(dtype)
+        self.used, self.sizes = used, [tensor.numel() for tensor in tensors]
+        self.work = processes.start_sum(self.flat)
+
+    def means(self) -> list[Tensor | None]:
+        """The mean of each tensor, flat and in the dtype it travelled in; None for one that no process has used."""
+        self.work.wait()
+        *parts, flags = self.flat.split([*self.sizes, len(self.sizes)])
+        # The host looks at a flag only where it cannot know: where the tensor is of no use here.
+        return [part if mine or bool(flag) else None for part, mine, flag in zip(parts, self.used, flags, strict=True)]

@@ -1,0 +1,204 @@
+"""One training run of a small model, in one process or as one of several under DistributedDataParallel: what tests compare.
+
+As a program, `data_parallel.py FOLDER JSON`: a process of a group runs the settings and leaves in FOLDER what came of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import galore_torch as g
+from galore_torch.engine.refresh import refresh_is_due
+
+if TYPE_CHECKING:
+    from support.forked import Forked
+
+TOKENS, WORDS = 12, 40
+
+
+@dataclass
+class Run:
+    """The settings of one run. ``mode``: of fused_backward, None for none; ``first``: attached before the model is wrapped."""
+
+    mode: str | None = "direct"
+    cls: str = "GaLoreAdamW"
+    steps: int = 50
+    micro_batches: int = 1
+    clip: float | None = None
+    first: bool = False
+    proj_type: str = "std"
+    projector: str = "power"
+    group: dict[str, Any] | None = None
+    wrap: dict[str, Any] | None = None
+    reduce_dtype: str | None = None
+    model: str = "Net"
+    set_to_none: bool = True
+    odd: bool = False  # the processes' batches differ in size, and with micro-batches the first of them is left out by process 1
+    hook: bool = False
+    checkpoint: str | None = None
+
+
+class Net(nn.Module):
+    """Words in, words out; every shape a projected matrix has: tall, wide, square."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.words = nn.Embedding(WORDS, 24)
+        self.up, self.mid, self.down = nn.Linear(24, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 24)
+        self.norm = nn.LayerNorm(24)
+        self.head = nn.Linear(24, WORDS, bias=False)
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(torch.tanh(self.mid(nn.functional.gelu(self.up(x))))))
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.words(ids)
+        if self.run.checkpoint:
+            x = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=self.run.checkpoint == "reentrant")
+        else:
+            x = self.block(x)
+        return {"logits": [self.head(x)]}
+
+
+class Bare(Net):
+    """Nothing but projected matrices."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.words.requires_grad_(False)
+        self.norm, self.up, self.down = nn.Identity(), nn.Linear(24, 32, bias=False), nn.Linear(32, 24, bias=False)  # type: ignore[assignment]
+
+
+class Branches(Net):
+    """Each process uses one of two layers, by turns, and none of them the third."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.even, self.uneven, self.never = (nn.Linear(24, 24, bias=False) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.block(self.words(ids))
+        rows = [(self.even if int(row[0]) % 2 else self.uneven)(x[i]) for i, row in enumerate(ids)]
+        return {"logits": [self.head(torch.stack(rows))]}
+
+
+def ids_of(step: int, micro: int, part: int, odd: bool) -> Tensor:
+    """A batch of sequences; a Markov chain, so that there is something to learn. ``part``: of two."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + part)
+    rows = 3 + part if odd else 4
+    ids = torch.randint(WORDS, (rows, TOKENS + 1), generator=generator)
+    ids[:, 1::2] = (3 * ids[:, 0:-1:2] + 1) % WORDS
+    ids[:, 0] = part  # which branch is taken
+    return ids
+
+
+def optimizer_of(model: nn.Module, run: Run) -> Any:
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p.requires_grad and p.shape[0] != WORDS]
+    head = [p for name, p in model.named_parameters() if name == "head.weight"]
+    rest = [p for p in model.parameters() if p.dim() != 2] + [p for p in [model.words.weight] if p.requires_grad]  # type: ignore[union-attr]
+    keys = {"rank": 6, "update_proj_gap": 7, "proj_type": run.proj_type, "projector": run.projector, **(run.group or {})}
+    groups = [{"params": [*matrices, *head], **keys}, {"params": rest}]
+    return getattr(g, run.cls)([group for group in groups if group["params"]], lr=2e-3)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(ids[:, :-1])["logits"][0]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+class Sent:
+    """Counts the bytes that are all-reduced, but for those of DistributedDataParallel itself."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.all_reduce = distributed.all_reduce
+        distributed.all_reduce = self
+
+    def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.bytes += tensor.nbytes
+        return self.all_reduce(tensor, *args, **kwargs)
+
+
+def train(run: Run, rank: int, size: int) -> dict[str, Any]:
+    """The weights after each step. ``size`` 1: on the joined batches of two processes."""
+    sent = Sent() if size > 1 else None
+    torch.manual_seed(0 if rank == 0 or size == 1 else 100 + rank)  # the wrapper makes weights alike
+    model: Any = {"Net": Net, "Bare": Bare, "Branches": Branches}[run.model](run)
+    optimizer = optimizer_of(model, run)
+    dtype = getattr(torch, run.reduce_dtype) if run.reduce_dtype and size > 1 else None
+    if run.mode and run.first:
+        g.fused_backward(model, optimizer, run.mode, reduce_dtype=dtype)
+    wrapped = DistributedDataParallel(model, **(run.wrap or {})) if size > 1 else model
+    if run.hook and size > 1:
+        wrapped.register_comm_hook(g.LowRankHookState(optimizer, reduce_dtype=dtype), g.low_rank_hook)
+    if run.mode and not run.first:
+        g.fused_backward(wrapped, optimizer, run.mode, reduce_dtype=dtype)
+    weights, norms, due, sizes = [], [], [], []
+    for step in range(run.steps):
+        due.append([name for name, p in model.named_parameters() if is_due(optimizer, p)])
+        before = sent.bytes if sent else 0
+        tokens = sum(len(ids_of(step, m, part, run.odd)) for m in range(run.micro_batches) for part in range(2)) * TOKENS
+        for micro in range(run.micro_batches):
+            last = micro + 1 == run.micro_batches
+            both = [ids_of(step, micro, part, run.odd) for part in range(2)]
+            if size == 1:
+                (loss_of(wrapped, torch.cat(both)) / tokens).backward()
+            else:
+                mine = both[rank % 2] if size == 2 else torch.cat(both).chunk(size)[rank]
+                with nullcontext() if last else wrapped.no_sync():
+                    (loss_of(wrapped, mine) * size / tokens).backward()
+        if run.clip:
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)))
+        sizes.append(sent.bytes - before if sent else 0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=run.set_to_none)
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        weights.append(flat)
+        if size > 1:
+            others = [torch.empty_like(flat) for _ in range(size)]
+            distributed.all_gather(others, flat)
+            assert all(torch.equal(flat, other) for other in others), f"processes differ after step {step}"
+    steps = [optimizer.state[p].get("step", 0) for p in model.parameters() if p in optimizer.state]
+    return {"weights": torch.stack(weights), "norms": norms, "steps": steps, "due": due, "bytes": sizes}
+
+
+def is_due(optimizer: Any, p: Tensor) -> bool:
+    if p not in optimizer.state or not optimizer.view_of(p).layout.ranks:
+        return False
+    return refresh_is_due(optimizer.state[p], optimizer.group_of(p))
+
+
+def in_processes(forked: Forked, size: int, run: Run, folder: Path) -> dict[str, Any]:
+    """What came of a run in several processes: of the first, which is what all have."""
+    forked.together(size, [str(Path(__file__).resolve()), str(folder), json.dumps(asdict(run))])
+    codes, said = forked.wait()
+    assert codes == [0] * size, "\n".join(said)
+    found: dict[str, Any] = torch.load(folder / "0.pt")
+    return found
+
+
+def main(folder: str, settings: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    try:
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        torch.save(copy.copy(train(Run(**json.loads(settings)), rank, size)), Path(folder) / f"{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
