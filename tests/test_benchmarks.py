@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support import tasks
 from support.forked import Forked
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -88,3 +89,21 @@ def test_the_table_of_architectures_says_what_is_refused_and_why(tmp_path: Path,
     page = (tmp_path / "page.md").read_text(encoding="utf-8").strip()
     assert "muon: --optimizer muon takes matrices; some weights of this model are stacks of them, which" in page
     assert page in printed
+
+
+def test_glue_benchmark_tunes_reports_and_goes_on(tmp_path: Path, forked: Forked) -> None:
+    """A grid of two rates on a seed of its own, then two seeds; the same command again runs nothing."""
+    model, data, results = tasks.bert(tmp_path / "bert"), tasks.glue(tmp_path / "glue", train=24, dev=8), tmp_path / "results.jsonl"
+    words = ["glue/run.py", "--model", model, "--data", data, "--tasks", "mrpc", "--methods", "galore r=4", "--grid", "1e-3", "1e-4"]
+    words += ["--steps", "2", "--seeds", "1", "2", "--max_length", "32", "--output", str(results)]
+    run(*words, forked=forked, folder=tmp_path)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["seed"], line["lr"]) for line in lines[:2]] == [(0, 1e-3), (0, 1e-4)]
+    best = min(line["lr"] for line in lines[:2] if line["best"] == max(other["best"] for other in lines[:2]))
+    assert [(line["seed"], line["lr"]) for line in lines[2:]] == [(1, best), (2, best)]
+    run(*words, forked=forked, folder=tmp_path)
+    assert len(results.read_text().splitlines()) == 4
+    printed = run("glue/table.py", str(results), forked=forked, folder=tmp_path)
+    assert f"| galore r=4 | {best:g} of 0.0001, 0.001 |" in printed
+    assert "| 2 |" in printed
+    assert "| 92.25 |" in printed

@@ -119,7 +119,11 @@ def test_library_imports_only_torch(name: str) -> None:
 
 def test_train_extra_names_what_the_command_imports() -> None:
     extra = {line.split(">")[0].split(";")[0].strip() for line in requires("galore-torch") or [] if "'train'" in line}
-    roots = {full.split(".")[0].replace("yaml", "pyyaml") for name in USER_FILES for full in imported(TREES[name])}
+    roots = {
+        full.split(".")[0].replace("yaml", "pyyaml").replace("sklearn", "scikit-learn")
+        for name in USER_FILES
+        for full in imported(TREES[name])
+    }
     assert roots - set(sys.stdlib_module_names) - {"torch", "galore_torch"} - OWN_EXTRA.keys() <= extra
 
 

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from galore_torch import __version__
 from galore_torch.choices import BASIS_CODECS, STATE_CODECS
 from galore_torch.train.commands.ready import check_ready
+from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.config.finetune import METHODS, FinetuneConfig
 from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError, did_you_mean
@@ -23,6 +25,7 @@ from galore_torch.train.optimizers.registry import GRADIENTS, OPTIMIZERS
 from galore_torch.train.report.listing import list_runs
 
 _TRAIN_EXTRA = ("transformers", "tokenizers", "rich", "matplotlib")
+_SCORES_EXTRA = (*_TRAIN_EXTRA, "sklearn", "scipy")
 _EXIT_USAGE, _EXIT_INTERRUPTED = 2, 130
 
 
@@ -91,12 +94,39 @@ def _add_pretrain(commands: Any) -> None:
 
 
 def _pretrain(arguments: dict[str, Any]) -> int:
-    config = config_from(arguments, launched().size)
+    config: PretrainConfig = config_from(arguments, launched().size)
     _need("pretrain", _TRAIN_EXTRA)
     check_ready(config)
     from galore_torch.train.commands.pretrain import pretrain
 
     return pretrain(config)
+
+
+# --- galore finetune ------------------------------------------------------------------------------------------------
+
+
+def _add_finetune(commands: Any) -> None:
+    finetune = commands.add_parser(
+        "finetune",
+        usage="galore finetune --model_name_or_path NAME --task_name TASK [--config FILE] [--FLAG VALUE ...]",
+        help="fine-tune a model on GLUE, on your own classes or numbers, or on prompts with their answers",
+        description="Fine-tune any encoder or decoder on one of GLUE's tasks, on your own classification or regression, or on prompts with "
+        "their answers. The run's folder, its resuming and its report are those of galore pretrain.",
+        epilog=f"methods: {', '.join(METHODS)}. optimizers: {', '.join(OPTIMIZERS)}.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_flags(finetune, FinetuneConfig)
+    finetune.set_defaults(run=_finetune)
+
+
+def _finetune(arguments: dict[str, Any]) -> int:
+    _need("finetune", _SCORES_EXTRA)
+    config = config_from(arguments, launched().size, FinetuneConfig)
+    check_ready(config)
+    from galore_torch.train.commands.finetune import finetune
+
+    return finetune(config)
 
 
 # --- galore recipes -------------------------------------------------------------------------------------------------
@@ -334,7 +364,7 @@ def _underscored(word: str) -> str:
 
 
 # Each adds a command's parser, with set_defaults(run=...): arguments -> exit code.
-_COMMANDS = (_add_pretrain, _add_recipes, _add_ls, _add_report, _add_export, _add_generate, _add_eval, _add_plan)
+_COMMANDS = (_add_pretrain, _add_finetune, _add_recipes, _add_ls, _add_report, _add_export, _add_generate, _add_eval, _add_plan)
 
 
 def _print_error(message: str) -> None:

@@ -20,7 +20,7 @@ from galore_torch.train.checkpoint.lock import LOCK
 from galore_torch.train.checkpoint.storage import checkpoints_in, load_tree, newest_whole, save_tree, step_of, verify
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import PUBLISHED
-from galore_torch.train.data.loader import TokenData
+from galore_torch.train.data.loader import Data
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import hf_architecture
 from galore_torch.train.optimizers.registry import optimizer_spec, own_settings, unused_flags
@@ -32,16 +32,22 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 TRACKED = "trackers.json"  # the names of this run at the services it is sent to
 TRAINER = "trainer.json"
+BEST = "best"  # the folder of the checkpoint whose score was the best
 _OPTIMIZER, _INT8 = "optimizer", "int8"
 # Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
-_FREE = frozenset({"device", "activation_checkpointing", "workers"})
+_FREE = frozenset({"device", "activation_checkpointing", "workers", "find_lr"})
 # Settings that say what another one of these settings holds.
 _SAME = frozenset({"gradient_accumulation", "max_train_tokens"})
 # Settings that are compared by what they amount to.
-_AMOUNT = frozenset({"model_config", "vocab_size", "data", "eval_data", "tokenizer", "text_field", "optimizer", "compare", "lr"})
+_AMOUNT = frozenset(
+    {
+        *("model_config", "vocab_size", "data", "eval_data", "tokenizer", "text_field", "optimizer", "compare", "lr"),
+        *("data_dir", "train_file", "validation_file"),
+    }
+)
 
 
-def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> dict[str, Any]:
+def identity(config: PretrainConfig, name: str, lr: float, data: Data) -> dict[str, Any]:
     """Everything that decides the weights of a run, by flag, as JSON has it.
 
     Text in memory counts by its tokens, streamed text by its name: the names and sizes of its files.
@@ -63,6 +69,7 @@ def identity(config: PretrainConfig, name: str, lr: float, data: TokenData) -> d
         "model_config": asdict(config.shape) | {"vocab_size": data.vocab_size},
         "data": data.fingerprint,
     }
+    settings |= {key: value for key, value in config.optimizer_settings.items() if key.startswith("lora_")}
     return dict(json.loads(json.dumps(settings)))
 
 
@@ -168,7 +175,7 @@ def _newest(config: PretrainConfig) -> Starts:
 def _nothing_saved_yet(folder: Path, config: PretrainConfig) -> bool:
     """Whether `folder` holds what a run leaves that was stopped before its first checkpoint, and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", TRACKED, *config.tracker}
+    own = set(config.run_names) if config.compare else {METRICS, "checkpoints", BEST, TRACKED, *config.tracker}
     return "config.json" in names and names <= own | {"config.json", LOCK} and not any(folder.rglob("step-*"))
 
 

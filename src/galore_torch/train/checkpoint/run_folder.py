@@ -19,15 +19,15 @@ def check_save_dir(save_dir: str | None, resume: str | None = None) -> None:
             raise UserError(f"--save_dir {folder} already exists and is not empty; {cure}give a new folder, or move that one away")
 
 
-def new_run_folder(save_dir: str | None) -> Path:
+def new_run_folder(save_dir: str | None, command: str = "pretrain") -> Path:
     """Make the run's folder: the one that is named, or a new one under runs/."""
     check_save_dir(save_dir)
     if save_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder, copy = Path("runs") / f"pretrain-{stamp}", 1
+        folder, copy = Path("runs") / f"{command}-{stamp}", 1
         while folder.exists():
             copy += 1
-            folder = Path("runs") / f"pretrain-{stamp}-{copy}"
+            folder = Path("runs") / f"{command}-{stamp}-{copy}"
     else:
         folder = Path(save_dir)
     try:

@@ -75,13 +75,13 @@ def _holds_model(folder: Path) -> bool:
     return isinstance(config, dict) and "model_type" in config and any(folder.glob("*.safetensors"))
 
 
-def load_weights(folder: Path) -> Any:
-    """The causal language model in `folder`, as `weights_folder` gave it: on the CPU, in the dtype it was saved in, with ordinary layers.
+def load_weights(folder: Path, *, classifiers: bool = False) -> Any:
+    """The model in `folder`, as `weights_folder` gave it: on the CPU, in the dtype it was saved in, with ordinary layers. A causal language
+    model; `classifiers`: or what galore finetune has made of one.
 
     What a baseline trained beside or in place of its matrices is multiplied out. UserError where the files are no whole model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     try:
@@ -89,9 +89,11 @@ def load_weights(folder: Path) -> Any:
         if trained is not None and optimizer_spec(trained["optimizer"]).home == _BASELINES:
             return _multiplied_out(folder, trained)
         # The name of this argument before transformers 5 too; "auto" is the dtype in config.json.
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _auto_class(folder, classifiers).from_pretrained(
             folder, torch_dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}") from error
     if trained is not None:
@@ -115,15 +117,27 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def _auto_class(folder: Path, classifiers: bool) -> Any:
+    """transformers' class for what the folder's config says that its model is; UserError for a classifier where none may be."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classifies = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
+    if classifies and not classifiers:
+        raise UserError(f"{folder} holds a classifier, which answers with a class or a number and not with text; give a language model")
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+
+
 def _multiplied_out(checkpoint: Path, trained: dict[str, Any]) -> Any:
     """The model of a baseline's checkpoint: its layers are changed as they were for training, filled, and changed back."""
     from safetensors.torch import load_model
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from galore_torch.train.model.baselines import to_dense
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
-    model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    model = _auto_class(checkpoint, classifiers=True).from_config(AutoConfig.from_pretrained(checkpoint))
+    if (checkpoint / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     finish(model, dtype=trained["dtype"], activation_checkpointing=False)
     build_optimizer(trained["optimizer"], model, lr=trained["lr"], settings=trained)  # also changes the layers
     load_model(model, checkpoint / "model.safetensors")

@@ -33,7 +33,7 @@ def export(source: str, destination: str, *, dtype: str | None = None, max_shard
     if Path(source).resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; name a folder outside of it")
 
-    model, tokenizer = load_weights(folder), load_tokenizer(folder)
+    model, tokenizer = load_weights(folder, classifiers=True), load_tokenizer(folder)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
         if worst := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):

@@ -1,4 +1,4 @@
-"""The command `galore pretrain`, from checked settings to the closing table."""
+"""The command `galore pretrain`, and what it shares with `galore finetune`: from checked settings to the closing table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import shlex
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from os import devnull
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,9 +29,8 @@ from galore_torch.train.checkpoint.resume import (
 from galore_torch.train.checkpoint.run_folder import check_save_dir, new_run_folder
 from galore_torch.train.checkpoint.storage import plain_failures, step_of
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.flags import SETTINGS
 from galore_torch.train.data.check import check_data
-from galore_torch.train.data.loader import TokenData, load_data
+from galore_torch.train.data.loader import Data, load_data
 from galore_torch.train.device import memory_mb, pick_device
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.distributed import ALONE, Ranks, joined, launched
@@ -57,16 +57,26 @@ from galore_torch.train.report.trackers import check_trackers, tracked
 EXIT_DONE, EXIT_STOPPED, EXIT_SIGNAL = 0, 1, 128  # 128 + the signal, as shells have it: Ctrl-C 130, SIGTERM 143
 
 
+Config = TypeVar("Config", bound=PretrainConfig)
+Say = Callable[[str], None]
+Load = Callable[[Config, Say], tuple[Config, Data]]  # what is read, and the settings that it settles
+
+
 def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
     """Run every contender of `config`; returns the exit code. UserError: nothing was started, or the disk refused to go on."""
     check_data(config)
+    return run_all(config, lambda config, _: (config, load_data(config)), console)
+
+
+def run_all(config: Config, load: Load[Config], console: Console | None) -> int:
+    """`pretrain` on what `load` reads."""
     device = pick_device(config.device)
     with ExitStack() as held:
         ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device))
-        return _pretrain(config, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
+        return _run_all(config, load, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
 
 
-def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Ranks, held: ExitStack) -> int:
+def _run_all(config: Config, load: Load[Config], console: Console, device: str, ranks: Ranks, held: ExitStack) -> int:
     def note(text: str) -> None:
         _note(console, text)
 
@@ -84,7 +94,7 @@ def _pretrain(config: PretrainConfig, console: Console, device: str, ranks: Rank
     for text in config.notes:
         note(text)
     with console.status("reading text, training or loading the tokenizer"):
-        data = load_data(config)
+        config, data = load(config, note)
     covered = _check_optimizers(config, data, note)
     _check_starts(config, data, starts)
     if config.dry_run:
@@ -128,12 +138,12 @@ def _place_to_write(ranks: Ranks, starts: Starts, config: PretrainConfig, note: 
     elif starts.folder is not None:  # locked before it was read
         yield starts.folder
     else:
-        made = new_run_folder(config.save_dir)
+        made = new_run_folder(config.save_dir, config.command)
         with run_lock(made, note):
             yield made
 
 
-def _check_optimizers(config: PretrainConfig, data: TokenData, note: Callable[[str], None]) -> dict[str, str]:
+def _check_optimizers(config: PretrainConfig, data: Data, note: Callable[[str], None]) -> dict[str, str]:
     """Build each optimizer once on a model without memory, so that none is refused after hours of the one before.
 
     Returns how much of the model each of those projects that project; what they warn of is noted once.
@@ -165,7 +175,7 @@ def _check_optimizers(config: PretrainConfig, data: TokenData, note: Callable[[s
     return covered
 
 
-def _dry_run(console: Console, config: PretrainConfig, data: TokenData, covered: dict[str, str], device: str) -> int:
+def _dry_run(console: Console, config: PretrainConfig, data: Data, covered: dict[str, str], device: str) -> int:
     """Print what would be trained; nothing is written but what reading the text has cached."""
     console.print_json(data=resolved_config(config, data, device))
     _introduce(console, config, data, covered, None)
@@ -175,8 +185,9 @@ def _dry_run(console: Console, config: PretrainConfig, data: TokenData, covered:
         console.print(f"plan       {name}: {said}", highlight=False)
     with closing(data.batches(config)) as stream:
         inputs, targets = next(stream)
+    ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
     console.print(
-        f"batch      inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} of {str(inputs.dtype).removeprefix('torch.')}; "
+        f"batch      inputs {tuple(ids.shape)}, targets {tuple(targets.shape)} of {str(ids.dtype).removeprefix('torch.')}; "
         f"{config.accumulation} in one step of each of {config.processes} process{'es' if config.processes > 1 else ''}\n"
         "--dry_run: no run was made",
         highlight=False,
@@ -185,14 +196,14 @@ def _dry_run(console: Console, config: PretrainConfig, data: TokenData, covered:
     return EXIT_DONE
 
 
-def _check_starts(config: PretrainConfig, data: TokenData, starts: Starts) -> None:
+def _check_starts(config: PretrainConfig, data: Data, starts: Starts) -> None:
     """Refuse a checkpoint of another run before anything is changed."""
     for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
         if run_name in starts.checkpoints:
             check_identity(starts.checkpoints[run_name], config, identity(config, name, lr, data))
 
 
-def _planned_mb(config: PretrainConfig, data: TokenData, name: str, device: str) -> float | None:
+def _planned_mb(config: PretrainConfig, data: Data, name: str, device: str) -> float | None:
     """The peak that the run's memory is planned to have, as the display counts memory: on a CPU the process is in it."""
     from galore_torch.train.plan.answer import planned_peak_bytes
 
@@ -209,11 +220,11 @@ def _introduce_starts(console: Console, starts: Starts, device: str) -> None:
 
 
 def _one_run(
-    config: PretrainConfig, name: str, lr: float, data: TokenData, folder: Path, display: Display, start: Path | None, ranks: Ranks
+    config: PretrainConfig, name: str, lr: float, data: Data, folder: Path, display: Display, start: Path | None, ranks: Ranks
 ) -> RunResult:
     """Train with one optimizer and leave its metrics and its model in `folder`."""
     folder.mkdir(exist_ok=True)
-    settings = {flag: getattr(config, flag) for flag in SETTINGS} | {"optimizer": name, "lr": lr}
+    settings = {flag: getattr(config, flag) for flag in config.settings()} | {"optimizer": name, "lr": lr}
     after = 0 if start is None else step_of(start)
     with tracked(config.tracker if ranks.leads else (), display, folder, settings, display.warn, after) as watcher:
         result, model = train(config, name, lr, data, folder, watcher, start, ranks)
@@ -230,15 +241,8 @@ def _write_results(folder: Path, config: PretrainConfig, results: Sequence[RunRe
     draw(folder / "loss.png", config, results)
 
 
-def _introduce(console: Console, config: PretrainConfig, data: TokenData, covered: dict[str, str], folder: Path | None) -> None:
-    sequences = config.num_training_steps * config.sequences_per_update
-    if data.source is not None:
-        amount = f"streamed, {sequences:,} sequences of {config.max_length} tokens are to be read"
-    elif config.pad_documents:
-        amount = f"{len(data.train):,} training documents read, {sequences / len(data.train):.1f} passes over them"
-    else:
-        amount = f"{len(data.train):,} training tokens read, {sequences * config.max_length / len(data.train):.1f} passes over them"
-    lines = [f"text       {data.text}: {amount}", f"tokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}"]
+def _introduce(console: Console, config: PretrainConfig, data: Data, covered: dict[str, str], folder: Path | None) -> None:
+    lines = [f"text       {data.text}: {data.amount(config)}", f"tokenizer  {data.tokenizer.size} ids, {data.tokenizer.source}"]
     if len(set(covered.values())) == 1:
         lines.append(f"projected  {next(iter(covered.values()))}")
     else:

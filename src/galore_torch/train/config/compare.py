@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from galore_torch.train.errors import UserError
 from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
@@ -14,13 +14,15 @@ Contender = tuple[str, float]  # name in lower case, peak learning rate
 FINE_TUNING = 0.1  # of an optimizer's default lr, for weights that are trained already: the whole of it undoes part of their training
 
 
-def contenders(items: Iterable[str], lr: float | None, pretrained: bool = False) -> list[Contender]:
-    """Each `name` or `name:lr` with its own lr, else the shared one, else the optimizer's, a tenth of it for a trained model."""
+def contenders(items: Iterable[str], lr: float | None, pretrained: bool = False, own: Mapping[str, float] | None = None) -> list[Contender]:
+    """Each `name` or `name:lr` with its own lr, else the shared one, else that in `own`, else the optimizer's, a tenth of it for a
+    trained model."""
     result = []
     for item in items:
         name, _, own_lr = item.partition(":")
         spec = optimizer_spec(name)
         default = round(spec.default_lr * FINE_TUNING, 12) if pretrained else spec.default_lr
+        default = (own or {}).get(name.lower(), default)
         settled = default if lr is None else lr
         if own_lr:
             try:

@@ -6,22 +6,24 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields
+from dataclasses import Field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.config.recipes import recipe_names, recipe_text
 from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.optimizers.registry import unused_flags
 
-SETTINGS: dict[str, Field[Any]] = {item.name: item for item in fields(PretrainConfig) if "group" in item.metadata}
-_HINTS = get_type_hints(PretrainConfig)
+SETTINGS = PretrainConfig.settings()
+_HINTS = get_type_hints(FinetuneConfig)  # which has those of PretrainConfig too
+Config = TypeVar("Config", bound=PretrainConfig)
 _FREE_KEYS = {"about", "resolved"}  # what a file says beside its settings: a description; what a run's config.json adds
 # One of each pair decides: a flag puts the file's other one out of force.
 _RIVALS = (
-    {"num_training_steps", "max_train_tokens"},
+    {"num_training_steps", "max_train_tokens", "num_train_epochs"},
     {"total_batch_size", "gradient_accumulation"},
     {"model_config", "hf_model"},
     {"optimizer", "compare"},
@@ -30,26 +32,31 @@ _OF_THE_SCHEDULE = {"warmup_steps", "decay_steps", "cycle_length", "restart_warm
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """--config, and a flag for each setting, in the groups of the settings."""
+def add_flags(parser: argparse.ArgumentParser, kind: type[PretrainConfig] = PretrainConfig) -> None:
+    """--config, and a flag for each setting of a `kind` of config, in the groups of the settings."""
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON or YAML file or a recipe; flags win over it")
     groups: dict[str, Any] = {}
-    for item in SETTINGS.values():
+    for item in kind.settings().values():
         name = item.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         _add_flag(groups[name], item)
 
 
-def config_from(arguments: Mapping[str, Any], processes: int = 1) -> PretrainConfig:
+def config_from(
+    arguments: Mapping[str, Any],
+    processes: int = 1,
+    kind: type[Config] = PretrainConfig,  # type: ignore[assignment]
+) -> Config:
     """The settings of the file that --config names, where it is given, under those of the flags; for so many processes."""
     flags = dict(arguments)
     path = flags.pop("config", None)
     if path is None:
-        return PretrainConfig(**flags, given=frozenset(flags), processes=processes)
-    raw = _read(path)
-    values = {key: _value(path, key, value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
-    remarks = _shortened(path, values, flags)
+        return kind(**flags, given=frozenset(flags), processes=processes)
+    known = kind.settings()
+    raw = _read(path, known, kind.command)
+    values = {key: _value(path, known[key], value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
+    remarks = _shortened(path, values, flags) if kind is PretrainConfig else []
     for rivals in _RIVALS:
         if rivals & flags.keys():
             values = {key: value for key, value in values.items() if key not in rivals}
@@ -60,7 +67,7 @@ def config_from(arguments: Mapping[str, Any], processes: int = 1) -> PretrainCon
         remarks += [f"{', '.join(names)}: {path} says {key}, which has no effect there" for key in sorted(unused)]
     # The record of a run holds every setting, most of which nobody typed.
     given = flags.keys() if "resolved" in raw else values.keys() | flags.keys()
-    return PretrainConfig(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes)
+    return kind(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes)
 
 
 def _shortened(path: str, values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
@@ -83,7 +90,7 @@ def _shortened(path: str, values: dict[str, Any], flags: Mapping[str, Any]) -> l
     return sorted(remarks)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, known: Mapping[str, Field[Any]], command: str) -> dict[str, Any]:
     """The object in a JSON or YAML file, or in the recipe of that name where there is no such file; unknown keys are refused."""
     text = recipe_text(path) if not Path(path).exists() else None
     kind = "YAML" if path.lower().endswith((".yaml", ".yml")) else "JSON"
@@ -101,8 +108,8 @@ def _read(path: str) -> dict[str, Any]:
         kind = "is empty" if raw is None else f"holds a {type(raw).__name__}"
         raise UserError(f'--config {path} {kind}; give one object, such as {{"optimizer": "galore_adamw"}}')
     for key in raw:
-        if key not in SETTINGS and key not in _FREE_KEYS:
-            cure = did_you_mean(str(key).replace("-", "_"), SETTINGS) or "`galore pretrain --help` lists the settings"
+        if key not in known and key not in _FREE_KEYS:
+            cure = did_you_mean(str(key).replace("-", "_"), known) or f"`galore {command} --help` lists the settings"
             raise UserError(f"--config {path}: setting {key!r} is not known; {cure.strip()}")
     return raw
 
@@ -119,9 +126,8 @@ def _yaml(path: str, text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _value(path: str, key: str, value: Any) -> Any:
+def _value(path: str, item: Field[Any], value: Any) -> Any:
     """A value of a file, checked as the flag's text would be."""
-    item = SETTINGS[key]
     kind, convert = _kind(item), converter(item)
     try:
         if kind is bool:
@@ -135,7 +141,7 @@ def _value(path: str, key: str, value: Any) -> Any:
             raise ValueError(f'{value!r} is no text; put it in quotes, as in "{value}"')
         return convert(str(value))
     except ValueError as error:
-        raise UserError(f"--config {path}: {key}: {error}") from None
+        raise UserError(f"--config {path}: {item.name}: {error}") from None
 
 
 def _as_tuple(item: Field[Any], parts: list[Any]) -> tuple[Any, ...]:
@@ -172,21 +178,21 @@ def _kind(item: Field[Any]) -> type:
 
 def _add_flag(group: Any, item: Field[Any]) -> None:
     """One flag from one setting, with its help and default."""
-    flag = f"--{item.name}"
+    flags = [f"--{name}" for name in (item.name, *item.metadata.get("also", ()))]
     text = item.metadata["help"].replace("%", "%%")
     if item.default is not None and item.default != () and item.default is not False:
         text += f" (default: {item.default})"
     kind, convert = _kind(item), _for_argparse(converter(item))
     metavar = item.metadata.get("metavar")
     if kind is bool:
-        group.add_argument(flag, action="store_true", help=text)
+        group.add_argument(*flags, dest=item.name, action="store_true", help=text)
     elif item.metadata.get("pair"):
-        group.add_argument(flag, nargs=2, type=convert, action=_Pair, metavar=metavar, help=text)
+        group.add_argument(*flags, dest=item.name, nargs=2, type=convert, action=_Pair, metavar=metavar, help=text)
     elif _several(item) and not item.metadata.get("parse"):
-        group.add_argument(flag, nargs="+", action=_Tuple, metavar=metavar, help=text)
+        group.add_argument(*flags, dest=item.name, nargs="+", action=_Tuple, metavar=metavar, help=text)
     else:
         metavar = metavar or {int: "N", float: "X"}.get(kind, "NAME")
-        group.add_argument(flag, type=convert, metavar=metavar, help=text)
+        group.add_argument(*flags, dest=item.name, type=convert, metavar=metavar, help=text)
 
 
 def _for_argparse(convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from galore_torch.choices import BASIS_CODECS, PROJ_TYPES, STATE_CODECS
 from galore_torch.train.config.compare import contenders, run_names
+from galore_torch.train.config.declare import PUBLISHED
+from galore_torch.train.config.declare import published as _published
+from galore_torch.train.config.declare import setting as _setting
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, model_shape, preset_name
 from galore_torch.train.model.pretrained import HFShape, hf_shape
@@ -31,21 +34,12 @@ def is_hub_name(name: str) -> bool:
     return name == "c4" or name.startswith("hf:")
 
 
-def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
-    """A setting: its default, its group and line in the help, and its bounds (as `bounds.check_number` takes them) or `choices`."""
-    return field(default=default, metadata={"group": group, "help": help, **more})
-
-
-PUBLISHED = "accepted from the published script"
-
-
-def _published(why: str) -> Any:
-    return field(default=None, metadata={"group": PUBLISHED, "help": f"no effect: {why}", "note": why})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What one `galore pretrain` call is given, and what follows from it; not checked."""
+
+    command: ClassVar[str] = "pretrain"
+    left_out: ClassVar[frozenset[str]] = frozenset()  # settings that a command built on these does not have
 
     # -- model
     model_config: str = _setting("demo", "model", "preset (demo, 9m ... 7b, llama3-8b), a LLaMA config.json or its folder")
@@ -184,10 +178,17 @@ class Settings:
     continue_from: str | None = _setting(None, PUBLISHED, "refused: --resume brings back everything, --hf_model weights alone")
     # What reading a config file had to leave out.
     remarks: tuple[str, ...] = field(default=(), repr=False)
+    # A run that is only looked at while it lasts: not evaluated, and without a checkpoint.
+    throwaway: bool = field(default=False, repr=False)
     # Processes that train together, one a rank: the launcher's to say.
     processes: int = field(default=1, repr=False)
     # Names the user typed; they must not be ignored by the optimizer.
     given: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @classmethod
+    def settings(cls) -> dict[str, Field[Any]]:
+        """The settings that the command has, by name."""
+        return {item.name: item for item in fields(cls) if "group" in item.metadata and item.name not in cls.left_out}
 
     @property
     def contenders(self) -> list[tuple[str, float]]:
@@ -220,6 +221,11 @@ class Settings:
                 if self.gradients_of(name) != "full" and not optimizer_spec(name).per_layer
             ]
         notes += [f"--{item.name} has no effect: {item.metadata['note']}" for item in fields(self) if self._is_noted(item)]
+        return [*self.remarks, *notes, *self._own_notes()]
+
+    def _own_notes(self) -> list[str]:
+        """Those on what this command alone trains, and on which text."""
+        notes = []
         if self.model_config.endswith(".json") and (preset := preset_name(self.model_config)):
             notes.append(f"there is no file {self.model_config}; the preset {preset} has the published sizes")
         if "workers" in self.given and not self.streams:
@@ -231,7 +237,7 @@ class Settings:
             notes.append(f"no --lr: a trained model goes on at a tenth of the rate for one from scratch ({rates})")
         if not self.data and self.model_name != "demo":
             notes.append("no --data: this trains on the source of Python's standard library, not on C4")
-        return [*self.remarks, *notes]
+        return notes
 
     def _is_noted(self, item: Field[Any]) -> bool:
         return "note" in item.metadata and getattr(self, item.name) is not None
@@ -326,6 +332,14 @@ class Settings:
         """What the schedule takes where these flags are not given."""
         decay = max(1, min(self.num_training_steps // 5, self.num_training_steps - self.warmup))
         return {"decay_steps": decay, "restart_warmup_steps": max(1, (self.cycle_length or 0) // 10)}
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the model is evaluated after `step`; before the first and after the last in any case."""
+        return not self.throwaway and (step in (0, self.num_training_steps) or (self.eval_every > 0 and step % self.eval_every == 0))
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step`; after the last in any case."""
+        return self.save_every > 0 and step % self.save_every == 0
 
     def schedule(self, optimizer: str = "") -> Schedule:
         """The schedule of one optimizer: all share --scheduler, but relora's cosine restarts where it merges."""

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from galore_torch.train.data.sources import FileSource, HubSource, Source, hub_s
 from galore_torch.train.data.streaming import StreamedBatches
 from galore_torch.train.data.tokenize import check_enough, choose_tokenizer, tokenised
 from galore_torch.train.data.tokenizer import TextTokenizer
+from galore_torch.train.model.loss import counted
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class TokenData:
         parted = f", every {HELD_OUT_EVERY}th document held out" if self.split else ""
         return f"a stream of {self.source.identity}{parted}, tokenizer sha256 {digest[:16]}"
 
+    def amount(self, config: PretrainConfig) -> str:
+        """How much there is, in words."""
+        sequences = config.num_training_steps * config.sequences_per_update
+        if self.source is not None:
+            return f"streamed, {sequences:,} sequences of {config.max_length} tokens are to be read"
+        if config.pad_documents:
+            return f"{len(self.train):,} training documents read, {sequences / len(self.train):.1f} passes over them"
+        return f"{len(self.train):,} training tokens read, {sequences * config.max_length / len(self.train):.1f} passes over them"
+
+    def record(self) -> dict[str, Any]:
+        """What was read, for config.json."""
+        return {"train_tokens_read": counted(self.train), "held_out_tokens_read": counted(self.held_out)}
+
     def batches(self, config: PretrainConfig, state: dict[str, int] | None = None, rank: int = 0) -> Batches:
         """The training batches of one of config.processes ranks, from their beginning or from a `state` of theirs."""
         if self.source is None:
@@ -56,10 +70,26 @@ class TokenData:
         return StreamedBatches(documents, self.tokenizer, config, state)
 
 
-class Batches(Protocol):
-    """Endless (inputs, targets), each (batch_size, max_length) int64."""
+class Data(Protocol):
+    """What a run is trained on, whatever it is."""
 
-    def __next__(self) -> tuple[Tensor, Tensor]: ...
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def amount(self, config: Any) -> str: ...
+    def record(self) -> dict[str, Any]: ...
+    def batches(self, config: Any, state: dict[str, int] | None = None, rank: int = 0) -> Batches: ...
+
+
+class Batches(Protocol):
+    """Endless (inputs, targets): of a text each (batch_size, max_length) int64, of a task as `Sequences.batch` has them."""
+
+    def __next__(self) -> tuple[Any, Tensor]: ...
     def state(self) -> dict[str, int]:
         """Whole numbers that say which batch comes next."""
 

@@ -118,7 +118,7 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
     """Lines of a plain or gzip file; UserError where it is damaged."""
     try:
         with (
@@ -135,7 +135,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _txt_documents(path: Path) -> Iterator[str]:
     block: list[str] = []
     chars = 0
-    for line in _lines(path):
+    for line in lines_of(path):
         block.append(line)
         chars += len(line)
         if (chars >= _TXT_BLOCK_CHARS and not line.strip()) or chars >= _TXT_BLOCK_LIMIT:
@@ -145,7 +145,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         try:

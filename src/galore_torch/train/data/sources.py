@@ -129,6 +129,13 @@ def hub_source(name: str, flag: str, split: str, text_field: str) -> HubSource:
     return HubSource(f"{flag} {name}", *(_C4 if name == "c4" else (path, config or None)), split, text_field)
 
 
+def split_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
+    """All rows of one split of a data set of the hub."""
+    return _told(
+        lambda: list(_load(path, config, split)), f"{path} {config} {split} cannot be read from the hub", "give files with --data_dir"
+    )
+
+
 def _load(path: str, config: str | None, split: str) -> Any:
     """The one place where a name becomes a data set."""
     try:

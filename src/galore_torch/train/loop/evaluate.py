@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from galore_torch.train.model.heads import LabelLoss
 from galore_torch.train.model.loss import TokenLoss, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Batches = Iterable[tuple[Tensor, Tensor]]  # (inputs, targets)
+    Batches = Iterable[tuple[Any, Tensor]]  # (inputs, targets)
 
 
 def held_out_loss(
@@ -24,6 +25,27 @@ def held_out_loss(
         return None
     tokens = sum(count for _, count in found)
     return sum(total for total, _ in found) / tokens, tokens
+
+
+def held_out_answers(
+    loss: LabelLoss, batches: Batches, device: str, should_stop: Callable[[], bool] = lambda: False
+) -> tuple[float, Tensor, Tensor] | None:
+    """(mean loss, what the model answers (N,), the right answers (N,)), on the CPU; None where `should_stop` asked to give up."""
+    total, predicted, answers = 0.0, [], []
+    was_training = loss.training
+    loss.eval()
+    try:
+        with torch.no_grad():
+            for inputs, targets in batches:
+                if should_stop():
+                    return None
+                logits = loss.logits(inputs.to(device)).cpu()
+                total += loss.of_logits(logits, targets).item()
+                predicted.append(logits[:, 0] if loss.regression else logits.argmax(1))
+                answers.append(targets)
+    finally:
+        loss.train(was_training)
+    return None if should_stop() else (total / sum(map(len, answers)), torch.cat(predicted), torch.cat(answers))
 
 
 def published_loss(

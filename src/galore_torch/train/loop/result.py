@@ -30,6 +30,8 @@ class RunResult:
     status: str = "finished"  # or "interrupted", or why it stopped
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
     evals: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # (step, scores), where a task has some
+    values: list[tuple[int, float]] = field(default_factory=list)  # (step, how good the model is), where a task keeps the best
 
     @property
     def tokens_per_s(self) -> float:
@@ -41,10 +43,16 @@ class RunResult:
     def finished(self) -> bool:
         return self.status == "finished"
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, value) of the best evaluation after a step, the first of equals; None where nothing says which that is."""
+        return max((pair for pair in self.values if pair[0]), key=lambda pair: pair[1], default=None)
+
     def record(self) -> dict[str, Any]:
         """What a checkpoint has of this: the counters, and the best-known figures. The curves are in its metrics."""
         return {counter: getattr(self, counter) for counter in (*_COUNTERS, *_TIMED)} | {
             "last_loss": self.losses[-1] if self.losses else None,
+            "values": self.values,
             "last_eval": self.evals[-1] if self.evals else None,
             "best_eval": min(self.evals, key=lambda pair: pair[1], default=None),
         }
@@ -57,6 +65,8 @@ class RunResult:
             setattr(self, counter, record.get(counter, 0))  # younger than some checkpoints
         self.losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         self.evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        self.scores = [(row["step"], row["scores"]) for row in rows if "scores" in row]
+        self.values = [(step, value) for step, value in record.get("values", [])]
 
 
 def perplexity(mean_loss: float) -> float:

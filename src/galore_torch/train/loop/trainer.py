@@ -9,28 +9,28 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
-from galore_torch.train.checkpoint.resume import METRICS, fill, identity, read_position, read_trainer, restore
+from galore_torch.train.checkpoint.resume import BEST, METRICS, fill, identity, read_position, read_trainer, restore
 from galore_torch.train.checkpoint.storage import plain_failures, write_checkpoint
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.data.loader import Batches, TokenData, windows_in_order
+from galore_torch.train.data.loader import Batches, Data
 from galore_torch.train.device import memory_mb, pick_device
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.distributed import ALONE, Ranks
-from galore_torch.train.loop.evaluate import held_out_loss, published_loss
 from galore_torch.train.loop.probe import Probe
-from galore_torch.train.loop.result import RunResult, perplexity
+from galore_torch.train.loop.result import RunResult
+from galore_torch.train.loop.tasks import Place, task_for
 from galore_torch.train.loop.watcher import Watcher
 from galore_torch.train.model.compile import compile_layers, compiled_so_far
 from galore_torch.train.model.flops import flops_per_token, peak_flops
-from galore_torch.train.model.loss import TokenLoss, counted
+from galore_torch.train.model.loss import counted
 from galore_torch.train.optimizers.registry import (
     adamw_state_bytes,
     build_optimizer,
@@ -55,7 +55,7 @@ def train(
     config: PretrainConfig,
     name: str,
     lr: float,
-    data: TokenData,
+    data: Data,
     folder: Path,
     watcher: Watcher,
     start: Path | None = None,
@@ -110,7 +110,7 @@ class _Loop:
     config: PretrainConfig
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    data: TokenData
+    data: Data
     device: str
     result: RunResult
     metrics: IO[str]
@@ -123,16 +123,16 @@ class _Loop:
     position: dict[str, int] | None = None  # in the text, behind the last step
 
     def __post_init__(self) -> None:
-        tokens = self.config.batch_size * self.config.max_length
-        self.token_loss = TokenLoss(self.model, self.config.loss_chunk, tokens).train()  # a loaded model comes in eval mode
-        if self.token_loss.whole_because:
-            self.watcher.warn(f"all logits of a forward pass exist at once, for {self.token_loss.whole_because}")
+        self.task = task_for(self.config, self.data)
+        self.own_loss = self.task.loss(self.model).train()  # a loaded model comes in eval mode
+        if self.own_loss.whole_because:
+            self.watcher.warn(f"all logits of a forward pass exist at once, for {self.own_loss.whole_because}")
         if self.config.compile:
             compile_layers(self.model)
-        self.flops = flops_per_token(self.model, self.config.max_length)
+        self.flops = flops_per_token(self.model, self.task.length)
         known = peak_flops(self.device, self.config.torch_dtype)
         self.peak_flops = self.config.peak_tflops * 1e12 if self.config.peak_tflops else known
-        self.shared_loss = self.ranks.wrap(self.token_loss)
+        self.shared_loss = self.ranks.wrap(self.own_loss)
         self.probe = Probe(self.model, self.optimizer, self.device, track_subspace=self.config.track_subspace)
         self.told = 0 if self.fused is None else len(self.fused.left)
 
@@ -147,7 +147,7 @@ class _Loop:
                 if not result.state_bytes:
                     result.state_bytes = state_bytes(self.optimizer)
                 self.evaluate_if_due()
-                if config.save_every and result.steps % config.save_every == 0 and not result.skipped_in_a_row:
+                if config.saves(result.steps) and not result.skipped_in_a_row:
                     self.save()
         if result.steps < config.num_training_steps or self.evaluation_is_due():
             result.status = "interrupted"
@@ -164,10 +164,13 @@ class _Loop:
         parts = [next(stream) for _ in range(config.accumulation)]
         data_s = time.perf_counter() - drawing
         # Not a mean of means: parts, and the other ranks' parts, may hold more padding than others.
-        tokens = int(self.ranks.total(sum(counted(targets) for _, targets in parts))[0])
-        mean_loss, auxiliary, bad = self.backward(parts, tokens)
+        targets, tokens = (
+            int(number)
+            for number in self.ranks.total(sum(counted(own) for _, own in parts), sum(self.own_loss.tokens(*part) for part in parts))
+        )
+        mean_loss, auxiliary, bad = self.backward(parts, targets)
         row: dict[str, Any] = {"step": step, "loss": mean_loss, "lr": lr}
-        row |= {"aux_loss": auxiliary} if self.token_loss.auxiliary_weight else {}
+        row |= {"aux_loss": auxiliary} if self.own_loss.auxiliary_weight else {}
         if not bad:
             row |= self.gradient_norm()
             bad = "" if math.isfinite(row.get("grad_norm", 0.0)) else f"the gradient norm is {row['grad_norm']}"
@@ -195,7 +198,7 @@ class _Loop:
             result.timed_tokens += tokens
             result.timed_seconds += seconds
             row["tokens_per_s"] = round(tokens / seconds, 1)
-            row |= self.speed(config.accumulation * config.batch_size * config.max_length / seconds)
+            row |= self.speed(sum(_places(inputs) for inputs, _ in parts) / seconds)
         self.starting = False
         row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
@@ -205,17 +208,17 @@ class _Loop:
         if result.skipped_in_a_row >= config.max_bad_steps:
             raise self.not_finite(f"{bad} at step {step}, {result.skipped_in_a_row} skipped in a row")
 
-    def backward(self, parts: list[tuple[Tensor, Tensor]], tokens: int) -> tuple[float, float, str]:
-        """Gradients of the mean loss over the `tokens` targets of all ranks' `parts`; returns that loss as cross-entropy and auxiliary
+    def backward(self, parts: list[tuple[Any, Tensor]], counted: int) -> tuple[float, float, str]:
+        """Gradients of the mean loss over the `counted` targets of all ranks' `parts`; returns that loss as cross-entropy and auxiliary
         part, and why the step is to be left out, if it is."""
         mean_loss, auxiliary, bad = 0.0, 0.0, ""
         for index, (inputs, targets) in enumerate(parts, 1):
             with self.ranks.averaging(self.shared_loss, now=index == len(parts)):
                 with self.probe.saving():
-                    loss = self.loss(inputs, targets) / tokens
-                added = float(self.token_loss.auxiliary) / tokens  # of `loss`, beside its cross-entropy
+                    loss = self.loss(inputs, targets) / counted
+                added = float(self.own_loss.auxiliary) / counted  # of `loss`, beside its cross-entropy
                 mean_loss += self.ranks.total(loss.item() - added)[0]
-                auxiliary += self.ranks.total(added)[0] if self.token_loss.auxiliary_weight else 0.0
+                auxiliary += self.ranks.total(added)[0] if self.own_loss.auxiliary_weight else 0.0
                 # Before the backward pass: with per-layer updates it is the one that moves weights.
                 if index == len(parts) or not math.isfinite(mean_loss + auxiliary):
                     bad = self.why_bad(mean_loss, auxiliary)
@@ -234,8 +237,8 @@ class _Loop:
                 f"projected: {', '.join(new[:8])}{', ...' if len(new) > 8 else ''}"
             )
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """`TokenLoss` of one part of a step."""
+    def loss(self, inputs: Any, targets: Tensor) -> Tensor:
+        """The sum over the targets of one part of a step."""
         return self.shared_loss(inputs.to(self.device), targets.to(self.device))
 
     def why_bad(self, loss: float, auxiliary: float) -> str:
@@ -265,46 +268,32 @@ class _Loop:
         return self.probe.gradient_norm()
 
     def evaluation_is_due(self) -> bool:
-        config, step = self.config, self.result.steps
-        due = step in (0, config.num_training_steps) or (config.eval_every > 0 and step % config.eval_every == 0)
-        return due and [at for at, _ in self.result.evals[-1:]] != [step]
+        step = self.result.steps
+        return self.config.evaluates(step) and [at for at, _ in self.result.evals[-1:]] != [step]
 
     def evaluate_if_due(self) -> None:
-        """The validation loss. Given up when the watcher asks to stop."""
+        """The validation loss, and a task's scores. Given up when the watcher asks to stop."""
         if not self.evaluation_is_due():
             return
-        config, result = self.config, self.result
+        result = self.result
         start = time.perf_counter()
-        found = self.ranks.mean(held_out_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop))
-        legacy = self.legacy_loss() if config.legacy_eval else {}
-        if found is None or legacy is None:
+        last = result.steps == self.config.num_training_steps
+        found = self.task.evaluate(self.own_loss, Place(self.device, self.ranks, self.watcher.should_stop, last))
+        if found is None:
             return  # a resumed run makes up for it
-        mean, tokens = found
-        if not math.isfinite(mean):
-            raise self.not_finite(f"the validation loss is {mean} after step {result.steps}")
-        result.evals.append((result.steps, mean))
-        row = {
-            "step": result.steps,
-            "eval_loss": mean,
-            "eval_perplexity": perplexity(mean),
-            "eval_tokens": tokens,
-            **legacy,
-            "tokens_seen": result.tokens_seen,
-            "seconds": round(time.perf_counter() - start, 6),
-        }
+        if not math.isfinite(found["eval_loss"]):
+            raise self.not_finite(f"the validation loss is {found['eval_loss']} after step {result.steps}")
+        result.evals.append((result.steps, found["eval_loss"]))
+        if "scores" in found:
+            result.scores.append((result.steps, found["scores"]))
+        if (value := self.task.value(found)) is not None:
+            result.values.append((result.steps, value))
+        timed = {"tokens_seen": result.tokens_seen, "seconds": round(time.perf_counter() - start, 6)}
+        row = {"step": result.steps, **found, **timed}
         self.write(row)
         self.watcher.evaluated(row)
-
-    def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        config, ranks = self.config, self.ranks
-        return windows_in_order(self.data.held_out, config.max_length, config.batch_size, ranks.rank, ranks.size)
-
-    def legacy_loss(self) -> dict[str, float] | None:
-        """The published script's figure, under names of its own; None when the watcher asks to stop."""
-        last = self.result.steps == self.config.num_training_steps
-        own = published_loss(self.token_loss, self.windows(), self.device, self.watcher.should_stop, last=last)
-        found = self.ranks.mean(None if own is None else (own, 1))
-        return None if found is None else {"legacy_eval_loss": found[0], "legacy_eval_perplexity": perplexity(found[0])}
+        if result.best is not None and result.best[0] == result.steps:
+            self.write_checkpoint(BEST, 1, self.ranks.every(self.position or {}))
 
     def not_finite(self, what: str) -> NonFiniteLoss:
         return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
@@ -313,9 +302,14 @@ class _Loop:
         """Write a checkpoint, but no second one of a step, and none of weights that are not finite: those push out good ones."""
         config, result = self.config, self.result
         positions = self.ranks.every(self.position or {})  # asked of all ranks before any of them may return
-        if result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if config.throwaway or result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             return
         self.saved = result.steps
+        self.write_checkpoint("checkpoints", config.keep + result.skipped_in_a_row, positions)  # doubtful ones push out none
+
+    def write_checkpoint(self, folder: str, keep: int, positions: list[dict[str, int]]) -> None:
+        """All of the run as it is now, in a folder of its own in `folder`, which keeps the newest `keep` of them."""
+        config, result = self.config, self.result
         if not self.ranks.leads:
             return
         trainer = result.record() | {
@@ -325,10 +319,10 @@ class _Loop:
             "identity": identity(config, result.optimizer, result.lr, self.data),
         }
         write_checkpoint(
-            self.folder / "checkpoints",
+            self.folder / folder,
             result.steps,
-            lambda folder: fill(folder, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device),
-            config.keep + result.skipped_in_a_row,  # doubtful ones push out none
+            lambda place: fill(place, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device),
+            keep,
         )
 
     def write(self, row: dict[str, Any]) -> None:
@@ -336,3 +330,9 @@ class _Loop:
         finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
+
+
+def _places(inputs: Any) -> int:
+    """How many tokens a forward pass computes, padding too."""
+    ids: Tensor = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
+    return ids.numel()

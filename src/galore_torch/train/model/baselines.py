@@ -1,6 +1,7 @@
 """The baselines of the GaLore paper's table 2: low_rank, lora and relora. Each changes a model's layers, then takes torch's AdamW.
 
-Attention and MLP matrices change; embeddings, head and norms train in full, as in the paper. LoRA is the package peft's.
+Attention and MLP matrices change; embeddings, head and norms train in full, as in the paper. In fine-tuning LoRA trains its adapters
+and the new head alone, as its own paper does (arXiv 2106.09685, section 5). LoRA is the package peft's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.errors import UserError
+from galore_torch.train.model.heads import new_head
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # arXiv 2403.03507, section 5.1
 _INIT_STD = 0.02  # of a LLaMA's weights
@@ -51,8 +53,8 @@ def low_rank(model: nn.Module, settings: Mapping[str, Any], **adamw: Any) -> tor
 
 
 def lora(model: nn.Module, settings: Mapping[str, Any], **adamw: Any) -> torch.optim.Optimizer:
-    """Frozen matrices plus learnt adapters (Hu et al., arXiv 2106.09685)."""
-    _inject(model, settings["rank"])
+    """Frozen matrices plus learnt adapters (Hu et al., arXiv 2106.09685); with `lora_alone` in the settings, all but a new head freezes."""
+    _inject(model, settings["rank"], settings.get("lora_alpha", LORA_ALPHA), settings.get("lora_alone", False))
     return torch.optim.AdamW(_trainable(model), **adamw)
 
 
@@ -105,21 +107,22 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _inject(model: nn.Module, rank: int) -> None:
-    """Put peft's adapters beside the attention and MLP matrices, which freeze."""
+def _inject(model: nn.Module, rank: int, alpha: float = LORA_ALPHA, alone: bool = False) -> None:
+    """Put peft's adapters beside the attention and MLP matrices, which freeze; `alone`: with everything that is not a new head."""
     if find_spec("peft") is None:
         raise UserError('lora and relora need peft; install it with: pip install "galore-torch[peft]"')
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = chosen_weights(model)
     matrices = {weight.parameter for weight in chosen}
-    full = [p for p in model.parameters() if p.requires_grad and p not in matrices]
+    kept = new_head(model) if alone else model
+    full = [p for p in kept.parameters() if p.requires_grad and p not in matrices]
     if experts := [weight.name for weight in chosen if weight.layer is None]:
         raise UserError(
             f"lora and relora put adapters beside linear layers; {len(experts)} weights of this model are outside of them (such as "
             f"{experts[0]}) and would freeze: choose galore_adamw or adamw"
         )
-    config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=[weight.name for weight in chosen])
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=LORA_DROPOUT, target_modules=[weight.name for weight in chosen])
     planned = next(model.parameters()).is_meta  # only looked at, never trained: the adapters need no memory either
     inject_adapter_in_model(config, model, low_cpu_mem_usage=planned)
     for p in full:  # peft froze them too

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def flops_per_token(model: nn.Module, length: int) -> float:
+def flops_per_token(model: nn.Module, length: float) -> float:
     """6 N + 12 layers width length: one token, forward and backward, in sequences of `length`.
 
     N: entries of the matrices that a token is multiplied with (the head, not the embedding, which is looked up; of a mixture's experts
@@ -29,8 +29,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     heads = getattr(config, "num_attention_heads", None) or 0  # a state space model has none, and no such products
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    multiplied = [p for p in model.parameters() if p.dim() >= 2 and (p not in looked_up or p is head.weight)]
+    head = model.get_output_embeddings()  # type: ignore[operator]  # None of a classifier
+    multiplied = [p for p in model.parameters() if p.dim() >= 2 and (p not in looked_up or (head is not None and p is head.weight))]
     stacks = {key for key, role in roles_of(model).items() if role == "experts"}
     products = 12.0 * config.num_hidden_layers * width * length
     for p in multiplied:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,17 +36,19 @@ class TokenLoss(nn.Module):
             self.whole_because = own or _why_not_linear(model, model.get_output_embeddings())  # type: ignore[operator]
             self.chunk = 0 if self.whole_because else self.chunk
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor | Mapping[str, Tensor], targets: Tensor) -> Tensor:
         """Sum over the targets of their cross-entropy in nats, float32 for narrower weights too; `IGNORED` ones count for nothing.
 
         Where it is trained on, each target that counts adds the weighted auxiliary loss of the batch: a mean over targets is then the
-        model's own loss. `inputs` and `targets` are (B, L) token ids on the model's device.
+        model's own loss. `inputs` and `targets` are (B, L) token ids on the model's device; of `inputs` also (B, L) each by name, with
+        position_ids.
         """
+        fields = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
         if self.chunk:
-            hidden = self.model.base_model(input_ids=inputs).last_hidden_state  # type: ignore[operator]  # (B, L, d)
+            hidden = self.model.base_model(**fields).last_hidden_state  # type: ignore[operator]  # (B, L, d)
             head = self.model.get_output_embeddings()  # type: ignore[operator]
             return head_loss(hidden.flatten(0, 1), head.weight, targets.flatten(), self.chunk)
-        output = self.model(input_ids=inputs)
+        output = self.model(**fields)
         logits = output.logits  # (B, L, vocabulary)
         exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         loss = nn.functional.cross_entropy(exact, targets.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -53,6 +57,30 @@ class TokenLoss(nn.Module):
             self.auxiliary = added.detach()
             loss = loss + added
         return loss
+
+    def tokens(self, inputs: Tensor | Mapping[str, Tensor], targets: Tensor) -> int:
+        """How many tokens are trained on."""
+        return counted(targets)
+
+
+def attends_across(model: nn.Module) -> bool:
+    """Whether of two texts in one sequence, with positions that begin anew, the second sees the first. By a look at eight tokens."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return True
+    training = model.training
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0, 1, 0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 0, 1, 0]], device=device)
+    positions = torch.arange(4, device=device).repeat(2)[None].expand(2, 8)
+    model.eval()
+    try:
+        with torch.no_grad():
+            # A cache, which training does without, would take its own word for where texts begin.
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
+            alone = model(input_ids=ids[:1, 4:], position_ids=positions[:1, 4:], use_cache=False).logits.float()
+    finally:
+        model.train(training)
+    near = 0.02 * alone.std() if logits.dtype != torch.float32 else 1e-3 * alone.std()
+    return bool((logits - alone).abs().max() > near)
 
 
 def _auxiliary_weight(model: nn.Module) -> float:

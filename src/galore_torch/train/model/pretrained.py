@@ -14,7 +14,12 @@ from galore_torch.train.model.known_models import known_model
 from galore_torch.train.model.llama import finish
 
 # Keys of a config that are written anew at each saving, or do not change what the layers compute.
-_HOW_IT_IS_RUN = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"})
+_HOW_IT_IS_RUN = frozenset(
+    {
+        *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"),
+        *("id2label", "label2id", "problem_type", "pad_token_id"),  # of the head that a task adds
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class HFShape:
 def hf_shape(name: str) -> HFShape:
     """Width, positions and vocabulary of the model `name`, from its config alone."""
     try:
-        config = _sketch(name).get_text_config()
+        config = sketch(name).get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize  # some families have no limit
         return HFShape(config.hidden_size, positions, config.vocab_size)
     except (AttributeError, ValueError) as error:
@@ -51,7 +56,7 @@ def load_model(name: str, *, dtype: str, activation_checkpointing: bool, layers:
 
     try:
         if torch.get_default_device().type == "meta":
-            model = AutoModelForCausalLM.from_config(_shortened(_sketch(name), layers))
+            model = AutoModelForCausalLM.from_config(_shortened(sketch(name), layers))
         else:
             model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -75,7 +80,7 @@ def _config(name: str) -> Any:
         raise UserError(f"--hf_model {name} is neither a folder with a model nor a name that the hub gives: {first_line(error)}") from error
 
 
-def _sketch(name: str) -> Any:
+def sketch(name: str) -> Any:
     """The config; of a model whose sizes are known, from the table and without a network: it gives the same shapes."""
     row = None if Path(name).exists() else known_model(name)
     if row is None:

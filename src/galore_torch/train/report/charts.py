@@ -52,7 +52,7 @@ def _loss(x: str) -> Callable[[Sequence[Run]], Figure | None]:
             highest += [*ys, *held_y]
         if max(highest) > 1.5 * max(first) > 0:  # one that diverged must not flatten the others
             axes.set_ylim(top=1.2 * max(first))
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel("loss" if any(run.scores for _, run in shown) else "loss (nats per token)")
         ring = Line2D([], [], color=INK, linestyle="", marker="o", markersize=5, markerfacecolor="none", label="validation")
         legend(figure, [*names(shown), *([ring] if any(run.evals for _, run in shown) else [])])
         return figure

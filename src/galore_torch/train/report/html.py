@@ -23,6 +23,7 @@ from galore_torch.train.report.charts import CHARTS, Chart
 from galore_torch.train.report.palette import DARK, INK, PALETTE
 from galore_torch.train.report.runs import Run, read_runs
 from galore_torch.train.report.series import reading
+from galore_torch.train.report.task_charts import TASK_CHARTS
 
 _LOSSES = 3  # charts in the first row
 _TEMPLATES = Environment(
@@ -43,8 +44,10 @@ def write_report(paths: Sequence[str], output: str | None = None) -> list[Path]:
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         with house_style():
-            for chart in CHARTS:
+            for chart in (*CHARTS[:_LOSSES], *TASK_CHARTS, *CHARTS[_LOSSES:]):
                 figure = chart.draw(runs)
+                if figure is None and chart in TASK_CHARTS:
+                    continue
                 cards.append((chart, None if figure is None else _svg(figure, chart)))
                 if figure is not None:
                     written.append(page.with_name(f"{page.stem}-{chart.key}.png"))
@@ -64,8 +67,8 @@ def _document(runs: Sequence[Run], cards: Sequence[tuple[Chart, str | None]]) ->
         light=PALETTE,
         dark=DARK,
         runs=runs,
-        header=_HEADER,
-        summary=[{"colour": index % len(PALETTE), "cells": _summary(run)} for index, run in enumerate(runs)],
+        header=_header(runs),
+        summary=[{"colour": index % len(PALETTE), "cells": _summary(run, runs)} for index, run in enumerate(runs)],
         cards=cards,
         losses=_LOSSES,
         config_names=[names for names, _ in configs],
@@ -94,19 +97,29 @@ def _themed(style: str) -> str:
     return style
 
 
-_HEADER = (
-    *("run", "optimizer", "status", "steps", "tokens", "training loss", "validation loss", "perplexity", "tokens/s"),
-    *("time", "refresh share", "state MB", "peak MB"),
-)
+def _header(runs: Sequence[Run]) -> list[str]:
+    """Of the final table: scores where some run has them, and perplexity where some run has none."""
+    names = list(dict.fromkeys(run.score[0] for run in runs if run.score))
+    scores = [f"{' or '.join(names)}: last", "best"] if names else []
+    measures = ["perplexity"] if any(run.score is None for run in runs) else []
+    first = ["run", "optimizer", "status", "steps", "tokens", "training loss", "validation loss"]
+    return [*first, *measures, *scores, "tokens/s", "time", "refresh share", "state MB", "peak MB"]
 
 
-def _summary(run: Run) -> list[str]:
+def _summary(run: Run, runs: Sequence[Run]) -> list[str]:
     """One row of the final table."""
     steps, tokens = run.series("tokens_seen")
     spent = sum(run.seconds())
     speed = run.tokens_per_update * len(run.seconds()) / spent if spent else None
     step, held_out = run.result or (None, None)
     late = f" at {step}" if step and step != run.last_step else ""  # trained on since
+    measures = [reading(None if held_out is None else perplexity(held_out)) + late] if any(other.score is None for other in runs) else []
+    if run.score is not None:
+        measures = ["-"] * len(measures)
+        _, last, _, best, at = run.score
+        measures += [f"{last:.4f}", f"{best:.4f} at {at}"]
+    elif any(other.score for other in runs):
+        measures += ["-", "-"]
     state = run.memory.get("optimizer", run.summary.get("optimizer_state_mb"))
     return [
         run.name,
@@ -116,7 +129,7 @@ def _summary(run: Run) -> list[str]:
         f"{tokens[-1]:,.0f}" if tokens else "0",
         reading(run.last_loss, ".4f"),
         reading(held_out, ".4f"),
-        reading(None if held_out is None else perplexity(held_out)) + late,
+        *measures,
         reading(speed, ",.0f"),
         _duration(run.wall),
         reading(run.refresh_share, ".1%"),

@@ -101,6 +101,10 @@ class Display:
         self.console.print(f"[yellow]note:[/] {escape(message)}", highlight=False)
 
     def evaluated(self, row: dict[str, Any]) -> None:
+        if "scores" in row:
+            scores = ", ".join(f"{name} [bold]{score:.4f}[/]" for name, score in row["scores"].items())
+            self.console.print(f"{self._name} step {row['step']}: {scores}, loss {row['eval_loss']:.4f}", highlight=False)
+            return
         legacy = f" (as published: {row['legacy_eval_perplexity']:,.2f})" if "legacy_eval_perplexity" in row else ""
         self.console.print(
             f"{self._name} step {row['step']}: validation perplexity "

@@ -63,6 +63,39 @@ class Run:
         return self._points(self.evals, lambda row: number(row.get("eval_loss")), x)
 
     @property
+    def scores(self) -> dict[str, Points]:
+        """Name of a task's score -> (steps, values); the first one is the task's own. {} of a run without scores."""
+        found: dict[str, Points] = {}
+        for row in self.evals:
+            for name, value in _dict(row.get("scores")).items():
+                if (score := number(value)) is not None:
+                    steps, values = found.setdefault(str(name), ([], []))
+                    steps.append(row["step"])
+                    values.append(score)
+        return found
+
+    @property
+    def score(self) -> tuple[str, float, int, float, int] | None:
+        """(name, last value, its step, best value, its step) of the task's own score after a step; of equal ones the first is the best."""
+        name, (steps, values) = next(iter(self.scores.items()), ("", ([], [])))
+        after = [(value, int(step)) for step, value in zip(steps, values, strict=True) if step > 0]
+        if not after:
+            return None
+        best = max(after, key=lambda pair: (pair[0], -pair[1]))
+        return name, *after[-1], *best
+
+    @property
+    def rates_tried(self) -> dict[str, Points]:
+        """What a sweep of learning rates was of -> (rates, losses of the short runs), by rate; {} of a run without one."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        records = _dict(self.config.get("resolved")).get("find_lr")
+        for one in records if isinstance(records, list) else []:
+            rate, loss = number(_dict(one).get("rate")), number(_dict(one).get("loss"))
+            if rate is not None and loss is not None:
+                found.setdefault(str(one.get("of")), []).append((rate, loss))
+        return {of: ([rate for rate, _ in sorted(pairs)], [loss for _, loss in sorted(pairs)]) for of, pairs in found.items()}
+
+    @property
     def result(self) -> tuple[int, float] | None:
         """(step, loss) of the last validation after a step; the one before training is no result."""
         steps, losses = self.held_out()

@@ -1,0 +1,352 @@
+"""`galore finetune` as a user meets it: the published command, every method and task, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from galore_torch import cli
+from galore_torch.train.checkpoint.storage import checkpoints_in
+from galore_torch.train.commands.finetune import finetune, read
+from galore_torch.train.config.finetune import METHODS, FinetuneConfig
+from galore_torch.train.data.tasks import GLUE
+from galore_torch.train.errors import UserError
+from galore_torch.train.loop import find_lr
+from galore_torch.train.loop.trainer import train
+from support import tasks
+from support.forked import Forked
+from support.whole_runs import Silent, assert_same_run, rows
+
+Make = Callable[..., FinetuneConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A config for 64 pairs and a BERT of width 32."""
+    model, data = tasks.bert(tmp_path / "bert"), tasks.glue(tmp_path / "glue")
+
+    def config(**changes: Any) -> FinetuneConfig:
+        settings: dict[str, Any] = {"hf_model": model, "task_name": "mrpc", "data_dir": data, "device": "cpu", "batch_size": 8}
+        return FinetuneConfig(**(settings | {"rank": 4, "update_proj_gap": 5, "save_dir": str(tmp_path / "run")} | changes))
+
+    return config
+
+
+def command(config: FinetuneConfig) -> tuple[int, str]:
+    """(exit code, what was printed)."""
+    console = Console(file=io.StringIO(), width=400)
+    code = finetune(config, console)
+    return code, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def written(folder: Path) -> int:
+    """Lines of metrics so far."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(folder) if "eval_loss" in row]
+
+
+def test_the_published_command_works_as_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag of its example; on files in place of the hub, for two epochs, at a rate that a model without pre-training needs."""
+    words = [
+        *("finetune", "--model_name_or_path", tasks.bert(tmp_path / "bert", max_position_embeddings=512), "--task_name", "mrpc"),
+        *("--enable_galore", "--lora_all_modules", "--max_length", "512", "--seed", "1234", "--lora_r", "4", "--galore_scale", "4"),
+        *("--per_device_train_batch_size", "16", "--update_proj_gap", "500", "--learning_rate", "5e-3", "--num_train_epochs", "12"),
+        *("--output_dir", str(tmp_path / "run"), "--data_dir", tasks.glue(tmp_path / "glue")),
+    ]
+    assert cli.main(words) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    settled = {"optimizer": "galore_adamw", "rank": 4, "galore_scale": 4.0, "batch_size": 16, "update_proj_gap": 500, "lr": 5e-3}
+    assert {name: config[name] for name in settled} == settled
+    assert (config["num_training_steps"], config["max_length"], config["seed"]) == (48, 512, 1234)
+    assert "model_config" not in config
+    assert "text_field" not in config
+    found = evaluations(tmp_path / "run")
+    assert [row["step"] for row in found] == list(range(0, 49, 4)), "before, and after each epoch"
+    assert found[-1]["scores"]["f1"] > 0.95 > found[0]["scores"]["f1"], "learnt"
+    (record,) = json.loads((tmp_path / "run" / "summary.json").read_text())
+    best = max(row["scores"]["f1"] for row in found[1:])
+    assert (record["scores_last"], record["scores_best"]["f1"]) == (found[-1]["scores"], best)
+    assert record["score_best_step"] == next(row["step"] for row in found[1:] if row["scores"]["f1"] == best), "the first of equals"
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "best")] == [f"step-{record['score_best_step']:06d}"]
+    said = capsys.readouterr().out
+    assert "--lora_all_modules has no effect: the linear layers of the body are all projected" in said
+    assert "f1 at its best evaluation, step" in said
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<th>f1: last</th><th>best</th>" in page
+    assert 'id="scores"' in page
+    assert cli.main(["ls", str(tmp_path / "run")]) == 0
+    assert f"f1 {found[-1]['scores']['f1']:.4f} at 48, best {best:.4f} at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_every_task_of_glue(task: str, make: Make, tmp_path: Path) -> None:
+    """Its columns, its number of classes, its own scores first; of MNLI both sets, each whole."""
+    spec = GLUE[task]
+    draw = random.Random(0)
+    sizes = {"train": 16} | {split: 6 + index for index, split in enumerate(spec.held_out.values())}
+    for split, size in sizes.items():
+        found = [{column: tasks.sentence(draw)[0] for column in spec.columns} for _ in range(size)]
+        labels = [index % spec.classes if spec.classes else index / 3 for index in range(size)]
+        tasks.write(tmp_path / "all" / task / f"{split}.jsonl", [row | {"label": label} for row, label in zip(found, labels, strict=True)])
+    code, _ = command(make(task_name=task, data_dir=str(tmp_path / "all"), num_training_steps=2))
+    assert code == 0
+    last = evaluations(tmp_path / "run")[-1]
+    assert list(last["scores"]) == [name + suffix for suffix in spec.held_out for name in spec.scores]
+    assert [last[f"eval_examples{suffix}"] for suffix in spec.held_out] == list(sizes.values())[1:]
+    model = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (len(model["id2label"]), model["problem_type"]) == (
+        (spec.classes, "single_label_classification") if spec.classes else (1, "regression")
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_on_equal_terms(method: str, make: Make, tmp_path: Path) -> None:
+    """The same batches from the same weights: the first loss is one, and the pairs are learnt."""
+    if method == "lora":
+        pytest.importorskip("peft", reason="lora needs the extra peft")
+    lr = 2e-2 if method == "lora" else 3e-3
+    assert command(make(optimizer=method, lr=lr, num_train_epochs=6, galore_scale=4))[0] == 0
+    found = rows(tmp_path / "run")
+    assert found[1]["loss"] == pytest.approx(0.69, abs=0.2)
+    assert found[-1]["scores"]["accuracy"] > 0.9
+
+
+def test_compared_methods_start_equal_and_have_one_table(make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="lora needs the extra peft")
+    code, said = command(make(optimizer="galore", compare=("full", "galore:1e-3", "lora"), num_train_epochs=1))
+    assert code == 0
+    first = [rows(tmp_path / "run" / name)[1]["loss"] for name in ("adamw", "galore_adamw", "lora")]
+    assert first[0] == first[1] == pytest.approx(first[2], abs=1e-6)
+    assert "f1 last" in said
+    rates = {record["optimizer"]: record["lr"] for record in json.loads((tmp_path / "run" / "summary.json").read_text())}
+    assert rates == {"adamw": 3e-5, "galore_adamw": 1e-3, "lora": 5e-4}
+
+
+@pytest.mark.parametrize("method", ["galore", "qgalore", "lora"])
+def test_killed_and_resumed_is_the_uninterrupted_run(method: str, tmp_path: Path, forked: Forked) -> None:
+    """SIGKILL in the middle of an epoch, with dropout and accumulation; metrics, weights and the best checkpoint are bit-equal."""
+    if method == "lora":
+        pytest.importorskip("peft", reason="lora needs the extra peft")
+    model = tasks.bert(tmp_path / "bert", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    words = ["finetune", "--model_name_or_path", model, "--task_name", "mrpc", "--data_dir", tasks.glue(tmp_path / "glue", train=90)]
+    words += ["--method", method, "--lora_r", "4", "--per_device_train_batch_size", "4", "--device", "cpu"]
+    words += [] if method == "lora" else ["--update_proj_gap", "3"]
+    words += ["--gradient_accumulation_steps", "2", "--learning_rate", "3e-3", "--num_train_epochs", "4", "--weight_decay", "0.1"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    parts = tmp_path / "parts"
+    resumable = [*words, "--save_every", "5", "--output_dir", str(parts), "--resume_from_checkpoint", "auto"]
+    (process,) = forked.start(resumable)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (written(parts) >= 21):
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    (code,), (said,) = forked.wait()
+    assert code == -signal.SIGKILL, said
+    code, said = forked.run(*resumable)
+    assert code == 0, said
+    assert "resumed" in said
+    assert_same_run(parts, tmp_path / "whole")
+    best = [next((folder / "best").glob("step-*")) for folder in (parts, tmp_path / "whole")]
+    assert best[0].name == best[1].name
+    assert (best[0] / "model.safetensors").read_bytes() == (best[1] / "model.safetensors").read_bytes()
+
+
+def test_changed_examples_are_refused_when_a_run_goes_on(make: Make, tmp_path: Path) -> None:
+    assert command(make(num_training_steps=3))[0] == 0
+    tasks.glue(tmp_path / "other", train=65)
+    with pytest.raises(UserError, match=r"--data gives 65 examples.*was trained on 64 examples"):
+        command(make(num_training_steps=3, data_dir=str(tmp_path / "other"), resume="auto"))
+
+
+def test_batches_and_steps_are_those_of_a_loop_by_hand(make: Make, tmp_path: Path) -> None:
+    """The published faults: weight decay ignored, accumulation off by one. AdamW, the schedule and the mean over a step's examples, written
+    out with torch's own pieces: the same losses and weights; the last step of all takes what is left of the last epoch."""
+    from transformers import AutoModelForSequenceClassification
+
+    shape: dict[str, Any] = {"batch_size": 6, "gradient_accumulation": 4, "num_train_epochs": 2, "warmup_steps": 2}
+    config, data = read(make(optimizer="full", lr=1e-2, weight_decay=0.1, min_lr_ratio=0.1, **shape))
+    assert config.num_training_steps == 6  # 11 batches of 64 examples an epoch, the last of 4; 22 in steps of 4
+    result, model = train(config, "adamw", 1e-2, data, tmp_path, Silent())
+
+    assert config.hf_model is not None
+    torch.manual_seed(config.seed)
+    by_hand = AutoModelForSequenceClassification.from_pretrained(config.hf_model, num_labels=2)
+    adamw = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.1)
+    batches = data.batches(config)
+    shares = [0.5, 1.0, 1.0, 0.7, 0.4, 0.1]
+    losses = []
+    for share in shares:
+        drawn = [next(batches) for _ in range(4)]
+        number = sum(len(labels) for _, labels in drawn)
+        total = sum(torch.nn.functional.cross_entropy(by_hand(**inputs).logits, labels, reduction="sum") for inputs, labels in drawn)
+        (total / number).backward()  # type: ignore[union-attr]
+        adamw.param_groups[0]["lr"] = 1e-2 * share
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(total.item() / number)  # type: ignore[union-attr]
+    assert [loss for _, loss in result.losses] == pytest.approx(losses, rel=1e-5)
+    for mine, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["galore", "galore8bit"])
+def test_weight_decay_acts_on_every_weight(method: str, make: Make, tmp_path: Path) -> None:
+    """One step with and without it: the weights differ by lr x decay x what they were."""
+    from galore_torch.train.loop.build import model_for
+
+    ends = []
+    for decay in (0.0, 0.5):
+        config, data = read(make(optimizer=method, lr=1e-2, weight_decay=decay, num_training_steps=1, eval_every=9))
+        (tmp_path / str(decay)).mkdir()
+        _, model = train(config, METHODS[method], 1e-2, data, tmp_path / str(decay), Silent())
+        ends.append(dict(model.named_parameters()))
+    for name, before in model_for(config, data).named_parameters():
+        torch.testing.assert_close(ends[0][name] - ends[1][name], 1e-2 * 0.5 * before, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_each_epoch_ends_with_an_evaluation_and_a_checkpoint(make: Make, tmp_path: Path) -> None:
+    """64 examples in steps of 3 x 8: an epoch's end lies within a step, which is where it is noticed."""
+    assert command(make(gradient_accumulation=3, num_train_epochs=3, keep=9))[0] == 0
+    assert [row["step"] for row in evaluations(tmp_path / "run")] == [0, 3, 6, 8]
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-000003", "step-000006", "step-000008"]
+
+
+def test_exported_run_loads_as_a_classifier_and_answers_alike(make: Make, tmp_path: Path) -> None:
+    """Of LoRA too, whose adapters are multiplied out; and neither is taken for a language model."""
+    pytest.importorskip("peft", reason="lora needs the extra peft")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    assert command(make(compare=("galore", "lora"), num_train_epochs=1))[0] == 0
+    for name in ("galore_adamw", "lora"):
+        run = tmp_path / "run" / name
+        assert cli.main(["export", str(next((run / "best").iterdir())), str(tmp_path / name)]) == 0
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        last = AutoModelForSequenceClassification.from_pretrained(run / "model")
+        pair = AutoTokenizer.from_pretrained(tmp_path / name)("w1 w2", "w3 good", return_tensors="pt")
+        torch.testing.assert_close(model(**pair).logits, last(**pair).logits, msg="one epoch: the best one is the last one")
+    assert cli.main(["generate", str(tmp_path / "run" / "lora"), "--prompt", "w1"]) == 2
+
+
+def test_frozen_parameters_stay_as_they_are(make: Make, tmp_path: Path) -> None:
+    """And cost no state."""
+    from galore_torch.train.loop.build import model_for
+
+    config, data = read(make(freeze=("embeddings",), lr=1e-2, num_training_steps=2))
+    before = dict(model_for(config, data).named_parameters())
+    _, model = train(config, "galore_adamw", 1e-2, data, tmp_path, Silent())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "embeddings" not in name}
+
+
+def test_dry_run_makes_none(make: Make, tmp_path: Path) -> None:
+    code, said = command(make(dry_run=True))
+    assert code == 0
+    assert "batch      inputs (8, " in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_hub_gives_is_read_by_its_columns(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(path: str, config: str, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return tasks.examples(16, seed=len(asked))
+
+    monkeypatch.setattr("galore_torch.train.data.sources._load", hub)
+    assert command(make(data_dir=None, num_training_steps=2))[0] == 0
+    assert asked == [("nyu-mll/glue", "mrpc", "train"), ("nyu-mll/glue", "mrpc", "validation")]
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no model": (["--task_name", "mrpc"], "needs a model: give --model_name_or_path"),
+    "no task": (["--model_name_or_path", "MODEL"], "needs a task: give --task_name"),
+    "unknown task": (["--model_name_or_path", "MODEL", "--task_name", "mprc"], "did you mean mrpc?"),
+    "own task without file": (["--model_name_or_path", "MODEL", "--task_name", "regression"], "give them with --train_file"),
+    "file of a task of GLUE": (
+        ["--model_name_or_path", "MODEL", "--task_name", "rte", "--train_file", "a.csv"],
+        "--train_file has no effect",
+    ),
+    "missing file": (["--model_name_or_path", "MODEL", "--task_name", "prompts", "--train_file", "a.csv"], "a.csv does not exist"),
+    "packing of pairs": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--packing"], "--packing has no effect"),
+    "unknown method": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--method", "galor"], "'galor' is not known"),
+    "galore without it": (
+        ["--model_name_or_path", "MODEL", "--task_name", "rte", "--enable_galore", "--method", "full"],
+        "that trains without GaLore",
+    ),
+    "alpha without lora": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--lora_alpha", "8"], "--lora_alpha 8 has no effect"),
+    "two lengths": (
+        ["--model_name_or_path", "MODEL", "--task_name", "rte", "--num_train_epochs", "3", "--max_train_steps", "9"],
+        "both say how long to train",
+    ),
+    "too long": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--max_length", "65"], "more than the 64 positions"),
+    "no such folder": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--data_dir", "nowhere"], "--data_dir nowhere is no folder"),
+    "files of another task": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--data_dir", "GLUE"], "has no train file for rte"),
+    "frozen whole": (
+        ["--model_name_or_path", "MODEL", "--task_name", "mrpc", "--data_dir", "GLUE", "--freeze", "."],
+        "leaves nothing to train",
+    ),
+    "freezes none": (
+        ["--model_name_or_path", "MODEL", "--task_name", "mrpc", "--data_dir", "GLUE", "--freeze", "zz"],
+        "matches no parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_word_is_one_line_and_leaves_nothing(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, says = BAD[case]
+    places = {"MODEL": str(tmp_path / "bert"), "GLUE": str(tmp_path / "glue")}
+    tasks.bert(tmp_path / "bert")
+    tasks.glue(tmp_path / "glue")
+    assert cli.main(["finetune", *(places.get(word, word) for word in words), "--output_dir", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["galore", "full"])
+def test_rates_are_found_and_taken(method: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep against a bowl: of GaLore first the matrices' rate, then the rest's; past the grid where the least lies there."""
+    best = {"matrices": 1.0, "rest": 1e-6}
+
+    def short_run(config: FinetuneConfig, name: str, lr: float, scale: float, data: Any) -> float:
+        return 1 + abs(math.log(lr * scale / best["matrices"])) + abs(math.log(lr / best["rest"]))
+
+    monkeypatch.setattr("galore_torch.train.loop.find_lr.short_run", short_run)
+    assert command(make(optimizer=method, find_lr=True, lr=1e-5, galore_scale=1e4, num_training_steps=1))[0] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["lr"] == pytest.approx(1e-6)
+    if method == "galore":
+        assert config["lr"] * config["galore_scale"] == pytest.approx(1.0)
+    assert {one["of"] for one in config["resolved"]["find_lr"]} == ({"matrices", "rest"} if method == "galore" else {"all"})
+    monkeypatch.setattr("galore_torch.train.loop.find_lr.short_run", None)  # what goes on does not look again
+    again = make(optimizer=method, find_lr=True, lr=1e-5, galore_scale=1e4, num_training_steps=1, resume="auto")
+    assert command(again)[0] == 0
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert 'id="find-lr"' in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_short_runs_tell_a_good_rate_from_bad_ones(make: Make) -> None:
+    """Real ones: too small a rate learns nothing, too large a one breaks down; no folder and no checkpoint is left."""
+    config, data = read(make())
+    losses = {lr: find_lr.short_run(config, "galore_adamw", lr, 4.0, data) for lr in (1e-6, 5e-3, 1e3)}
+    assert losses[5e-3] < losses[1e-6]
+    assert losses[5e-3] < losses[1e3]

@@ -1,0 +1,127 @@
+"""Own examples for classification and regression: what is inferred, and what is refused in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from galore_torch.train.config.finetune import FinetuneConfig
+from galore_torch.train.data.tasks import label_names, load_labelled
+from galore_torch.train.errors import UserError
+from galore_torch.train.model.heads import LabelLoss, load_classifier
+from support import tasks
+
+Make = Callable[..., FinetuneConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A config for the rows of a file."""
+    model = tasks.bert(tmp_path / "bert")
+
+    def config(rows: list[dict[str, Any]], held: list[dict[str, Any]] | None = None, **changes: Any) -> FinetuneConfig:
+        files: dict[str, Any] = {"train_file": (tasks.write(tmp_path / "train.jsonl", rows),)}
+        if held is not None:
+            files["validation_file"] = (tasks.write(tmp_path / "dev.jsonl", held),)
+        return FinetuneConfig(**({"hf_model": model, "task_name": "classification", "device": "cpu"} | files | changes))
+
+    return config
+
+
+def test_classes_are_those_of_the_training_examples(make: Make) -> None:
+    """Words by alphabet; the model's config has their names, and the held-out answers their numbers."""
+    rows = [{"text": "w1 w2", "label": label} for label in ("sport", "art", "news", "art")]
+    data = load_labelled(make(rows, [{"text": "w3", "label": "news"}]))
+    assert data.labels == ("art", "news", "sport")
+    assert data.train.targets.tolist() == [2, 0, 1, 0]
+    assert data.held_out[""].targets.tolist() == [1]
+    assert data.scores == ("accuracy", "macro_f1")
+    model = load_classifier(make(rows).hf_model or "", data.labels)
+    assert model.config.id2label == {0: "art", 1: "news", 2: "sport"}
+
+
+def test_numbers_are_classes_by_size() -> None:
+    assert label_names(("line", value) for value in (10, 9, "2", 2.0)) == ("2", "9", "10")
+
+
+def test_every_tenth_is_held_out_where_there_is_no_validation_file(make: Make) -> None:
+    data = load_labelled(make([{"text": f"w{index}", "label": index % 2} for index in range(40)]))
+    assert (len(data.train), len(data.held_out[""])) == (36, 4)
+    assert data.scores == ("accuracy", "f1")
+
+
+def test_regression_takes_any_number(make: Make) -> None:
+    rows = [{"a": "w1", "b": "w2", "score": value} for value in (0.5, "1e2", -3)]
+    data = load_labelled(make(rows, rows[:1], task_name="regression", label_column="score", text_columns=("b", "a")))
+    assert data.train.targets.tolist() == [0.5, 100.0, -3.0]
+    assert (data.labels, data.scores) == ((), ("pearson", "spearman"))
+    ids = data.train.batch([0])[0]["input_ids"][0].tolist()
+    assert ids == tasks.tokenizer()("w2", "w1")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says", "settings"),
+    [
+        ([{"text": "w1"}], "line 1 has no column 'label', it has 'text'; name the right one with --label_column", {}),
+        ([{"text": "w1", "label": None}], "line 1 has no answer in 'label'", {}),
+        ([{"text": "w1", "label": 1}] * 2, "every example has the label '1'", {}),
+        ([{"text": "w1", "label": 1.5}], "the label 1.5 is no class; for numbers give --task_name regression", {}),
+        ([{"text": "w1", "label": [1]}], "the label is list, not a class", {}),
+        ([{"text": "w1", "label": index} for index in range(30)], "30 different labels", {}),
+        (
+            [{"text": "w1", "label": "x"}],
+            "the answer 'x' is no number; for classes give --task_name classification",
+            {"task_name": "regression"},
+        ),
+        ([{"text": "w1", "label": math.nan}], "the answer nan is no number", {"task_name": "regression"}),
+        ([{"a": "w", "b": "w", "c": "w", "label": index} for index in (0, 1)], "has text in 'a', 'b', 'c'; name the one or two", {}),
+        ([{"label": index} for index in (0, 1)], "has text in no column", {}),
+        ([{"text": "w", "label": index} for index in (0, 1)], "has no text in 'body': it has 'text', 'label'", {"text_columns": ("body",)}),
+        ([{"text": "w", "label": 0}, {"text": 5, "label": 1}], "line 2 has no text in 'text': it is int there", {}),
+    ],
+)
+def test_bad_examples_name_their_line(rows: list[dict[str, Any]], says: str, settings: dict[str, Any], make: Make) -> None:
+    with pytest.raises(UserError) as caught:
+        load_labelled(make(rows, rows, **settings))
+    assert says in str(caught.value)
+
+
+def test_class_that_training_does_not_have_is_refused(make: Make) -> None:
+    rows = [{"text": "w1", "label": label} for label in ("yes", "no")]
+    with pytest.raises(UserError, match=r"dev.jsonl line 2: the label 'maybe' is none of 'no', 'yes'"):
+        load_labelled(make(rows, [rows[0], {"text": "w1", "label": "maybe"}]))
+
+
+def test_hidden_answers_of_a_test_set_are_refused(make: Make, tmp_path: Path) -> None:
+    """GLUE's test files have -1 everywhere."""
+    folder = tasks.glue(tmp_path / "glue", task="rte")
+    tasks.write(tmp_path / "glue" / "rte" / "dev.jsonl", [row | {"label": -1} for row in tasks.examples(3)])
+    config = FinetuneConfig(hf_model=str(tmp_path / "bert"), task_name="rte", data_dir=folder)
+    tasks.bert(tmp_path / "bert")
+    with pytest.raises(UserError, match="the label '-1' is none of '0', '1'"):
+        load_labelled(config)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_padding_changes_no_answer(family: str, make: Make, tmp_path: Path) -> None:
+    """An example alone, and in a batch with longer ones; of a decoder whose tokenizer names no padding too."""
+    model = getattr(tasks, family)(tmp_path / family)
+    rows = [{"text": "w1 w2 w3 w4 w5 w6 w7 w8", "label": 0}, {"text": "w9 good", "label": 1}]
+    data = load_labelled(make(rows, rows, hf_model=model))
+    loss = LabelLoss(load_classifier(model, ("0", "1")).eval(), regression=False)
+    loss.model.config.pad_token_id = data.tokenizer.fast.pad_token_id
+    assert data.tokenizer.fast.pad_token_id is not None
+    together = loss.logits(data.train.batch([0, 1])[0])
+    for row in (0, 1):
+        torch.testing.assert_close(loss.logits(data.train.batch([row])[0])[0], together[row])
+
+
+def test_long_pairs_are_cut_to_the_length(make: Make) -> None:
+    long = " ".join(["w1"] * 100)
+    rows = [{"a": long, "b": "w2", "label": index} for index in (0, 1)]
+    assert load_labelled(make(rows, rows, max_length=10)).train.lengths.tolist() == [10, 10]
