@@ -130,7 +130,7 @@ def project_back(change: WeightUpdate, low: Tensor, bases: Bases, view: ParamVie
 
 def unproject(view: ParamView, low: Tensor, out: Tensor) -> None:
     """The gradient of the weight's shape that lies in the subspace and whose R is ``low``, into ``out``."""
-    with _viewed(out, view.layout) as matrix:
+    with write.viewed(out, view.layout.view) as matrix:
         matrix.zero_()
         project_back(WeightUpdate(matrix, -1.0), low, bases_of(view), view)
 
