@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.forked import Forked
+from support.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,3 +57,10 @@ def shared_data() -> Path:
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     with Forked(tmp_path_factory.mktemp("forked")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, World]]:
+    """Groups of 2 and of 4 processes on gloo, started when a test first uses them."""
+    with World(2, tmp_path_factory.mktemp("two")) as two, World(4, tmp_path_factory.mktemp("four")) as four:
+        yield {2: two, 4: four}

@@ -325,7 +325,8 @@ def _add_plan(commands: Any) -> None:
         action="store_true",
         help="recompute activations in the backward pass",
     )
-    plan.add_argument("--world_size", type=int, metavar="N", help="processes of data-parallel training; each holds everything (default: 1)")
+    plan.add_argument("--world_size", type=int, metavar="N", help="processes of data-parallel training (default: 1)")
+    plan.add_argument("--parallel", choices=("ddp", "fsdp"), help="each holds everything, or they share it by fully_shard (default: ddp)")
     plan.add_argument("-o", "--output", metavar="FILE", help="write the best recipe here, for galore pretrain --config")
     plan.add_argument("--compare", action="store_true", help="optimizers side by side: a table and a picture")
     plan.add_argument("--sweep", choices=("rank",), help="the same run at several ranks: a table and a picture")

@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from galore_torch.ops.codecs import BLOCK, StoredTensor, TensorSpec, block_length, levels, nearest_codes, noise, stochastic_round, zero_code
+from galore_torch.ops.codecs import (
+    BLOCK,
+    StoredTensor,
+    TensorSpec,
+    block_length,
+    levels,
+    nearest_codes,
+    noise,
+    shard_block,
+    stochastic_round,
+    zero_code,
+)
 
 CPU = torch.device("cpu")
 
@@ -169,3 +180,30 @@ def test_tables_do_not_follow_a_device_context() -> None:
     with torch.device("meta"):
         assert zero_code(True) == 127
         assert levels(True, CPU).device == CPU
+
+
+@pytest.mark.parametrize("ways", [1, 2, 3, 4, 6, 8, 16, 64])
+@pytest.mark.parametrize("length", [3, 7, 100, 128, 1376, 4096, 5461, 11008])
+def test_no_block_of_a_shard_is_cut(length: int, ways: int) -> None:
+    """Shards begin at multiples of the block, so that torch cuts the scales of the whole where it cuts the codes."""
+    block, shard = shard_block(length, ways), -(-length // ways)
+    assert shard % block == 0
+    scales = torch.arange(-(-length // block)).chunk(ways)
+    codes = torch.arange(length).chunk(ways)
+    assert [len(part) for part in scales] == [-(-len(part) // block) for part in codes]
+    if length % 128 == 0 and ways in (1, 2, 4, 8):
+        assert block == shard_block(length, 1), "the same blocks on 1 to 8 processes"
+
+
+def test_int8_blocks_of_another_world() -> None:
+    """Into blocks that a longer one holds whole: the same value, bit for bit. Into longer ones: rounded once more, to the nearest level."""
+    ours, theirs = StoredTensor("x", (128, 4), "int8", unit=16), StoredTensor("x", (128, 4), "int8")  # 16 and 128 a block
+    value = torch.randn(128, 4)
+    for one, other, step in ((theirs, ours, 0.0), (ours, theirs, 1 / 64)):
+        saved = allocate(one)
+        one.encode(saved, value, None)
+        found = other.in_own_blocks(saved["x_codes"], saved["x_scale"])
+        assert found["x_scale"].shape == other.spec()["x_scale"].shape
+        torch.testing.assert_close(other.decode(found), one.decode(saved), rtol=0.0, atol=step * float(value.abs().max()))
+    with pytest.raises(ValueError, match="x_scale has 127 blocks along an axis of 128"):
+        ours.in_own_blocks(torch.zeros(128, 4, dtype=torch.uint8), torch.zeros(127, 4))

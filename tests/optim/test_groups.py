@@ -155,19 +155,6 @@ def test_a_rank_on_vectors_alone_is_a_warning_also_after_an_exchange() -> None:
         optimizer.step()
 
 
-def test_a_dtensor_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for DTensor: whatever torch.distributed.tensor calls so, looked up as the check does."""
-    import sys
-    from types import SimpleNamespace
-
-    class Sharded(Parameter):
-        pass
-
-    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", SimpleNamespace(DTensor=Sharded))
-    with pytest.raises(ValueError, match=r"DTensor.*FSDP2.*not supported yet"):
-        GaLoreAdamW([{"params": [Sharded(torch.zeros(8, 8))], "rank": 2}])
-
-
 def test_adafactor_schedule_reads_the_rate_in_use() -> None:
     """Oracle: arXiv 1804.04235, section 9.2, in closed form: min(1e-6 t, 1 / sqrt t) with warmup_init."""
     net = model()

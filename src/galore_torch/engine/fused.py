@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.inductor import call, has_compiler, is_disabled, pays
+from galore_torch.engine.sharding import local
 from galore_torch.ops import write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, matrix_shape, noise
@@ -73,7 +74,7 @@ def _paid(weight: Tensor, elements: int, group: Group, step: int) -> bool:
         elements *= INT8
     if pays(device, elements, step) or not pays(device, elements, step * len(params)):
         return pays(device, elements, step)
-    return pays(device, elements, step * sum(p.shape == weight.shape for p in params))
+    return pays(device, elements, step * sum(local(p).shape == weight.shape for p in params))
 
 
 def step(region: FusedStep, inputs: Inputs, fuse: bool, result: Tensor | WeightUpdate) -> None:

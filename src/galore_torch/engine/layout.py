@@ -1,4 +1,4 @@
-"""From (shape, dtype, group) to a view, ranks and sizes. The ONE source of every state size.
+"""From (local shape, placement, dtype, group) to a view, ranks and sizes. The ONE source of every state size.
 
 Recomputed wherever it is needed and never remembered, so a loaded optimizer, a fresh one and a planner agree.
 """
@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from galore_torch.ops.codecs import StoredTensor, TensorSpec
+from galore_torch.engine.sharding import Place, Placed, local, place_of
+from galore_torch.ops.codecs import StoredTensor, TensorSpec, shard_block
+from galore_torch.ops.sharded import Part
 from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import PROJECTORS, Projector, Stored
 from galore_torch.slots.recovery import RECOVERIES
@@ -27,6 +29,14 @@ Group = Mapping[str, Any]
 KERNEL = 16  # a 3-D weight with a last or middle axis below this is a convolution's kernel, and not a batch of matrices
 
 
+class Cut(NamedTuple):
+    """``axis`` of the view, from 0, and dimension ``dim`` of the parameter, which ``ways`` processes share."""
+
+    axis: int
+    ways: int
+    dim: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one parameter is seen by the engine.
@@ -35,7 +45,8 @@ class Layout:
     for a projector that takes tensors with all of their axes.
     ``ranks``: projected axis of the view, counted from its end: -2 = rows and -1 = columns -> rank; empty at full rank.
     ``scaled``: whether the group's scale applies; it does to a matrix whose rank turned out not to be smaller.
-    ``projector``, ``basis_codec``: as they are resolved for this parameter.
+    ``projector``, ``basis_codec``: as they are resolved for this parameter. ``whole``: the view of the whole parameter, of which ``view``
+    is this process' part; ``cuts``: the axes where they may differ. What is chosen by size is chosen by the whole.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +56,8 @@ class Layout:
     scaled: bool
     projector: str
     basis_codec: str
+    whole: tuple[int, ...]
+    cuts: tuple[Cut, ...] = ()
 
     @cached_property
     def compute_dtype(self) -> torch.dtype:
@@ -64,15 +77,23 @@ class Layout:
     @cached_property
     def low_shape(self) -> tuple[int, ...]:
         """Shape of the gradient that the rule sees."""
-        first = len(self.view)
-        return tuple(self.ranks.get(axis - first, size) for axis, size in enumerate(self.view))
+        return self._low(self.view)
+
+    @cached_property
+    def whole_low_shape(self) -> tuple[int, ...]:
+        """The same of the whole parameter."""
+        return self._low(self.whole)
+
+    def _low(self, view: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.ranks.get(axis - len(view), size) for axis, size in enumerate(view))
 
     @cached_property
     def bases(self) -> dict[int, Stored]:
-        """axis -> how its basis is stored."""
+        """axis -> how its basis is stored: whole on every process, also where the axis is cut."""
         if not self.ranks:
             return {}
-        return PROJECTORS[self.projector].state_spec(self.view, self.ranks, self.basis_codec, self.compute_dtype)
+        view = self.view if self.is_tensor else (*self.batch, *self.whole[-2:])
+        return PROJECTORS[self.projector].state_spec(view, self.ranks, self.basis_codec, self.compute_dtype)
 
     @cached_property
     def long_axis(self) -> int:
@@ -80,80 +101,125 @@ class Layout:
 
         Where neither or both are, the last, or the longest when the last is too short for blocks (a convolution's kernel); in a tensor too.
         """
-        axes = len(self.low_shape)
+        low = self.whole_low_shape
+        axes = len(low)
         if len(self.ranks) == 1 and not self.is_tensor:
             return axes - 2 if -1 in self.ranks else axes - 1
         last = max(0, axes - 1)
-        if not axes or self.low_shape[last] >= 64:
+        if not axes or low[last] >= 64:
             return last
         first = len(self.batch)
-        return first + self.low_shape[first:].index(max(self.low_shape[first:]))
+        return first + low[first:].index(max(low[first:]))
+
+    def cut(self, axis: int) -> Cut | None:
+        """Of an axis of the view, from 0 or from the end; None where each process has it whole."""
+        return next((cut for cut in self.cuts if cut.axis == axis % len(self.view)), None)
+
+    @cached_property
+    def entire(self) -> Layout:
+        """Of the whole parameter; it is stored as its parts are."""
+        return replace(self, shape=self.whole, view=self.whole) if self.cuts else self
 
     @cached_property
     def one(self) -> Layout:
         """Of one matrix of the batch."""
-        return replace(self, shape=self.view[-2:], view=self.view[-2:]) if self.batch else self
+        if not self.batch:
+            return self
+        cuts = tuple(cut._replace(axis=cut.axis - 1) for cut in self.cuts if cut.axis)
+        return replace(self, shape=self.view[-2:], view=self.view[-2:], whole=self.whole[-2:], cuts=cuts)
 
 
 @dataclass(frozen=True)
 class ParamView:
-    """One parameter in one step: what all of the engine hands on, and derives from nothing again."""
+    """One parameter in one step: what all of the engine hands on, and derives from nothing again.
+
+    ``weight`` and ``state`` are what this process holds: plain tensors. ``place``: the processes that hold the rest, or None.
+    """
 
     weight: Tensor
     state: State
     group: Group
     rule: AnyRule
     layout: Layout
+    place: Place | None = None
 
     @property
     def projector(self) -> Projector:
         return PROJECTORS[self.group["projector"]]
 
+    def part(self, axis: int) -> Part | None:
+        """This process' part of an axis of the view, -2 = rows and -1 = columns; None where it is whole."""
+        cut = self.layout.cut(axis)
+        return self.place.part(cut.dim) if self.place and cut else None
 
-def view_of(weight: Tensor, state: State, group: Group, rule: AnyRule) -> ParamView:
-    """The view of a parameter; ``weight`` has its local shape. Its group names the projector that serves this parameter."""
-    layout = layout_of(weight, group)
+    @property
+    def parts(self) -> list[Part]:
+        """Of the axes of one matrix that are cut; of all dimensions at full rank."""
+        cuts = [cut for cut in self.layout.cuts if cut.axis >= len(self.layout.batch)]
+        return [self.place.part(cut.dim) for cut in cuts] if self.place else []  # type: ignore[misc]
+
+
+def view_of(p: Tensor, state: State, group: Group, rule: AnyRule) -> ParamView:
+    """The view of a parameter, which may be a DTensor. Its group names the projector that serves this parameter."""
+    layout = layout_of(p, group)
     if layout.projector != group["projector"]:
         group = {**group, "projector": layout.projector}
-    return ParamView(weight, state, group, rule, layout)
+    return ParamView(local(p), state, group, rule, layout, place_of(p))
 
 
-def layout_of(weight: Tensor, group: Group) -> Layout:
-    return make_layout(tuple(weight.shape), weight.dtype, group)
+def layout_of(p: Tensor, group: Group) -> Layout:
+    place = place_of(p)
+    return make_layout(tuple(local(p).shape), p.dtype, group, place.placed if place else None)
 
 
-def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> Layout:
-    """The layout of a parameter of a (local) shape in a group."""
+def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group, placed: Placed | None = None) -> Layout:
+    """The layout of a parameter of a (local) shape in a group; ``placed``: where the shape is a shard of a whole.
+
+    Raises ValueError where the group asks for a basis on an axis that is cut, and there is one that is not.
+    """
     rank = tuple(group["rank"]) if isinstance(group["rank"], list) else group["rank"]
     keys = rank, group["proj_type"], group["projector"], group["basis_codec"]
-    return _make_layout(shape, dtype, keys, group["batch_dims"], group["tensor"])
+    return _make_layout(shape, dtype, keys, (group["batch_dims"], group["tensor"]), placed)
 
 
 @lru_cache(maxsize=4096)
-def _make_layout(shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], batch_dims: int | None, tensor: bool | str) -> Layout:
+def _make_layout(
+    shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], seen_as: tuple[int | None, bool | str], placed: Placed | None
+) -> Layout:
     rank, proj_type, projector, codec = keys
+    batch_dims, tensor = seen_as
     if codec == "weight":
         codec = "bf16" if dtype.itemsize == 2 else "fp32"
-    view = matrices(shape, batch_dims)
+    full = placed.shape if placed else shape
+    own = tuple(Cut(dim, ways, dim) for dim, ways in placed.cuts) if placed else ()
+    leading = _leading(full, batch_dims)
+    whole = _as_matrices(full, leading)
     scaled = rank is not None and len(shape) > 1
-    if tensor and (tensor != "auto" or dtype.is_complex or (len(shape) > 2 and len(view) == 2)):
+    if tensor and (tensor != "auto" or dtype.is_complex or (len(shape) > 2 and len(whole) == 2)):
         projector = "tucker"
     row = PROJECTORS[projector]
     if row.modes is not None:
-        return Layout(shape, dtype, shape, row.modes(shape, rank) if scaled else {}, scaled, projector, codec)
+        modes = row.modes(full, rank) if scaled else {}
+        if modes and own:
+            raise ValueError(
+                f"a parameter of shape {full} is cut between processes, and is to be projected as a tensor, along every dimension: every "
+                "step would gather it. Leave tensor=False, which projects it as matrices, or train it in a group without a rank"
+            )
+        return Layout(shape, dtype, shape, modes, scaled, projector, codec, full, own)
     if scaled and (isinstance(rank, tuple) or dtype.is_complex):
         raise ValueError(
-            f"rank={rank!r} of a parameter of shape {shape} and {dtype}: complex weights, and a rank for each dimension, are projected as "
+            f"rank={rank!r} of a parameter of shape {full} and {dtype}: complex weights, and a rank for each dimension, are projected as "
             "tensors. Give their group tensor=True, or tensor='auto', which leaves real matrices to a single rank; without a rank complex "
             "weights train at full rank"
         )
-    resolved = fits(view, rank, row.axes)
-    axes = () if resolved is None else projected_axes(view, proj_type) if row.axes is None else row.axes
-    found = {axis: row.fit(view[axis], resolved) for axis in axes if resolved is not None}
+    resolved = fits(whole, rank, row.axes)
+    cuts = () if placed is None or resolved is None else _cut_axes(placed, leading)
+    axes = () if resolved is None else _free_axes(whole, proj_type, projector, cuts)
+    found = {axis: row.fit(whole[axis], resolved) for axis in axes if resolved is not None}
     ranks = {axis: rank for axis, rank in found.items() if rank is not None}
     if not ranks or len(ranks) < len(found):
-        return Layout(shape, dtype, shape, {}, scaled, projector, codec)
-    return Layout(shape, dtype, view, ranks, scaled, projector, codec)
+        return Layout(shape, dtype, shape, {}, scaled, projector, codec, full, own)
+    return Layout(shape, dtype, _as_matrices(shape, leading), ranks, scaled, projector, codec, whole, cuts)
 
 
 def matrices(shape: tuple[int, ...], batch_dims: int | None = None) -> tuple[int, ...]:
@@ -162,13 +228,63 @@ def matrices(shape: tuple[int, ...], batch_dims: int | None = None) -> tuple[int
     ``batch_dims`` leading dimensions count matrices, of which the next is the rows and the product of the rest the columns; a tensor that
     has fewer than two more is one matrix. None: one for a 3-D weight whose other two are at least `KERNEL`, as experts have, else none.
     """
-    if len(shape) < 2:
-        return shape
+    return _as_matrices(shape, _leading(shape, batch_dims))
+
+
+def _leading(shape: tuple[int, ...], batch_dims: int | None) -> int:
+    """How many leading dimensions count matrices."""
     if batch_dims is None:
         batch_dims = int(len(shape) == 3 and min(shape[1:]) >= KERNEL)
-    if not batch_dims or len(shape) < batch_dims + 2:
+    return batch_dims if len(shape) >= batch_dims + 2 else 0
+
+
+def _as_matrices(shape: tuple[int, ...], leading: int) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return shape
+    if not leading:
         return shape[0], prod(shape[1:])
-    return prod(shape[:batch_dims]), shape[batch_dims], prod(shape[batch_dims + 1 :])
+    return prod(shape[:leading]), shape[leading], prod(shape[leading + 1 :])
+
+
+def _cut_axes(placed: Placed, leading: int) -> tuple[Cut, ...]:
+    """The cuts through a view as matrices, of which ``leading`` dimensions count them."""
+    cuts = []
+    for dim, ways in placed.cuts:
+        if (dim < leading and leading > 1) or (dim > leading and len(placed.shape) > leading + 2):
+            raise ValueError(
+                f"a parameter of shape {placed.shape} is cut along its dimension {dim}, which is one of several that its view as matrices "
+                f"joins: shard it along dimension {leading}, or train it at full rank, in a group without a rank"
+            )
+        rows = 1 if leading else 0
+        cuts.append(Cut(0 if dim < leading else rows if dim == leading else rows + 1, ways, dim))
+    return tuple(cuts)
+
+
+def _free_axes(whole: tuple[int, ...], proj_type: str, projector: str, cuts: tuple[Cut, ...]) -> tuple[int, ...]:
+    """The projected axes. Those that no process shares, for then only a refresh communicates: "std" follows, others are refused.
+
+    Where both are shared, as under tensor parallelism with FSDP2, the published table says which, and each step adds up R.
+    """
+    row = PROJECTORS[projector]
+    wished = row.axes or projected_axes(whole, proj_type)
+    shared = {cut.axis - len(whole): cut for cut in cuts}
+    taken = [axis for axis in (-2, -1) if axis in shared]
+    free = [axis for axis in (-2, -1) if axis not in shared]
+    if not taken or wished == tuple(free):
+        return wished
+    follows = row.axes is None and proj_type == "std"
+    if free and follows:
+        return tuple(free)
+    if not free and len(wished) == 1 and row.axes is None and row.find is not None:
+        return wished
+    name = {-2: "rows", -1: "columns"}
+    what = f"projector={projector!r}" if row.axes or (follows and not free) else f"proj_type={proj_type!r}"
+    cure = "a projector such as 'power'" + (f" and proj_type='std', which takes the {name[free[0]]} here" if free else " and one side")
+    raise ValueError(
+        f"{what} projects the {' and '.join(name[axis] for axis in wished)} of a parameter of shape {whole}, whose "
+        f"{' and '.join(f'{name[axis]} are shared among {shared[axis].ways} processes' for axis in taken)}: every step would gather them. "
+        f"Use {cure}"
+    )
 
 
 def fits(view: tuple[int, ...], rank: int | float | None, axes: tuple[int, ...] | None = None) -> int | None:
@@ -195,7 +311,7 @@ def stored_moments(layout: Layout, group: Group, rule: Rule) -> tuple[tuple[Stor
 
     Under ``min_8bit_size`` elements (of one matrix of a batch) int8 gives way to fp32: the bytes are few and the blocks too short.
     """
-    moments = tuple(rule.moments(layout.low_shape, group).items())
+    moments = tuple(rule.moments(layout.whole_low_shape, group).items())
     return _stored_moments(layout, moments, group["state_codec"], group["min_8bit_size"])
 
 
@@ -205,14 +321,17 @@ def _stored_moments(
 ) -> tuple[tuple[StoredTensor, Moment], ...]:
     out = []
     for name, moment in moments:
-        shape = moment.shape(layout.low_shape)
-        small = not shape or prod(shape[len(layout.batch) :]) < min_8bit_size
+        shape, whole = moment.shape(layout.low_shape), moment.shape(layout.whole_low_shape)
+        small = not shape or prod(whole[len(layout.batch) :]) < min_8bit_size
         codec = "fp32" if small and state_codec == "int8" else state_codec
         axis = layout.long_axis if len(shape) == len(layout.low_shape) else len(shape) - 1
         dtype = layout.compute_dtype
         if moment.kind == "second" and dtype.is_complex:  # |R|^2
             dtype = dtype.to_real()
-        out.append((StoredTensor(name, shape, codec, axis, moment.kind != "second", dtype, moment.fill), moment))
+        kept = moment.shape(tuple(range(len(layout.low_shape))))  # the axes of R that the moment has
+        cut = layout.cut(kept[axis]) if shape else None
+        unit = shard_block(whole[axis], cut.ways) if cut else 0
+        out.append((StoredTensor(name, shape, codec, axis, moment.kind != "second", dtype, moment.fill, unit), moment))
     return tuple(out)
 
 
@@ -265,3 +384,21 @@ def _slots_spec(layout: Layout, first_gap: int | None, recovery: str, carry: str
     if error := stored_error(layout, {"carry": carry}):
         spec |= error.spec()
     return spec
+
+
+def state_cuts(layout: Layout, group: Group, rule: AnyRule) -> dict[str, tuple[tuple[int, ...], dict[int, int]]]:
+    """Of a parameter that lies on several processes: state key -> shape of the whole, and dimension of the parameter -> that of the state
+    tensor which is cut with it.
+
+    An axis of a state tensor belongs to the one of the parameter whose length it follows.
+    """
+    spec = state_spec(layout.entire, group, rule)
+    out: dict[str, tuple[tuple[int, ...], dict[int, int]]] = {key: (tensor.shape, {}) for key, tensor in spec.items()}
+    for cut in layout.cuts:
+        view = tuple(2 * size if axis == cut.axis else size for axis, size in enumerate(layout.whole))
+        for key, longer in state_spec(replace(layout.entire, view=view), group, rule).items():
+            shape, dims = out[key]
+            for axis, size in enumerate(longer.shape):
+                if size != shape[axis]:
+                    dims[cut.dim] = axis
+    return out

@@ -27,7 +27,7 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     weight, state, group, layout, rule = view.weight, view.state, view.group, view.layout, view.rule
     native, reads = view.projector.adam, RECOVERIES[group["recovery"]].reads
     residual = "moments" in reads
-    if native is None or rule is not RULES["adam"] or (reads and not residual):
+    if native is None or rule is not RULES["adam"] or (reads and not residual) or not weight.numel():
         return False
     if group["carry"] or group["state_codec"] != "fp32" or isinstance(group["lr"], Tensor):
         return False

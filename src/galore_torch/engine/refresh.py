@@ -14,6 +14,7 @@ from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.codecs import StoredTensor
 from galore_torch.ops.linalg import in_range, readable, usable
 from galore_torch.ops.outer import OuterProduct
+from galore_torch.ops.sharded import ShardedMatrix
 from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
 from galore_torch.slots.rules import Moment
 from galore_torch.slots.transport import TRANSPORTS
@@ -55,7 +56,7 @@ def _shift(state: State, group: Group) -> int:
     return int(group["update_proj_gap"] * (state["index"] * GOLDEN % 1.0)) if PROJECTORS[group["projector"]].in_turn else 0
 
 
-def refresh(view: ParamView, grad: Gradient, first: bool = True) -> None:
+def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True) -> None:
     """New bases from this gradient, moments carried over; nothing changes, on the device, where the gradient is not usable.
 
     grad: of the layout's view, or its factors, or what all processes have of it: a projector that needs the matrix gets it. Each matrix of
@@ -63,12 +64,14 @@ def refresh(view: ParamView, grad: Gradient, first: bool = True) -> None:
     ``first``: whether the gradient begins its step; a later micro-batch changes no basis in use.
     """
     state, group = view.state, view.group
+    if isinstance(grad, Tensor):
+        grad = _together(view, grad)
     if not isinstance(grad, Tensor) and view.projector.whole:
         grad = grad.dense()
     if isinstance(grad, SharedGradient):
         is_usable, grad = grad.measured()
     else:
-        is_usable = grad.usable() if isinstance(grad, OuterProduct) else usable(grad, len(view.layout.batch))
+        is_usable = usable(grad, len(view.layout.batch)) if isinstance(grad, Tensor) else grad.usable()
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -82,15 +85,22 @@ def refresh(view: ParamView, grad: Gradient, first: bool = True) -> None:
         if group["gap_range"] is not None and (warm or begins):
             _begin_gap(view, C if warm else None, can[chosen.to(can.device)] if view.layout.batch else can)
     after = can if not view.layout.batch else torch.where(wanted.to(can.device), can, ready.to(can.device))
-    state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=True)
+    # Where processes share a matrix they must all know at the next step whether it has a basis: its refresh is theirs together.
+    state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=view.place is None)
 
 
-def _renew_some(view: ParamView, grad: Gradient, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
+def _together(view: ParamView, grad: Tensor) -> Tensor | ShardedMatrix:
+    """The whole gradient, of which this process holds a part; one whose matrices are whole here is itself."""
+    rows, columns = view.part(-2), view.part(-1)
+    return ShardedMatrix(grad, rows, columns) if rows or columns else grad
+
+
+def _renew_some(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, chosen: Tensor, can: Tensor) -> Overlaps:
     """`_renew` for some matrices of a batch: they are taken out, and put back."""
     if bool(chosen.all()):
         return _renew(view, grad, warm, can)
     at = chosen.nonzero().flatten().to(grad.device)  # indices of matrices
-    layout = replace(view.layout, view=(len(at), *view.layout.view[-2:]))
+    layout = replace(view.layout, view=(len(at), *view.layout.view[-2:]), whole=(len(at), *view.layout.whole[-2:]))
     held = [
         key for stored in (*view.layout.bases.values(), *(stored for stored, _ in carried_moments(view).values())) for key in stored.keys
     ]
@@ -103,7 +113,7 @@ def _renew_some(view: ParamView, grad: Gradient, warm: bool, chosen: Tensor, can
     return C
 
 
-def _renew(view: ParamView, grad: Gradient, warm: bool, can: Tensor) -> Overlaps:
+def _renew(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, can: Tensor) -> Overlaps:
     """New bases for all matrices of the view; C = new basis^T old basis. ``warm``: whether the old ones may be started from.
 
     ``can``: which gradients are usable; narrowed, in place, to those that made a finite basis.
@@ -173,7 +183,7 @@ def _begin_gap(view: ParamView, C: Overlaps | None, can: Tensor) -> None:
         return
     share = (kept_share(C).reshape(-1) * can).sum() / can.sum().clamp_min(1)
     gap = adapted_gap(share, int(state["gap"]), group["gap_range"], group["overlap_range"])
-    state["gap"].copy_(torch.where(can.any(), gap, state["gap"].to(gap.device)), non_blocking=True)
+    state["gap"].copy_(torch.where(can.any(), gap, state["gap"].to(gap.device)), non_blocking=view.place is None)
     state["gap_start"].fill_(state["step"])
 
 

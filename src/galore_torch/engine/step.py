@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.one_pass import in_one_pass
 from galore_torch.engine.refresh import STREAMS, Gradient, moments_of, refresh, refresh_is_due
+from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
+from galore_torch.engine.whole_rules import all_hold, whole_rule
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, norm, readable
 from galore_torch.ops.outer import OuterProduct
@@ -33,13 +35,13 @@ from galore_torch.slots.rules import Numbers, Rule
 from galore_torch.slots.torch_rule import BaseRule
 
 
-def new_state(weight: Tensor, group: Group, rule: AnyRule, index: int) -> State:
-    """The whole state of one parameter, made at once so that no checkpoint tool has to step to see it.
+def new_state(p: Tensor, group: Group, rule: AnyRule, index: int) -> State:
+    """The whole state of one parameter, made at once so that no checkpoint tool has to step to see it: of a DTensor, this process' part.
 
     ``index`` numbers the optimizer's parameters: it decides on which step of the gap this one refreshes.
     """
-    spec = state_spec(layout_of(weight, group), group, rule)
-    return {"step": 0, "index": index, **{key: tensor.allocate(weight.device) for key, tensor in spec.items()}}
+    spec = state_spec(layout_of(p, group), group, rule)
+    return {"step": 0, "index": index, **{key: tensor.allocate(local(p).device) for key, tensor in spec.items()}}
 
 
 def step(view: ParamView, grad: Tensor) -> None:
@@ -110,6 +112,9 @@ def project(view: ParamView, grad: Gradient) -> Tensor:
         low = OuterProduct(project_factor(view, grad.left, -2), project_factor(view, grad.right, -1)).dense()
     else:
         low = view.projector.project(_as_view(grad, view.layout), bases_of(view))
+        for axis in view.layout.ranks:
+            if part := view.part(axis):
+                low = part.total(low)
     return low.to(view.layout.compute_dtype)
 
 
@@ -140,8 +145,10 @@ def _as_view(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def bases_of(view: ParamView) -> Bases:
-    """The bases as they are for products."""
-    return {axis: stored.read(view.state) for axis, stored in view.layout.bases.items()}
+    """The bases as they are for products with the part of the matrix that is here."""
+    bases = {axis: stored.read(view.state) for axis, stored in view.layout.bases.items()}
+    parts = {axis: view.part(axis) for axis in bases} if view.place else {}
+    return bases | {axis: part.of(bases[axis], -2) for axis, part in parts.items() if part}
 
 
 def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
@@ -152,7 +159,7 @@ def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
     decays.
     A rule that is not elementwise sees the matrices of a batch one at a time.
     """
-    if view.weight.numel():  # not an empty shard
+    if view.weight.numel() or view.place:  # an empty shard keeps step with the others
         if view.layout.batch and not (isinstance(view.rule, Rule) and view.rule.elementwise):
             _apply_each(view, low, grad)
         else:
@@ -177,6 +184,8 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
     # NaN or Inf in G reaches R, whatever the basis; of means, whose elements may cancel, G itself is asked where it is there.
     is_finite = _is_finite(low if grad is None or not view.layout.ranks or view.projector.adam is None else grad)
+    if view.place and isinstance(view.rule, Rule) and not view.rule.elementwise:  # shards that are seen as one are skipped as one
+        is_finite = all_hold(view, is_finite, low)
     if isinstance(view.rule, BaseRule):
         _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:
@@ -190,6 +199,7 @@ def _is_finite(tensor: Tensor) -> Tensor | bool:
 
 def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Tensor | None, rule: Rule) -> None:
     weight, group, layout, step = view.weight, view.group, view.layout, view.state["step"] + 1
+    rule = whole_rule(view, rule)
     lr = rule.lr(weight, group, step)
     decay_factor = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
     scale = group["scale"] if layout.scaled else 1.0
@@ -254,6 +264,8 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, known: Known
     with write.viewed(view.weight, layout.view) as matrix:
         change = WeightUpdate(matrix, change.scale, change.decay_factor, change.seed, subtract)
         seen = Seen(back, tuple(layout.ranks), *read, lr, view.state, -1.0 if group["maximize"] else 1.0)
+        if parts := view.parts:
+            seen = replace(seen, total=lambda tensor: reduce(lambda sum, part: part.total(sum), parts, tensor))
         if "moments" in recovery.reads:
             seen = replace(seen, moments=moments_of(view), numbers=numbers, is_finite=is_finite)
         recovery.apply(change, update, seen)

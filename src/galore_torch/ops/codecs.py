@@ -51,7 +51,8 @@ class StoredTensor:
     """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that int8 blocks run along.
 
     The axis is the long one, so that a block stays inside one singular direction. ``signed`` is False for second moments;
-    ``compute_dtype`` is the arithmetic dtype (fp32 or fp64, or complex); ``fill`` >= 0 is the first value.
+    ``compute_dtype`` is the arithmetic dtype (fp32 or fp64, or complex); ``fill`` >= 0 is the first value. ``unit``: elements that share
+    one scale, where the axis is cut between processes; 0: as `block_length` says.
     """
 
     name: str
@@ -61,11 +62,12 @@ class StoredTensor:
     signed: bool = True
     compute_dtype: torch.dtype = torch.float32
     fill: float = 0.0
+    unit: int = 0
 
     @property
     def block(self) -> int:
         """Elements of ``axis`` that share one scale."""
-        return block_length(self.shape[self.axis])
+        return self.unit or block_length(self.shape[self.axis])
 
     @cached_property
     def pair(self) -> StoredTensor | None:
@@ -129,6 +131,8 @@ class StoredTensor:
             return self._decode4(*(state[key] for key in self.keys))
         if self.codec != "int8":
             return state[self.name].to(self.compute_dtype)
+        if not prod(self.shape):  # an empty shard
+            return state[f"{self.name}_codes"].to(self.compute_dtype)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
         table = (self.tables(codes.device) if tables is None else tables)[0]
         blocks = _blocked(_look_up(table, codes.int()), self.axis, self.block)
@@ -141,6 +145,8 @@ class StoredTensor:
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
+        if not prod(self.shape):  # an empty shard
+            return
         if self.pair:
             self.pair.encode(state, as_real(value), seed, tables)
             return
@@ -158,6 +164,27 @@ class StoredTensor:
             state[self.name].copy_(stochastic_round(value.float(), seed))
         elif value is not state[self.name]:
             state[self.name].copy_(value)
+
+    def in_own_blocks(self, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """int8 codes and scales of the same value in blocks of another length: exact where those hold a whole number of ours.
+
+        Raises ValueError for a number of blocks that no world makes.
+        """
+        length, axis, blocks = self.shape[self.axis], self.axis, scale.shape[self.axis]
+        lengths = (block_length(length), *(shard_block(length, ways) for ways in range(1, 1 + WORLDS)))
+        there = next((size for size in lengths if -(-length // size) == blocks), None)
+        if there is None:
+            raise ValueError(
+                f"the checkpoint's {self.name}_scale has {blocks} blocks along an axis of {length}, which no number of processes makes: it "
+                "belongs to another model"
+            )
+        keys = f"{self.name}_codes", f"{self.name}_scale"
+        if there % self.block == 0:
+            finer = scale.repeat_interleave(there // self.block, axis).narrow(axis, 0, -(-length // self.block))
+            return dict(zip(keys, (codes, finer), strict=True))
+        out = {key: spec.allocate(codes.device) for key, spec in self.spec().items()}
+        self.encode(out, replace(self, unit=there).decode(dict(zip(keys, (codes, scale), strict=True))), None)
+        return out
 
     def _encode4(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, two to a byte, scale and offset. The first half of the axis lies in the low four bits, the second in the high ones."""
@@ -185,6 +212,23 @@ def block_length(length: int) -> int:
         return max(length, 1)
     best = max(d for d in range(1, BLOCK + 1) if length % d == 0)
     return best if best >= 64 else BLOCK
+
+
+WORLD, SHARED, WORLDS = 8, 64, 1024  # processes whose blocks are one's own; the most elements a block; processes that are looked for
+
+
+def shard_block(length: int, ways: int) -> int:
+    """Elements a block of an axis that is cut between ``ways`` processes: no block is cut, in this world and, where it can be, in others.
+
+    The largest power of two from 16 to 64 that divides the shard of 8 processes, so that worlds of 1, 2, 4 and 8 have the same blocks and
+    read each other's; else that of these processes, else any divisor of theirs from 16 to 256, else the shard.
+    """
+    shard = -(-length // ways)
+    for size in (-(-length // max(ways, WORLD)), shard):
+        power = min(size & -size, SHARED)
+        if power >= 16 and shard % power == 0:
+            return power
+    return max((d for d in range(16, BLOCK + 1) if shard % d == 0), default=shard)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Ops: the linear algebra of subspaces. Tensors in, tensors out; no optimizer, no state, no configuration.
 
 Every function is batched over leading dimensions and works in the dtype it is given: callers hand it fp32 or fp64, real or complex.
+Where a gradient is only multiplied, an `outer.OuterProduct` or a `sharded.ShardedMatrix` may stand in its place.
 Shape suffixes: M x N is the gradient, R the rank. A basis has orthonormal columns: basis^H basis = I, and ^H is ^T for real ones.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.ops.chunks import chunk_elements, parts
+from galore_torch.ops.sharded import ShardedMatrix, whole
 
 
 def readable(tensor: Any) -> bool:
@@ -231,13 +233,15 @@ def _iterated(A_MN: Tensor, start_MK: Tensor, fresh: int, seed: int) -> Tensor:
     energy = squared(small).sum(-1)
     blind = energy <= BLIND * energy[..., kept:].amax(-1, keepdim=True)
     if not readable(A_MN) or bool(blind.any()):
-        small = torch.where(blind.unsqueeze(-1), gaussian(small.shape, seed + 1, A_MN), small)
+        drawn = gaussian(small.shape, seed + 1, A_MN)
+        small = small.renewed(blind, drawn) if isinstance(small, ShardedMatrix) else torch.where(blind.unsqueeze(-1), drawn, small)
     return orthonormalize((small @ A_MN.mH).mH)  # (l, n) @ (n, m), transposed: LAPACK's order of memory
 
 
 def unit(matrix: Tensor) -> Tensor:
     """The matrix over its largest magnitude: a product of two gradients' worth of elements must neither vanish nor overflow."""
-    return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    largest = matrix.largest() if isinstance(matrix, ShardedMatrix) else matrix.abs().amax((-2, -1), keepdim=True)
+    return matrix / largest.clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def gaussian(shape: tuple[int, ...], seed: int, like: Any) -> Tensor:
@@ -248,7 +252,7 @@ def gaussian(shape: tuple[int, ...], seed: int, like: Any) -> Tensor:
 
 def orthonormalize(columns_MR: Tensor) -> Tensor:
     """An orthonormal basis of the columns' span, by QR, with the sign (or phase) that keeps each new vector on its old side."""
-    Q, R = torch.linalg.qr(columns_MR)
+    Q, R = torch.linalg.qr(whole(columns_MR))
     side = R.diagonal(dim1=-2, dim2=-1)
     sign = torch.where(side == 0, 1.0, side.sgn()) if side.is_complex() else torch.where(side < 0, -1.0, 1.0)
     return Q.mul_(sign.to(Q.dtype).unsqueeze(-2))

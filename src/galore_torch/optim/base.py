@@ -18,12 +18,13 @@ from galore_torch.engine.checks import check_group, plain_numbers, unread_keys
 from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView, state_spec
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept, takes_tensors
-from galore_torch.engine.sharding import refuse_sharded
+from galore_torch.engine.sharding import local_grad
 from galore_torch.engine.shared_gradient import SharedGradient
+from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.quantize import refuse_replaced
-from galore_torch.optim.state import seal, unseal
+from galore_torch.optim.state import seal, unseal, whole_state
 from galore_torch.slots.rules import RULES
 
 
@@ -285,20 +286,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):
-            for view in views:
-                if isinstance(view.weight.grad, ConsumedGrad):
-                    view.weight.grad = None  # updated inside the backward pass: the mark has served
+            for (p, _), view in zip(pairs, views, strict=True):
+                if isinstance(p.grad, ConsumedGrad):
+                    p.grad = None  # updated inside the backward pass: the mark has served
                 else:
-                    self._update(view)
+                    self._update(view, p.grad)
         return loss
 
-    def _update(self, view: ParamView) -> None:
-        grad = view.weight.grad
+    def _update(self, view: ParamView, grad: Tensor | None) -> None:
         assert grad is not None
         if isinstance(grad, LowRankGrad):
             engine.apply(view, grad.low)
         else:
-            engine.step(view, grad)
+            engine.step(view, local_grad(grad, view.place))
 
     @torch.no_grad()
     def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -370,7 +370,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         plain_numbers(group)
         view = self._check(p, group)
         with without_autocast([p]):
-            self._update(view)
+            self._update(view, p.grad)
         p.grad = ConsumedGrad(p, owner_of(self))
 
     def _view(self, p: Tensor, group: dict[str, Any]) -> ParamView:
@@ -413,7 +413,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by index and groups: plain tensors and numbers, which torch.load reads with its defaults."""
         self._adopt()
-        whole = super().state_dict()
+        handle = self.register_state_dict_post_hook(_with_dtensors, prepend=True)  # the user's own hooks see what is saved
+        try:
+            whole = super().state_dict()
+        finally:
+            handle.remove()
         for place, (p, _) in enumerate(self._present):  # present and empty: a checkpoint without it is not whole
             if not self.state.get(p):
                 whole["state"].setdefault(place, {})
@@ -428,7 +432,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         changed = [group for group in self.param_groups if any(p not in known for p in group["params"])]
         for group in changed:
             for p in group["params"]:
-                refuse_sharded(p)
+                check_shared(engine.layout_of(p, group), group, self.rule)
         self._present = [(p, group) for group in self.param_groups for p in group["params"]]
         self._places = {p: place for place, (p, _) in enumerate(self._present)}
         for p in [p for p in self.state if p not in self._places]:
@@ -462,3 +466,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
         unseal(self)
         self._adopt()
+
+
+def _with_dtensors(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """A state_dict as checkpoints hold it: with DTensors around what is cut between processes as its parameter is."""
+    for place, (p, group) in enumerate(optimizer._present):
+        if place in state_dict["state"]:
+            state_dict["state"][place] = whole_state(p, state_dict["state"][place], group, optimizer.rule)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from galore_torch.choices import one_of
 from galore_torch.engine.recipe import check_kept
+from galore_torch.engine.sharding import place_of
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.averaging import Averaging
 from galore_torch.optim.base import LowRankOptimizer
@@ -286,6 +287,11 @@ def fused_backward(
     model = model if wrapper is None else wrapper.module
     own = {p for group in optimizer.param_groups for p in group["params"]}
     mine = [p for p in model.parameters() if p in own and p.requires_grad]
+    if any(place_of(p) is not None for p in mine):
+        raise ValueError(
+            "the model's parameters are DTensors, as fully_shard and tensor parallelism make them: FSDP2 frees whole gradients itself, and "
+            "keeps shards alone; train without fused_backward"
+        )
     if not mine:
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")
     if any(attachment_of(p) is not None for p in mine):

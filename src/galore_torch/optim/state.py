@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.layout import AnyRule, state_spec
+from galore_torch.engine.layout import AnyRule, Layout, state_cuts, state_spec, stored_moments
+from galore_torch.engine.sharding import place_of, unwrap
 from galore_torch.optim.published_state import convert_published
+from galore_torch.slots.torch_rule import BaseRule
 
 COUNTERS = {"step", "index"}  # Python numbers beside the tensors of a parameter's state
 
@@ -20,6 +22,18 @@ class _Sealed:
 
     def __init__(self, value: Tensor):
         self.value = value
+
+
+def whole_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any], rule: AnyRule) -> dict[str, Any]:
+    """The state of one parameter as a checkpoint holds it: around what is cut as a DTensor is, DTensors that share its memory.
+
+    What every process holds whole stays a plain tensor. Tools such as torch.distributed.checkpoint then save each part once.
+    """
+    place = place_of(p)
+    if place is None or not state:
+        return state
+    cuts = state_cuts(engine.layout_of(p, group), group, rule)
+    return {key: place.wrap(value, *cuts[key]) if key in cuts and cuts[key][1] else value for key, value in state.items()}
 
 
 def seal(
@@ -72,6 +86,9 @@ def _seal_one(
     optimizer: torch.optim.Optimizer, rule: AnyRule, index: Any, saved: dict[str, Any], p: Tensor, group: dict[str, Any]
 ) -> dict[str, Any]:
     layout = engine.layout_of(p, group)
+    ours = whole_state(p, optimizer.state[p], group, rule) if place_of(p) else {}
+    saved = _with_blocks(saved, layout, group, rule)
+    saved = {key: unwrap(value, ours.get(key)) if isinstance(value, Tensor) else value for key, value in saved.items()}
     saved = convert_published(saved, layout, group, rule)
     if "turn" in saved:  # as this package called it before 2.0.0
         saved["index"] = saved.pop("turn")
@@ -96,6 +113,20 @@ def _seal_one(
         device = torch.device("cpu") if tensor.host else p.device
         # A copy of its own: nothing is shared with the checkpoint, and no view keeps a larger storage alive.
         out[key] = _Sealed(torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(saved[key]))
+    return out
+
+
+def _with_blocks(saved: Mapping[str, Any], layout: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, Any]:
+    """A checkpoint's int8 moments in the blocks of this world: how a matrix is cut decides how long they are."""
+    out = dict(saved)
+    if isinstance(rule, BaseRule):
+        return out
+    for stored, _ in stored_moments(layout.entire, group, rule):
+        codes, scale = (saved.get(f"{stored.name}_{part}") for part in ("codes", "scale"))
+        if stored.codec != "int8" or codes is None or scale is None or tuple(codes.shape) != stored.shape:
+            continue
+        if tuple(scale.shape) != stored.spec()[f"{stored.name}_scale"].shape:
+            out |= stored.in_own_blocks(unwrap(codes, None), unwrap(scale, None))
     return out
 
 

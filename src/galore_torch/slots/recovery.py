@@ -24,6 +24,7 @@ class Seen:
     ``low`` (R) and ``grad`` (G, of the weight's view) are there when the row reads them, else None. ``lr``: the step size that the update
     carries. ``state``: the row's own state. ``sign``: -1 where the group climbs, else 1. ``moments`` of this step, decoded when they are
     looked up, and ``numbers`` of the rule are there when the row reads "moments". ``is_finite``: whether R is, a bool or 0-d on the device.
+    ``total``: the sum over the processes that hold parts of the matrix; None where it is whole.
     """
 
     project_back: Callable[[WeightUpdate, Tensor], None]
@@ -36,6 +37,7 @@ class Seen:
     moments: State = field(default_factory=dict)
     numbers: tuple[Any, ...] = ()
     is_finite: Tensor | bool = True
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def fira(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     (axis,) = seen.axes
     lengths = torch.linalg.vector_norm(seen.low, dim=axis, keepdim=True)  # (1, n), or (m, 1)
     residual.mul_(torch.linalg.vector_norm(N, dim=axis, keepdim=True) / lengths.clamp_min(torch.finfo(dtype).tiny))  # lr S
-    norm, last = torch.linalg.vector_norm(residual, dim=(-2, -1)) / seen.lr, seen.state["residual_norm"]
+    length, last = torch.linalg.vector_norm(residual, dim=(-2, -1)), seen.state["residual_norm"]
+    norm = (length if seen.total is None else seen.total(length.square()).sqrt()) / seen.lr
     counts = norm.isfinite() & (norm > 0)  # no step is 0 long but one that was skipped
     shortened = torch.where((last > 0) & (norm > GROWTH * last), GROWTH * last / norm, 1.0)
     factor = torch.where(counts, shortened, 0.0)

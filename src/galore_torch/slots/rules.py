@@ -130,7 +130,7 @@ def adafactor_lr(weight: Tensor, group: Group, step: int) -> Any:
     if group["scale_parameter"]:
         real = torch.promote_types(weight.dtype, torch.float32)
         rms = torch.linalg.vector_norm(weight, dtype=real) / math.sqrt(weight.numel())
-        rms.nan_to_num_(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
+        rms = rms.nan_to_num(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
         lr = rms.clamp_(min=group["eps"][1]) * lr
     return lr
 

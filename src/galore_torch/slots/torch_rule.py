@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,22 @@ class BaseRule:
     def decouples(self, group: Group) -> bool:
         """Whether weight decay acts on the whole weight, outside the subspace."""
         return self.base.__name__ in DECOUPLED or bool(group.get("decoupled_weight_decay"))
+
+    @cached_property
+    def elementwise(self) -> bool:
+        """Whether each element moves by itself, so that a shard of a parameter may step without the others: tried on a small one."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        whole, grads = torch.randn(4, 4, generator=generator, device="cpu"), torch.randn(3, 4, 4, generator=generator, device="cpu")
+
+        def trained(rows: slice) -> Tensor:
+            x = torch.nn.Parameter(whole[rows].clone())
+            optimizer = self._new(x, self.defaults)
+            for grad in grads:
+                x.grad = grad[rows].clone()
+                _bare_step(optimizer)
+            return x.detach()
+
+        return torch.allclose(trained(slice(4)), torch.cat([trained(slice(3)), trained(slice(3, 4))]), rtol=1e-5, atol=1e-6)
 
     def spec(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, TensorSpec]:
         """The state tensors of a parameter of ``shape``. Which there are depends on which settings are on, not on their size."""

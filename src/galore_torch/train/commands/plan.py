@@ -54,6 +54,7 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     world_size = arguments.get("world_size", 1)
     if world_size < 1:
         raise UserError(f"--world_size {world_size} is out of bounds: give a number of processes of at least 1")
+    shards = world_size if arguments.get("parallel") == "fsdp" else 1
     budget = _budget(arguments)
     device = arguments.get("device", "cuda")
     given = _model(arguments["model"]) | {name: arguments[name] for name in _SETTINGS if name in arguments}
@@ -64,22 +65,26 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
     if "targets" in given:
         given["targets"] = tuple(given["targets"])
-    config = PretrainConfig(**{**_DEFAULTS, **given}, given=frozenset(given))
+    defaults = _DEFAULTS | ({"optimizer": "galore_adamw8bit"} if shards > 1 else {})
+    config = PretrainConfig(**{**defaults, **given}, given=frozenset(given))
     if arguments.get("output") and (budget is None or arguments.get("compare") or arguments.get("sweep")):
         raise UserError("-o writes the best recipe that fits: give --memory or --card, and neither --compare nor --sweep")
     if arguments.get("compare") and (other := next((flag for flag in ("sweep", "optimizer") if arguments.get(flag)), None)):
         raise UserError(
             f"--{other} {arguments[other]} has no effect with --compare, which has optimizers of its own; leave one of them out"
         )
+    if shards > 1 and (flag := next((flag for flag in ("compare", "sweep", "output") if arguments.get(flag)), None)):
+        raise UserError(f"--{flag} plans whole parameters; leave it out, or --parallel fsdp")
     if arguments.get("compare") or arguments.get("sweep"):
         return _side_by_side(console, arguments, config, device, budget, world_size)
     if arguments.get("picture"):
         raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
     if "max_length" not in given:
         console.print(f"note: sequences of {config.max_length} tokens, the default; --seq N plans yours", highlight=False)
-    if budget is None:
-        show_plan(console, planned(plan_request(config, device=device, processes=world_size), traced=True), None, world_size)
-        return EXIT_FITS
+    if budget is None or shards > 1:
+        found = planned(plan_request(config, device=device, processes=world_size, shards=shards), traced=True)
+        show_plan(console, found, budget, world_size)
+        return EXIT_FITS if budget is None or found.needed <= budget.bytes else EXIT_DOES_NOT_FIT
     return _for_a_card(console, arguments, given, config, device, budget, world_size)
 
 

@@ -7,7 +7,7 @@ b bytes an element. The loss is the trainer's: cross-entropy in fp32 over all lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from galore_torch.train.model.sizes import Part, Sizes, Targets
 from galore_torch.train.optimizers.registry import backward_mode, optimizer_spec
 from galore_torch.train.plan.methods import FACTORED, Cost, cost, thin_input, trained_parts
 
+STEP = "the optimizer's step"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -42,6 +43,7 @@ class PlanRequest:
     targets: Targets = None  # what `sizes` has as projected
     gradients: str = "full"  # --gradients, settled
     refreshing: bool = True
+    shards: int = 1  # processes that share every parameter, as under `fully_shard`
 
     @property
     def tokens(self) -> int:
@@ -75,7 +77,7 @@ class PlanRequest:
 
     def _costs(self, parts: tuple[Part, ...]) -> list[tuple[Part, Cost]]:
         return [
-            (part, cost(part, trained, self.optimizer, self.dtype, self.device, self.settings, self.tokens * self.direct))
+            (part, cost(part, trained, self.optimizer, self.dtype, self.device, self.settings, self.tokens * self.direct, self.shards))
             for part, trained in trained_parts(self.optimizer, parts, self.rank)
         ]
 
@@ -121,14 +123,33 @@ class Phase:
     logits: int
     transient: int
     unpacked: int = 0  # the part of `transient` that no trace of an ordinary model sees: a quantised weight, unpacked
+    gathered: int = 0  # what shards are put together to: whole weights, and gradients before they are shared out
 
     @property
     def total(self) -> int:
-        return self.gradients + self.activations + self.logits + self.transient
+        return self.gradients + self.activations + self.logits + self.transient + self.gathered
 
 
 def phases(request: PlanRequest) -> Iterator[Phase]:
     """The points of a step at which most can be held, in order."""
+    whole = gathered(request)
+    for phase in _phases(request):
+        yield phase if phase.name == STEP else replace(phase, gathered=whole)
+
+
+def gathered(q: PlanRequest) -> int:
+    """Bytes that `fully_shard`, called on each layer and on the model, puts together for a while, at most.
+
+    Whole weights of the model's own unit (embedding, head, last norm), of a layer and of the next, which is fetched ahead; whole gradients
+    of that unit, and of a layer twice: as it is made and as it is shared out.
+    """
+    if q.shards == 1:
+        return 0
+    outer, layer = (sum(part.count * prod(part.shape) for part in parts) * q.itemsize for parts in (q.sizes.outer, q.sizes.layer))
+    return 2 * outer + 4 * layer
+
+
+def _phases(request: PlanRequest) -> Iterator[Phase]:
     q, layers = request, request.sizes.layers
     tokens, b, D, I = q.tokens, q.itemsize, q.sizes.hidden, q.sizes.intermediate
     own, rows = layer_activations(q), tokens * D * b
@@ -160,7 +181,7 @@ def phases(request: PlanRequest) -> Iterator[Phase]:
     everything = outer + layers * inner
     done = everything if again else everything - q.kept(embedding)
     yield Phase("the embedding's backward pass", done + embedding.gradient, 0, 0, rows + (passing_bytes(q, embedding) if q.mode else 0))
-    yield Phase("the optimizer's step", everything, 0, 0, step_transient(q))
+    yield Phase(STEP, everything, 0, 0, step_transient(q))
 
 
 def _loss_phases(q: PlanRequest, before: int, activations: int, head: Cost) -> Iterator[Phase]:

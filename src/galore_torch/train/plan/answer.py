@@ -77,14 +77,21 @@ class Plan:
 
 
 def plan_request(
-    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, processes: int = 1
+    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, processes: int = 1, shards: int = 1
 ) -> PlanRequest:
-    """The memory side of a config, for its first optimizer or for another; ``processes``: where the config does not say."""
+    """The memory side of a config, for its first optimizer or for another; ``processes``: where the config does not say.
+
+    ``shards``: how many of them share every parameter, as under `fully_shard`. UserError for an optimizer that cannot train so.
+    """
     from galore_torch.train.model.loss import settled_chunk
 
     name = (optimizer or config.contenders[0][0]).lower()
     targets = as_targets(config.targets) if optimizer_spec(name).low_rank else None
     sizes = config.sizes(targets, vocab_size)
+    if shards > 1 and (optimizer_spec(name).per_layer or optimizer_spec(name).quantized):
+        raise UserError(
+            f"{name} does not train under fully_shard, which keeps shards of floating weights and gradients: choose galore_adamw8bit"
+        )
     return PlanRequest(
         sizes=sizes,
         optimizer=name,
@@ -101,6 +108,7 @@ def plan_request(
         pretrained=config.hf_model is not None,
         targets=targets,
         gradients=settled_gradients(name, config.gradients, max(processes, config.processes)),
+        shards=shards,
     )
 
 
@@ -118,7 +126,7 @@ def planned(request: PlanRequest, *, traced: bool) -> Plan:
 
 
 def _planned(request: PlanRequest, traced: bool) -> Plan:
-    found, untraced = _traced(request) if traced else (None, "")
+    found, untraced = _traced(request) if traced and request.shards == 1 else (None, "")
     weights, basis, moments = (request.total(each) for each in ("weight", "basis", "moments"))
     return Plan(request, weights, basis, moments, found or tuple(phases(request)), found is not None, untraced)
 

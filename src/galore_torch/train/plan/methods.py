@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -57,12 +57,17 @@ def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[P
     return out
 
 
-def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings: Mapping[str, Any], tokens: int = 0) -> Cost:
+def cost(
+    part: Part, trained: bool, name: str, dtype: str, device: str, settings: Mapping[str, Any], tokens: int = 0, shards: int = 1
+) -> Cost:
     """Of one parameter of `part`; ``settings`` as `build_optimizer` takes them. ``tokens`` of a forward pass, where the linear layers make
-    low-rank gradients themselves; else 0."""
+    low-rank gradients themselves; else 0. ``shards``: processes that share it, as under `fully_shard`; the first's part is counted."""
     import torch
 
+    from galore_torch.train.plan.optimizer_bytes import param_bytes, shard_of, thin_bytes
+
     kind: torch.dtype = getattr(torch, dtype)
+    whole, part = part, replace(part, shape=shard_of(part.shape, shards))
     size = prod(part.shape)
     weight = size * kind.itemsize
     if not trained:
@@ -71,11 +76,10 @@ def cost(part: Part, trained: bool, name: str, dtype: str, device: str, settings
         moments, transient = _foreign(part, "adamw" if name in FACTORED else name, kind.itemsize, settings["beta1"])
         return Cost(weight, weight, 0, 0, moments, transient, transient)
     from galore_torch.ops.linalg import product_dtype
-    from galore_torch.train.plan.optimizer_bytes import param_bytes, thin_bytes
 
     rule, full, projected = _groups(name, frozen(settings))
     group = projected if part.projected else full
-    found = param_bytes(part.shape, kind, group, rule, device)
+    found = param_bytes(whole.shape, kind, group, rule, device, shards)
     gradient, transient = weight, found.transient
     if tokens and part.role == "matrix" and found.low:
         gradient, transient = 0, thin_bytes(part.shape, kind, group, rule, tokens, device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec
+from galore_torch.engine.sharding import Placed
 from galore_torch.ops.chunks import chunk_elements
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
 from galore_torch.slots.projectors import PROJECTORS
@@ -40,15 +41,26 @@ class ParamBytes:
         return max(self.step, self.refresh)
 
 
-def param_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, device: str = "cpu") -> ParamBytes:
-    """What one parameter of ``shape`` costs in a parameter group of one of this package's optimizers. ``device``: "cpu" or "cuda"."""
-    layout = make_layout(shape, dtype, group)
+def param_bytes(
+    shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any], rule: AnyRule, device: str = "cpu", shards: int = 1
+) -> ParamBytes:
+    """What one parameter of ``shape`` costs in a parameter group of one of this package's optimizers. ``device``: "cpu" or "cuda".
+
+    ``shards``: processes among which `fully_shard` cuts its first dimension; the first, whose part is the largest, is counted.
+    """
+    placed = Placed(shape, ((0, shards),)) if shards > 1 else None
+    layout = make_layout(shard_of(shape, shards), dtype, group, placed)
     spec = state_spec(layout, group, rule)
     basis = sum(tensor.nbytes for key, tensor in spec.items() if key.startswith("basis") and not tensor.host)
     moments = sum(tensor.nbytes for key, tensor in spec.items()) - basis
     low = prod(layout.low_shape) * layout.compute_dtype.itemsize if layout.ranks else 0
     step, refresh = _step(layout, group, low, device), _refresh(layout, group, low, basis + moments, device)
     return ParamBytes(basis, moments, low, step, refresh)
+
+
+def shard_of(shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    """The first process' part."""
+    return (-(-shape[0] // shards), *shape[1:])
 
 
 def thin_bytes(

@@ -15,13 +15,14 @@ from galore_torch.train.report.progress import show_table
 
 _LATER = "the first step keeps all inputs whole, to make every basis; tensors of later ones"
 UTILISATION = 0.4  # of the peak, which training runs of this size commonly reach (arXiv 2204.02311, table 3, has 21 to 46 %)
-PARTS = ("weights", "basis", "moments", "gradients", "activations", "logits", "transient")
+PARTS = ("weights", "basis", "moments", "gradients", "activations", "logits", "transient", "gathered")
 _MEANING = {
     "basis": "subspaces",
     "moments": "optimizer state in them",
     "activations": "kept for the backward pass",
     "logits": "and what the loss makes of them",
     "transient": "of one operation or update",
+    "gathered": "whole weights and gradients",
 }
 
 
@@ -57,6 +58,8 @@ class Budget:
 def show_plan(console: Console, plan: Plan, budget: Budget | None, world_size: int) -> None:
     rows = []
     for name, value in parts(plan).items():
+        if name == "gathered" and plan.request.shards == 1:
+            continue
         largest = value if name in ("weights", "basis", "moments") else plan.largest(name)
         rows.append([f"{name}{', ' + _MEANING[name] if name in _MEANING else ''}", gb(value), gb(largest)])
     rows.append(["tensors, in all", gb(plan.peak), ""])
@@ -88,7 +91,12 @@ def notes(plan: Plan, world_size: int) -> list[str]:
             "--gradients direct: no gradient of a projected linear layer is made in full; "
             + ("the peak is of a step after the first" if plan.ordinary is None else f"{_LATER}: {gb(plan.ordinary)} GB, by formulas")
         )
-    if world_size > 1:
+    if q.shards > 1:
+        found.append(
+            f"of the first of {q.shards} processes, which share weights, gradients and moments as under fully_shard; each holds every "
+            "basis. What is gathered is counted for a call on each layer and on the model"
+        )
+    elif world_size > 1:
         found.append(
             f"of each of {world_size} processes: weights, gradients and state are replicated, as under DistributedDataParallel, whose "
             f"buckets hold the gradients once more ({gb(plan.request.total('gradient'))} GB, not counted)"

@@ -1,0 +1,169 @@
+"""Sharded training is training: FSDP2, HSDP and tensor parallelism on gloo processes against one process with the whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from support.sharded import Cut, Run, parameters, weights
+from support.world import World
+
+pytestmark = pytest.mark.dist
+BOTH = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+RIGHT = {"proj_type": "right"}  # what "std" is for every matrix of which processes hold rows
+ROWS = (Cut((16, 12)), Cut((9, 20)), Cut((3, 20)), Cut((6, 3, 2, 2)), Cut((7,)))  # uneven and empty shards, a kernel, a vector
+
+
+def assert_same_training(world: World, run: Run, atol: float = 1e-5) -> None:
+    """Weights as those of one process; what several ranks hold is the same bits on each."""
+    assert_same(world, weights, (run,), (replace(run, mesh=(), plan=False, options=()),), atol)
+
+
+def assert_same_steps(world: World, run: Run, cuts: tuple[Cut, ...]) -> None:
+    """In float64, where the order of sums is no excuse."""
+    run = replace(run, steps=range(20), dtype=torch.float64)
+    assert_same(world, parameters, (run, cuts), (replace(run, mesh=()), cuts), 1e-9)
+
+
+def assert_same(world: World, function: Any, mine: tuple[Any, ...], alone: tuple[Any, ...], atol: float) -> None:
+    found, (expected, _) = world.run(function, *mine), function(*alone)
+    for ours, theirs in zip(found[0][0], expected, strict=True):
+        assert_close(ours, theirs, rtol=0.0, atol=atol)
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=0.0, atol=0.0)
+    started, _ = function(replace(alone[0], steps=range(0)), *alone[1:])
+    assert all(float((ours - start).abs().max()) > 10 * atol for ours, start in zip(found[0][0], started, strict=True)), "it trains"
+
+
+PROJECTORS = ("power", "rsvd", "gram", "svd", "random")
+
+
+@pytest.mark.parametrize("size", BOTH)
+def test_fully_shard_equals_one_process(size: int, worlds: dict[int, World]) -> None:
+    """50 steps in float32 with five refreshes of each basis; uneven shards, empty ones, and vectors at full rank."""
+    assert_same_training(worlds[size], Run(mesh=(size,), keys=RIGHT))
+
+
+CASES: dict[str, Run] = {
+    "full rank": Run(keys={"rank": None}),
+    "accumulated": Run(micro=3, keys=RIGHT),
+    "clipped": Run(clip=0.1, keys=RIGHT),
+    "checkpointing": Run(options=("checkpointing",), keys=RIGHT),
+    "offload": Run(options=("offload",), keys=RIGHT),
+    "HSDP": Run(mesh=(2, 1), keys=RIGHT),
+    "tensor parallel": Run(mesh=(2,), plan=True),
+    "tensor parallel and FSDP2": Run(mesh=(1, 2), plan=True, sizes=(12, 16, 8, 20, 20)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_users_do_with_fully_shard_equals_one_process(name: str, worlds: dict[int, World]) -> None:
+    run = replace(CASES[name], steps=range(13), keys={"update_proj_gap": 4, **CASES[name].keys})
+    assert_same_training(worlds[2], replace(run, mesh=run.mesh or (2,)))
+
+
+@pytest.mark.parametrize("options", [("mixed",), pytest.param(("compile",), marks=pytest.mark.slow)])
+def test_mixed_precision_and_compiled_models_equal_replicas_of_them(options: tuple[str, ...], worlds: dict[int, World]) -> None:
+    """Against HSDP whose replicas hold everything, which does the same arithmetic: bf16 passes, or those that torch.compile makes."""
+    run = Run(options=options, steps=range(13), keys={"update_proj_gap": 4, **RIGHT})
+    (found, _), (other, _) = worlds[2].run(weights, replace(run, mesh=(2,)))
+    (expected, _), _ = worlds[2].run(weights, replace(run, mesh=(2, 1)))
+    for mine, theirs, twin in zip(found, expected, other, strict=True):
+        assert_close(mine, theirs, rtol=0.0, atol=1e-5)
+        assert torch.equal(mine, twin)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "plan"), [((2, 2), False), ((2, 2), True), ((4,), True)])
+def test_meshes_of_four(mesh: tuple[int, ...], plan: bool, worlds: dict[int, World]) -> None:
+    """HSDP, FSDP2 with tensor parallelism, tensor parallelism alone."""
+    run = Run(mesh=mesh, plan=plan, sizes=(12, 16, 8, 20, 20) if plan else Run.sizes, keys={} if plan else RIGHT)
+    assert_same_training(worlds[4], run)
+
+
+ROWS_AND_COLUMNS: dict[str, Run] = {
+    **{name: Run(keys={"projector": name, **RIGHT}) for name in PROJECTORS},
+    "full rank": Run(keys={"rank": None}),
+    "adafactor": Run("GaLoreAdafactor", {"lr": 0.01, "beta1": 0.9, "weight_decay": 0.1}, RIGHT),
+    "adafactor, its own step size": Run("GaLoreAdafactor", {"scale_parameter": True}, RIGHT),
+    "adafactor at full rank": Run("GaLoreAdafactor", {"scale_parameter": True}, {"rank": None}),
+    "adagrad": Run("GaLoreAdagrad", {"lr": 0.1}, RIGHT),
+    "sgd": Run("GaLoreSGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}, RIGHT),
+    "rmsprop": Run("RMSprop", {"lr": 0.01, "momentum": 0.9}, RIGHT),
+    "adamw": Run("AdamW", {"lr": 0.01, "weight_decay": 0.1}, RIGHT),
+    "fira": Run(keys={"recovery": "fira", **RIGHT}),
+    "error feedback": Run(keys={"carry": "error_feedback", **RIGHT}),
+    "adaptive gap": Run(keys={"gap_range": (2, 20), "update_proj_gap": 5, **RIGHT}),
+    "int4 basis": Run(keys={"basis_codec": "int4", **RIGHT}),
+}
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("name", ROWS_AND_COLUMNS)
+def test_every_class_and_row_equals_one_process(name: str, size: int, worlds: dict[int, World]) -> None:
+    assert_same_steps(worlds[size], replace(ROWS_AND_COLUMNS[name], mesh=(size,)), ROWS)
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("recovery", ["project_back", "foam"])
+def test_block_means_equal_one_process(recovery: str, size: int, worlds: dict[int, World]) -> None:
+    run = Run(mesh=(size,), keys={"projector": "block_mean", "recovery": recovery, "update_proj_gap": 200})
+    assert_same_steps(worlds[size], run, (Cut((16, 12)), Cut((25, 20))))
+
+
+OTHER_CUTS: dict[str, tuple[Cut, ...]] = {
+    "columns": (Cut((12, 17), (1,)), Cut((7, 9), (1,)), Cut((7, 3), (1,))),
+    "experts": (Cut((5, 20, 18)), Cut((1, 20, 18))),
+    "rows of experts": (Cut((3, 21, 18), (1,)),),
+    "columns of experts": (Cut((3, 17, 19), (2,)),),
+    "replicas": (Cut((16, 12), (None,)),),
+}
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "GaLoreAdafactor"])
+@pytest.mark.parametrize("name", OTHER_CUTS)
+def test_every_cut_equals_one_process(name: str, optimizer: str, size: int, worlds: dict[int, World]) -> None:
+    side = {"proj_type": "left"} if name == "columns" else {}  # what "std" is where processes hold columns
+    assert_same_steps(worlds[size], Run(optimizer, {"lr": 0.01}, side, mesh=(size,)), OTHER_CUTS[name])
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_a_matrix_with_rows_and_columns_cut_equals_one_process(projector: str, mesh: tuple[int, ...], worlds: dict[int, World]) -> None:
+    cuts = (Cut((9, 14), (0, 1)), Cut((14, 9), (0, 1)), Cut((12, 10), (1, 0)))
+    assert_same_steps(worlds[mesh[0] * mesh[1]], Run(mesh=mesh, keys={"projector": projector}), cuts)
+
+
+@pytest.mark.parametrize("size", BOTH)
+def test_8_bit_moments_have_the_blocks_of_one_process(size: int, worlds: dict[int, World]) -> None:
+    """Against replicas that each hold the only shard. A shard cuts no block: 128 rows are blocks of 16 on 1 to 8 processes."""
+    run = Run("GaLoreAdamW8bit", {"lr": 0.01, "min_8bit_size": 1}, RIGHT, steps=range(20))
+    cut, alone = Cut((128, 20)), Cut((128, 20), (None, 0))
+    (found, _), *others = worlds[size].run(parameters, replace(run, mesh=(size,)), (cut,))
+    (expected, _), *_ = worlds[size].run(parameters, replace(run, mesh=(size, 1)), (alone,))
+    assert_close(found, expected, rtol=0.0, atol=1e-6)
+    assert all(torch.equal(found[0], other[0]) for other, _ in others)
+
+
+REFUSED: dict[str, tuple[Run, tuple[Cut, ...], str]] = {
+    "left": (Run(keys={"proj_type": "left"}), ROWS[:1], r"rows are shared among 2 processes.*proj_type='std'"),
+    "full": (Run(keys={"proj_type": "full"}), ROWS[:1], r"proj_type='full' projects the rows and columns.*columns here"),
+    "rows": (Run(keys={"projector": "rows"}), ROWS[:1], r"projector='rows' projects the rows.*'power'"),
+    "kernel": (Run(), (Cut((6, 8, 3, 3), (1,)),), r"cut along its dimension 1"),
+    "a class that looks at all": (Run("Adafactor", {"lr": 0.01}), ROWS[:1], r"base=Adafactor looks at whole matrices"),
+    "experts with an adaptive gap": (Run(keys={"gap_range": (2, 20)}), OTHER_CUTS["experts"][:1], r"gap_range=\(2, 20\) follows the mean"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_sharded_is_refused_with_the_cure(name: str, worlds: dict[int, World]) -> None:
+    run, cuts, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        worlds[2].run(parameters, replace(run, mesh=(2,), steps=range(1)), cuts)

@@ -1,0 +1,297 @@
+"""A small model that trains as one process or on several, sharded: what tests of FSDP2 and tensor parallelism compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.checkpoint import checkpoint
+
+import galore_torch
+
+BATCH, WIDTH = 8, 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model trains. ``mesh``: sizes of the device mesh, () for one process; ``plan``: tensor parallelism on the last of them.
+
+    ``keys``: group keys of the matrices; ``micro``: backward passes a step; ``clip``: largest norm of the gradient.
+    """
+
+    optimizer: str = "GaLoreAdamW"
+    settings: dict[str, Any] = field(default_factory=lambda: {"lr": 0.01, "weight_decay": 0.1})
+    keys: dict[str, Any] = field(default_factory=dict)
+    mesh: tuple[int, ...] = ()
+    steps: range = range(50)
+    sizes: tuple[int, ...] = (WIDTH, 16, 9, 20, 3)  # 9 rows are uneven on two processes, 3 leave one of four without any
+    dtype: torch.dtype = torch.float32
+    micro: int = 1
+    clip: float | None = None
+    plan: bool = False
+    options: tuple[str, ...] = ()  # "offload", "mixed", "checkpointing", "compile"
+
+
+class Body(nn.Module):
+    """Linear layers, with a norm after every second one: between those of a pair tensor parallelism cuts activations."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        pairs = list(pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
+        self.norms = nn.ModuleList(nn.LayerNorm(b) for _, b in pairs[1:-1:2])
+        self.checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers[:-1]):
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+            x = torch.tanh(self.norms[i // 2](x) if i % 2 else x)
+        return self.layers[-1](x)  # type: ignore[no-any-return]
+
+
+def model_of(run: Run) -> nn.Module:
+    torch.manual_seed(1)
+    return Body(run.sizes).to(run.dtype)
+
+
+def shard(model: nn.Module, run: Run) -> nn.Module:
+    """As users do it: tensor parallelism on the mesh's last axis, `fully_shard` on the others; two of those are HSDP."""
+    if not run.mesh:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    names = ("replicate", "shard", "tensor")[-len(run.mesh) :] if run.plan else ("replicate", "shard")[-len(run.mesh) :]
+    mesh = init_device_mesh("cpu", run.mesh, mesh_dim_names=names)
+    if run.plan:
+        plans = [ColwiseParallel(), RowwiseParallel()]
+        parallelize_module(model, mesh["tensor"], {f"layers.{i}": plans[i % 2] for i in range(2)})
+        if len(run.mesh) == 1:
+            return model
+        mesh = mesh[names[:-1]]
+    kinds: dict[str, Any] = {"mesh": mesh}
+    if "offload" in run.options:
+        kinds["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if "mixed" in run.options:
+        kinds["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model.checkpointing = "checkpointing" in run.options  # type: ignore[assignment]
+    fully_shard(model.layers[0], **kinds)  # type: ignore[index]
+    fully_shard(model, **kinds)
+    if "compile" in run.options:
+        model.compile(backend="aot_eager")
+    return model
+
+
+def optimizer_of(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    keys = {"rank": 2, "update_proj_gap": 12, **run.keys}
+    groups = [{"params": vectors}, {"params": matrices, **keys}]
+    maker: Any = getattr(galore_torch, run.optimizer)
+    return maker(groups, **run.settings)  # type: ignore[no-any-return]
+
+
+def batch_of(step: int, micro: int, outputs: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + micro)
+    x, noise = torch.randn(BATCH, WIDTH, generator=generator), torch.randn(BATCH, 32, generator=generator)
+    return x, noise[:, :outputs]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> None:
+    """Each data-parallel rank takes its share of every batch; gradients are averages over the whole."""
+    ways, rank = 1, 0
+    if run.mesh:
+        ways, rank = _data_parallel(run)
+    share = BATCH // ways
+    for step in run.steps:
+        for micro in range(run.micro):
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(micro == run.micro - 1)  # type: ignore[operator]
+            x, y = (tensor[rank * share : (rank + 1) * share].to(run.dtype) for tensor in batch_of(step, micro, run.sizes[-1]))
+            ((model(x).float() - y.float()).square().mean() / run.micro).backward()
+        if run.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _data_parallel(run: Run) -> tuple[int, int]:
+    """(how many shares a batch has, which is this process')."""
+    tensor = run.mesh[-1] if run.plan else 1
+    size = torch.distributed.get_world_size()
+    return size // tensor, torch.distributed.get_rank() // tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of it, a new tensor."""
+    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach().clone()  # type: ignore[no-any-return]
+
+
+def common(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The state that every process holds whole: the same bits on each."""
+    states = optimizer.state_dict()["state"].values()
+    return [{key: value for key, value in state.items() if not hasattr(value, "full_tensor")} for state in states]
+
+
+def weights(run: Run) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Train: all weights whole, and what is `common`."""
+    model = shard(model_of(run), run)
+    optimizer = optimizer_of(model, run)
+    train(model, optimizer, run)
+    return [full(p).cpu() for p in model.parameters()], common(optimizer)
+
+
+# --- parameters without a model: any shape, cut any way ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A parameter of ``shape``; ``dims``: for each axis of the mesh the dimension that it cuts, or None where it is a replica."""
+
+    shape: tuple[int, ...]
+    dims: tuple[int | None, ...] = (0,)
+
+
+def placed(tensor: Tensor, cut: Cut, mesh: Any) -> Tensor:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    if mesh is None:
+        return tensor
+    return distribute_tensor(tensor, mesh, [Replicate() if dim is None else Shard(dim) for dim in cut.dims])
+
+
+def parameters(run: Run, cuts: tuple[Cut, ...]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Step by step on gradients that come from the step alone: parameters whole, and what is `common`."""
+    params, optimizer, mesh = made(run, cuts)
+    stepped(params, optimizer, run, cuts, mesh)
+    return [full(p) for p in params], common(optimizer)
+
+
+def made(run: Run, cuts: tuple[Cut, ...]) -> tuple[list[nn.Parameter], torch.optim.Optimizer, Any]:
+    mesh = None
+    if run.mesh:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh("cpu", run.mesh)
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(placed(torch.randn(cut.shape, generator=generator).to(run.dtype), cut, mesh)) for cut in cuts]
+    keys = {"rank": 2, "update_proj_gap": 6, **run.keys}
+    maker: Any = getattr(galore_torch, run.optimizer, None) or partial(galore_torch.GaLore, getattr(torch.optim, run.optimizer))
+    return params, maker([{"params": params, **keys}], **run.settings), mesh
+
+
+def stepped(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, run: Run, cuts: tuple[Cut, ...], mesh: Any) -> None:
+    for step in run.steps:
+        for i, (p, cut) in enumerate(zip(params, cuts, strict=True)):
+            grad = torch.randn(cut.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(run.dtype)
+            p.grad = placed(grad, cut, mesh)
+        optimizer.step()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+
+def as_saved(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool = False) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The state of every parameter as one process would hold it."""
+    states = optimizer.state_dict()["state"].values()
+    return [{key: full(value) if isinstance(value, Tensor) else value for key, value in state.items()} for state in states]
+
+
+Trained = tuple[list[dict[str, Any]], list[Tensor]]
+
+
+def save(run: Run, later: range, folder: str, how: str) -> Trained:
+    """Train, save, and go on: the state that was saved, and the weights at the end."""
+    model = shard(model_of(run), run)
+    optimizer = optimizer_of(model, run)
+    train(model, optimizer, run)
+    saved = whole_state(optimizer)
+    if how == "async":
+        group = torch.distributed.new_group(backend="gloo")  # its own: training talks at the same time
+        future = dcp.async_save(as_saved(model, optimizer), checkpoint_id=folder, process_group=group)
+        train(model, optimizer, replace(run, steps=later))  # what is saved is what was
+        future.result()
+    elif how == "whole":
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            torch.save(whole, folder + "/whole.pt")
+        train(model, optimizer, replace(run, steps=later))
+    else:
+        dcp.save(as_saved(model, optimizer, how == "flat"), checkpoint_id=folder, no_dist=not run.mesh)
+        train(model, optimizer, replace(run, steps=later))
+    return saved, [full(p) for p in model.parameters()]
+
+
+def load(run: Run, later: range, folder: str, how: str) -> Trained:
+    """Load into a model and an optimizer that were made for something else, and go on: what was loaded, and the weights at the end."""
+    other = model_of(run)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1.0)
+    model = shard(other, run)
+    optimizer = optimizer_of(model, run)
+    if how == "whole":
+        options = StateDictOptions(full_state_dict=True)
+        weights_, state = torch.load(folder + "/whole.pt")
+    else:
+        options = StateDictOptions(flatten_optimizer_state_dict=how == "flat")
+        loaded = as_saved(model, optimizer, how == "flat")
+        dcp.load(loaded, checkpoint_id=folder, no_dist=not run.mesh)
+        weights_, state = loaded["model"], loaded["optimizer"]
+    set_model_state_dict(model, weights_, options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    found = whole_state(optimizer)
+    train(model, optimizer, replace(run, steps=later))
+    return found, [full(p) for p in model.parameters()]
+
+
+def held(model_config: str, optimizer: str, settings: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and state that this process holds of a LLaMA after two steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from galore_torch.train.model.llama import build_model, model_shape
+    from galore_torch.train.optimizers.registry import build_optimizer
+
+    shape, tokens = model_shape(model_config), {"bos_token_id": None, "eos_token_id": None}
+    model: Any = build_model(shape, seed=0, dtype="float32", **tokens, activation_checkpointing=False)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    made_ = build_optimizer(optimizer, model, lr=1e-3, settings=settings)
+    for _ in range(2):
+        made_.zero_grad()
+        text = torch.arange(32).view(2, 16)
+        model(input_ids=text, labels=text).loss.backward()
+        made_.step()
+    params = list(model.parameters())
+    states = [value for p in params for value in made_.state[p].values() if isinstance(value, Tensor)]
+    sizes = [sum(_local(tensor).nbytes for tensor in tensors) for tensors in (params, [p.grad for p in params], states)]
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
