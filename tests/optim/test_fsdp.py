@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.sharded import Cut, Run, parameters, weights
+from support.sharded import Cut, Run, parameters, redundancy_free, weights
 from support.world import World
 
 pytestmark = pytest.mark.dist
@@ -57,6 +57,8 @@ CASES: dict[str, Run] = {
     "checkpointing": Run(options=("checkpointing",), keys=RIGHT),
     "offload": Run(options=("offload",), keys=RIGHT),
     "HSDP": Run(mesh=(2, 1), keys=RIGHT),
+    "updates in the backward pass": Run(options=("update",), keys=RIGHT),
+    "updates in the backward pass, accumulated": Run(options=("update",), micro=2, keys=RIGHT),
     "tensor parallel": Run(mesh=(2,), plan=True),
     "tensor parallel and FSDP2": Run(mesh=(1, 2), plan=True, sizes=(12, 16, 8, 20, 20)),
 }
@@ -152,6 +154,33 @@ def test_8_bit_moments_have_the_blocks_of_one_process(size: int, worlds: dict[in
     assert all(torch.equal(found[0], other[0]) for other, _ in others)
 
 
+CODECS: dict[str, dict[str, Any]] = {
+    "bf16": {"state_codec": "bf16", "basis_codec": "bf16"},
+    "int8, int4": {"state_codec": "int8", "basis_codec": "int4", "min_8bit_size": 1},
+}
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "GaLoreAdafactor"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_bf16_weights_in_every_codec_follow_float32(codec: str, optimizer: str, size: int, worlds: dict[int, World]) -> None:
+    """Weights round at random, so they move as those of one process in float32 do, and not bit for bit."""
+    run = Run(optimizer, {"lr": 0.02}, RIGHT, steps=range(20))
+    start, ended = (parameters(replace(run, steps=steps), ROWS)[0] for steps in (range(0), run.steps))
+    low = replace(run, keys={**RIGHT, **CODECS[codec]}, dtype=torch.bfloat16, mesh=(size,))
+    for found, begun, theirs in zip(worlds[size].run(parameters, low, ROWS)[0][0], start, ended, strict=True):
+        mine, moved = found.float() - begun, theirs - begun
+        assert torch.cosine_similarity(mine.flatten(), moved.flatten(), dim=0) > 0.9
+        assert 0.7 < float(mine.norm() / moved.norm()) < 1.4
+
+
+def test_zero_redundancy_optimizer_trains_the_same_whatever_process_has_a_parameter(worlds: dict[int, World]) -> None:
+    """Turns at refreshing are by the model's order, not by the order within a process' share."""
+    run = Run(steps=range(15))
+    for found in worlds[2].run(redundancy_free, run, 2):
+        assert_close(found, redundancy_free(run, 1), rtol=0.0, atol=1e-7)
+
+
 REFUSED: dict[str, tuple[Run, tuple[Cut, ...], str]] = {
     "left": (Run(keys={"proj_type": "left"}), ROWS[:1], r"rows are shared among 2 processes.*proj_type='std'"),
     "full": (Run(keys={"proj_type": "full"}), ROWS[:1], r"proj_type='full' projects the rows and columns.*columns here"),
@@ -160,6 +189,11 @@ REFUSED: dict[str, tuple[Run, tuple[Cut, ...], str]] = {
     "a class that looks at all": (Run("Adafactor", {"lr": 0.01}), ROWS[:1], r"base=Adafactor looks at whole matrices"),
     "experts with an adaptive gap": (Run(keys={"gap_range": (2, 20)}), OTHER_CUTS["experts"][:1], r"gap_range=\(2, 20\) follows the mean"),
 }
+
+
+def test_low_rank_gradients_of_shards_are_refused(worlds: dict[int, World]) -> None:
+    with pytest.raises(ValueError, match=r"mode='project' keeps low-rank gradients.*Use mode='update'"):
+        worlds[2].run(weights, Run(mesh=(2,), options=("project",), keys=RIGHT))
 
 
 @pytest.mark.parametrize("name", REFUSED)

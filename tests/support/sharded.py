@@ -150,6 +150,8 @@ def weights(run: Run) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Train: all weights whole, and what is `common`."""
     model = shard(model_of(run), run)
     optimizer = optimizer_of(model, run)
+    if "update" in run.options or "project" in run.options:
+        galore_torch.fused_backward(model, optimizer, run.options[0])  # type: ignore[arg-type]
     train(model, optimizer, run)
     return [full(p).cpu() for p in model.parameters()], common(optimizer)
 
@@ -295,3 +297,20 @@ def held(model_config: str, optimizer: str, settings: dict[str, Any]) -> tuple[i
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+
+
+def redundancy_free(run: Run, ways: int) -> list[Tensor]:
+    """The weights of ZeroRedundancyOptimizer on ``ways`` processes, or of its optimizer on one; every process has the whole batch."""
+    model = model_of(run)
+    keys = {"update_proj_gap": 5, "targets": "all-linear"}
+    named = galore_torch.galore_param_groups(model, 2, **keys)  # type: ignore[arg-type]
+    groups = [{**group, "params": [p for _, p in group["params"]]} for group in named]
+    made_: Any
+    if ways > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        made_ = ZeroRedundancyOptimizer(groups, galore_torch.GaLoreAdamW, lr=0.01)
+    else:
+        made_ = galore_torch.GaLoreAdamW(groups, lr=0.01)
+    train(model, made_, run)
+    return [p.detach().clone() for p in model.parameters()]

@@ -23,6 +23,7 @@ from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
+from galore_torch.optim.param_groups import PLACE
 from galore_torch.optim.quantize import refuse_replaced
 from galore_torch.optim.state import seal, unseal, whole_state
 from galore_torch.slots.rules import RULES
@@ -173,13 +174,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _take_turns(self) -> None:
         """Number the parameters: that decides on which step of the gap each refreshes.
 
-        Layer-wise frameworks make one optimizer a parameter, each of which would be the first. So those that are made one after the other,
-        before any of them steps, are numbered through, but for the first few: those are compared, and have one schedule.
+        Those of `galore_param_groups` have their model's numbers, in whatever optimizer they land: ZeroRedundancyOptimizer gives each
+        process an optimizer of some. Layer-wise frameworks make one optimizer a parameter, each of which would be the first. So those that
+        are made one after the other, before any of them steps, are numbered through, but for the first few: those are compared, and have
+        one schedule.
         """
         first = len(_NEW) if len(self._present) == 1 and len(_NEW) >= FEW else 0
         for p, place in self._places.items():
             if p in self.state:
-                self.state[p]["index"] = first + place
+                self.state[p]["index"] = getattr(p, PLACE, first + place)
         if len(self._present) == 1:
             _NEW.add(self)
 
@@ -439,7 +442,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             del self.state[p]
         for p, group in self._present:
             if (p.requires_grad or p is also) and not self.state.get(p):
-                self.state[p] = engine.new_state(p, group, self.rule, self._places[p])
+                self.state[p] = engine.new_state(p, group, self.rule, getattr(p, PLACE, self._places[p]))
         for group in changed:
             self._warn_of_full_rank(group)
 

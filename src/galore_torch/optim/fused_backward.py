@@ -271,6 +271,8 @@ def fused_backward(
     projected weights, in ``reduce_dtype`` (torch.float32 or torch.bfloat16; None: in that of R), and the bases stay the same in all. The
     wrapper averages the others, which are then updated by ``optimizer.step()`` in every mode. `no_sync` adds up micro-batches as always.
 
+    Under `fully_shard` mode "update" alone: the optimizer takes each shard of a gradient as soon as FSDP2 has made it.
+
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
     Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, and but in mode "update"
@@ -287,10 +289,11 @@ def fused_backward(
     model = model if wrapper is None else wrapper.module
     own = {p for group in optimizer.param_groups for p in group["params"]}
     mine = [p for p in model.parameters() if p in own and p.requires_grad]
-    if any(place_of(p) is not None for p in mine):
+    if mode != "update" and any(place_of(p) is not None for p in mine):
         raise ValueError(
-            "the model's parameters are DTensors, as fully_shard and tensor parallelism make them: FSDP2 frees whole gradients itself, and "
-            "keeps shards alone; train without fused_backward"
+            f"mode={mode!r} keeps low-rank gradients, and the model's parameters are DTensors, as fully_shard and tensor parallelism make "
+            "them: each process would measure and clip its own part alone. Use mode='update', which frees each gradient as soon as it has "
+            "been shared out, or train without fused_backward"
         )
     if not mine:
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")

@@ -18,6 +18,7 @@ ATTENTION_AND_MLP = re.compile(
 )
 _BARE = re.compile(r"(^|_)(weight|proj|w\d)(_|$)")  # parameters outside of linear layers that are weights: gate_up_proj, in_proj_weight
 _NOT_LINEAR = re.compile(r"Norm|Conv|Embed|Router")  # classes whose "weight" multiplies nothing as a matrix, or chooses experts
+PLACE = "_galore_place"  # a parameter's number in its model's groups, which decides on its turn in whatever optimizer it lands
 ENOUGH = 0.8  # of the body: below, a model trains mostly at full rank, and says so
 
 
@@ -66,6 +67,8 @@ def galore_param_groups(
     )  # E x out x in: E matrices, whatever their size
     group = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **stacks, **keys}
     groups = ([{"params": rest}] if rest else []) + [{"params": projected, **group}]
+    for place, (_, p) in enumerate(entry for each in groups for entry in each["params"]):
+        setattr(p, PLACE, place)
     if targets is None:
         _note(model, chosen, groups)
     if show:
