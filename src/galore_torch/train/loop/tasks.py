@@ -63,7 +63,7 @@ class Pretraining:
         return TokenLoss(model, self.config.loss_chunk, self.config.batch_size * self.config.max_length)
 
     def evaluate(self, loss: TokenLoss, place: Place) -> dict[str, Any] | None:
-        row = _token_row(loss, self._windows(place.ranks), place)
+        row = _token_row(place.ranks.mean(held_out_loss(loss, self._windows(place.ranks), place.device, place.should_stop)))
         legacy = self._legacy(loss, place) if self.config.legacy_eval else {}
         return None if row is None or legacy is None else row | legacy
 
@@ -96,7 +96,8 @@ class Prompts:
         return TokenLoss(model, self.config.loss_chunk, self.config.batch_size * self.config.max_length)
 
     def evaluate(self, loss: TokenLoss, place: Place) -> dict[str, Any] | None:
-        return _token_row(loss, self.data.held_out[""].in_order(self.config.eval_batch_size), place)
+        found = held_out_loss(loss, self.data.held_out[""].in_order(self.config.eval_batch_size), place.device, place.should_stop)
+        return None if place.ranks.any(found is None) else _token_row(found)
 
     def value(self, row: dict[str, Any]) -> float | None:
         return -float(row["eval_loss"])
@@ -129,8 +130,8 @@ class Labels:
         return next(iter(row["scores"].values()), None)
 
 
-def _token_row(loss: TokenLoss, batches: Any, place: Place) -> dict[str, Any] | None:
-    found = place.ranks.mean(held_out_loss(loss, batches, place.device, place.should_stop))
+def _token_row(found: tuple[float, int] | None) -> dict[str, Any] | None:
+    """Of (mean loss, tokens)."""
     if found is None:
         return None
     mean, tokens = found

@@ -211,7 +211,7 @@ def _held(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-_BOLD = "Bold: smoothed; faint: every step; rings: validation text."
+_BOLD = "Bold: smoothed; faint: every step; rings: validation."
 CHARTS = (
     Chart("loss-steps", "Loss over steps", _BOLD, _loss("step")),
     Chart("loss-tokens", "Loss over tokens", _BOLD, _loss("tokens_seen")),

@@ -99,9 +99,9 @@ def _themed(style: str) -> str:
 
 def _header(runs: Sequence[Run]) -> list[str]:
     """Of the final table: scores where some run has them, and perplexity where some run has none."""
-    names = list(dict.fromkeys(run.score[0] for run in runs if run.score))
+    names = list(dict.fromkeys(next(iter(run.scores)) for run in runs if run.scores))
     scores = [f"{' or '.join(names)}: last", "best"] if names else []
-    measures = ["perplexity"] if any(run.score is None for run in runs) else []
+    measures = ["perplexity"] if any(not run.scores for run in runs) else []
     first = ["run", "optimizer", "status", "steps", "tokens", "training loss", "validation loss"]
     return [*first, *measures, *scores, "tokens/s", "time", "refresh share", "state MB", "peak MB"]
 
@@ -113,13 +113,11 @@ def _summary(run: Run, runs: Sequence[Run]) -> list[str]:
     speed = run.tokens_per_update * len(run.seconds()) / spent if spent else None
     step, held_out = run.result or (None, None)
     late = f" at {step}" if step and step != run.last_step else ""  # trained on since
-    measures = [reading(None if held_out is None else perplexity(held_out)) + late] if any(other.score is None for other in runs) else []
-    if run.score is not None:
-        measures = ["-"] * len(measures)
-        _, last, _, best, at = run.score
-        measures += [f"{last:.4f}", f"{best:.4f} at {at}"]
-    elif any(other.score for other in runs):
-        measures += ["-", "-"]
+    measures = []
+    if any(not other.scores for other in runs):
+        measures.append("-" if run.scores else reading(None if held_out is None else perplexity(held_out)) + late)
+    if any(other.scores for other in runs):
+        measures += ["-", "-"] if run.score is None else [f"{run.score[1]:.4f}", f"{run.score[3]:.4f} at {run.score[4]}"]
     state = run.memory.get("optimizer", run.summary.get("optimizer_state_mb"))
     return [
         run.name,
