@@ -437,3 +437,17 @@ def test_report_of_a_run_before_its_first_score(make: Make, tmp_path: Path) -> N
     assert "<th>perplexity</th>" not in page.read_text()
     assert cli.main(["report", str(scored), str(other), "-o", str(page)]) == 0
     assert "<th>perplexity</th><th>f1: last</th><th>best</th>" in page.read_text()
+
+
+@pytest.mark.parametrize(("number", "batch", "parts"), [(64, 8, 1), (47, 4, 2), (10, 16, 1)])
+def test_steps_of_two_epochs_see_every_example_twice(number: int, batch: int, parts: int, make: Make, tmp_path: Path) -> None:
+    data_dir = tasks.glue(tmp_path / "other", train=number)
+    config, data = read(make(data_dir=data_dir, batch_size=batch, gradient_accumulation=parts, num_train_epochs=2))
+    stream = data.batches(config)
+    seen = sum(len(next(stream)[1]) for _ in range(config.num_training_steps * parts))
+    further = config.num_training_steps * parts - 2 * -(-number // batch)  # batches that fill up the last step
+    assert 2 * number <= seen <= 2 * number + further * batch
+    assert 0 <= further < parts
+    assert [step for step in range(1, config.num_training_steps + 1) if config.evaluates(step)] == [
+        math.ceil(epoch * -(-number // batch) / parts) for epoch in (1, 2)
+    ]

@@ -150,12 +150,18 @@ class FinetuneConfig(PretrainConfig):
 
     def epoch_of(self, step: int) -> float:
         """How many passes over the examples end with `step`."""
-        return step * self.sequences_per_update / max(1, self.examples)
+        return step * self.accumulation / self._batches
+
+    @property
+    def _batches(self) -> int:
+        """Batches of all processes in one pass over the examples, the last one smaller where they do not divide."""
+        return max(1, math.ceil(self.examples / self.sequences_at_once))
 
     def for_examples(self, examples: int) -> FinetuneConfig:
         """This config for so many training examples, which settle the number of steps."""
-        steps = self.num_training_steps or math.ceil(self.num_train_epochs * examples / self.sequences_per_update)
-        return replace(self, num_training_steps=steps, examples=examples)
+        counted = replace(self, examples=examples)
+        steps = self.num_training_steps or math.ceil(self.num_train_epochs * counted._batches / self.accumulation)
+        return replace(counted, num_training_steps=steps)
 
     def evaluates(self, step: int) -> bool:
         return super().evaluates(step) or (not self.throwaway and not self.eval_every and self._ends_epoch(step))
@@ -164,7 +170,7 @@ class FinetuneConfig(PretrainConfig):
         return self._ends_epoch(step) if not self.save_every else super().saves(step)
 
     def _ends_epoch(self, step: int) -> bool:
-        done, before = (at * self.sequences_per_update // max(1, self.examples) for at in (step, step - 1))
+        done, before = (at * self.accumulation // self._batches for at in (step, step - 1))
         return step > 0 and done > before
 
     def sizes(self, targets: str | tuple[str, ...] | None = None, vocab_size: int | None = None) -> Sizes:
