@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from galore_torch import cli
+from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.config.flags import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +177,8 @@ def test_options_page_lists_every_setting() -> None:
     """And the arguments that classes share: what the hook makes of the code."""
     page = hooks().on_page_markdown("<!-- options --><!-- shared arguments -->")
     assert [name for name in SETTINGS if f"`--{name}" not in page] == []
-    for command in ("pretrain", "plan", "eval", "export", "generate", "report", "recipes show"):
+    assert [name for name in FinetuneConfig.settings() if f"`--{name}" not in page.partition("## galore finetune")[2]] == []
+    for command in ("pretrain", "finetune", "plan", "eval", "export", "generate", "report", "recipes show"):
         assert f"## galore {command}\n" in page
     for name in ("rank", "update_proj_gap", "projector", "compile"):
         assert f"- **{name}**: " in page

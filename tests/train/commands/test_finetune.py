@@ -22,7 +22,7 @@ from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.commands.finetune import finetune, read
 from galore_torch.train.config.finetune import METHODS, FinetuneConfig
 from galore_torch.train.config.flags import config_from
-from galore_torch.train.data.tasks import GLUE
+from galore_torch.train.data.glue import GLUE
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import find_lr
 from galore_torch.train.loop.trainer import train

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from galore_torch.train.config.finetune import FinetuneConfig
-from galore_torch.train.data.tasks import label_names, load_labelled
+from galore_torch.train.data.answers import label_names
+from galore_torch.train.data.tasks import load_labelled
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.heads import LabelLoss, load_classifier
 from support import tasks

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from galore_torch.train.config.bounds import check_choice
 from galore_torch.train.config.compare import contenders
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.declare import published, setting
+from galore_torch.train.config.declare import PUBLISHED, published, setting
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import HFShape, hf_shape
 from galore_torch.train.optimizers.registry import OPTIMIZERS, optimizer_spec
@@ -33,7 +33,7 @@ METHODS = {
 _LR = 3e-5  # the published example's; full fine-tuning takes the same
 _LORA_LR = 5e-4  # arXiv 2106.09685, table 9: 4e-4 to 5e-4 for RoBERTa-base
 _LENGTHS = {"prompts": 512}  # the others: 128, as published
-_HOLD_OUT = 10  # one example in ten is held out where there is no --validation_file
+HOLD_OUT = 10  # one example in ten is held out where there is no --validation_file
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FinetuneConfig(PretrainConfig):
     )
     train_file: tuple[str, ...] = setting((), "data", "your examples: .csv, .tsv, .jsonl or .json (each also .gz)", metavar="FILE")
     validation_file: tuple[str, ...] = setting(
-        (), "data", f"examples to evaluate on (default: every {_HOLD_OUT}th of --train_file)", metavar="FILE"
+        (), "data", f"examples to evaluate on (default: every {HOLD_OUT}th of --train_file)", metavar="FILE"
     )
     text_columns: tuple[str, ...] = setting(
         (), "data", "the column with the text, or the two with a pair (default: the one or two that hold text)", metavar="NAME"
@@ -126,7 +126,7 @@ class FinetuneConfig(PretrainConfig):
         also=("resume_from_checkpoint",),
     )
     # -- flags of the published script
-    enable_galore: bool = setting(False, "accepted from the published script", "what --method galore says, which is the default")
+    enable_galore: bool = setting(False, PUBLISHED, "what --method galore says, which is the default")
     lora_all_modules: bool | None = published("the linear layers of the body are all projected; --targets chooses others")
     pad_to_max_length: bool | None = published("examples are padded to the longest of their batch")
     # How many examples there are: `for_examples` says it when they have been read.

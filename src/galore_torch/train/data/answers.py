@@ -1,0 +1,89 @@
+"""The answers of examples, as classes or as numbers; and what is said where one is neither."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_torch.train.data.tables import Row
+from galore_torch.train.errors import UserError
+
+
+def targets_of(rows: list[Row], column: str, labels: tuple[str, ...]) -> Tensor:
+    """(n,): the numbers of the classes among `labels` as int64, or numbers as float32 where there are no labels."""
+    answers = [answer(row, column) for row in rows]
+    if not labels:
+        return torch.tensor([_number(where, value) for where, value in answers], dtype=torch.float32)
+    numbers = {label: index for index, label in enumerate(labels)}
+    return torch.tensor([_class(where, value, numbers) for where, value in answers])
+
+
+def label_names(answers: Iterable[tuple[str, Any]], classes: int | None = None) -> tuple[str, ...]:
+    """The classes among (where, label) of training examples, numbers by size and words by alphabet; `classes`: how many there must be."""
+    seen: dict[str, str] = {}
+    examples = 0
+    for where, value in answers:
+        seen.setdefault(_class_name(where, value), where)
+        examples += 1
+    try:
+        names = tuple(sorted(seen, key=int))
+    except ValueError:
+        names = tuple(sorted(seen))
+    if classes is not None and set(names) <= set(map(str, range(classes))):
+        return tuple(map(str, range(classes)))
+    if classes is not None and len(names) != classes:
+        raise UserError(f"{seen[names[-1]]}: the labels are {some(names)}, but the task has {classes} classes; is it the task's own file?")
+    if len(names) < 2:
+        raise UserError(f"{seen[names[0]]}: every example has the label {names[0]!r}; a classification needs two classes")
+    if len(names) > max(20, examples // 2):
+        raise UserError(
+            f"the {examples} examples have {len(names)} different labels ({some(names)}); if these are numbers give "
+            "--task_name regression, else name the column of classes with --label_column"
+        )
+    return names
+
+
+def answer(row: Row, column: str) -> tuple[str, Any]:
+    """(where it stands, the answer in `column`); UserError where there is none."""
+    where, cells = row
+    if column not in cells:
+        raise UserError(f"{where} has no column {column!r}, it has {some(tuple(cells))}; name the right one with --label_column")
+    if cells[column] is None or cells[column] == "":
+        raise UserError(f"{where} has no answer in {column!r}; every example needs one")
+    return where, cells[column]
+
+
+def _class_name(where: str, value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, float):
+        raise UserError(f"{where}: the label {value} is no class; for numbers give --task_name regression")
+    if not isinstance(value, (str, int)):
+        raise UserError(f"{where}: the label is {type(value).__name__}, not a class; name the right column with --label_column")
+    return str(int(value) if isinstance(value, bool) else value).strip()
+
+
+def _class(where: str, value: Any, numbers: dict[str, int]) -> int:
+    name = _class_name(where, value)
+    if name not in numbers:
+        raise UserError(f"{where}: the label {name!r} is none of {some(tuple(numbers))}, which the training examples have")
+    return numbers[name]
+
+
+def _number(where: str, value: Any) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{where}: the answer {value!r} is no number; for classes give --task_name classification")
+    return found
+
+
+def some(names: tuple[str, ...]) -> str:
+    """The first of them, in quotes."""
+    return ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
