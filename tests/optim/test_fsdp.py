@@ -163,15 +163,23 @@ CODECS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("size", BOTH)
 @pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "GaLoreAdafactor"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_bf16_weights_in_every_codec_follow_float32(codec: str, optimizer: str, size: int, worlds: dict[int, World]) -> None:
-    """Weights round at random, so they move as those of one process in float32 do, and not bit for bit."""
+def test_moments_in_every_codec_follow_those_in_float32(codec: str, optimizer: str, size: int, worlds: dict[int, World]) -> None:
+    """bf16 rounds at random, int8 to levels and an INT4 basis to 16 of them: the same way, within a quarter of its length."""
     run = Run(optimizer, {"lr": 0.02}, RIGHT, steps=range(20))
     start, ended = (parameters(replace(run, steps=steps), ROWS)[0] for steps in (range(0), run.steps))
-    low = replace(run, keys={**RIGHT, **CODECS[codec]}, dtype=torch.bfloat16, mesh=(size,))
-    for found, begun, theirs in zip(worlds[size].run(parameters, low, ROWS)[0][0], start, ended, strict=True):
-        mine, moved = found.float() - begun, theirs - begun
-        assert torch.cosine_similarity(mine.flatten(), moved.flatten(), dim=0) > 0.9
-        assert 0.7 < float(mine.norm() / moved.norm()) < 1.4
+    coded = replace(run, keys={**RIGHT, **CODECS[codec]}, mesh=(size,))
+    for found, begun, theirs in zip(worlds[size].run(parameters, coded, ROWS)[0][0], start, ended, strict=True):
+        assert float((found - theirs).norm() / (theirs - begun).norm()) < 0.25
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "GaLoreAdafactor"])
+def test_bf16_weights_equal_one_process_but_for_a_rounding(optimizer: str, size: int, worlds: dict[int, World]) -> None:
+    """To nearest: a sum in another order can turn the last bit, 2^-7 of a weight up to 2 and 2^-6 above, in each of three steps."""
+    run = Run(optimizer, {"lr": 0.2}, {**RIGHT, "stochastic_rounding": False}, steps=range(3), dtype=torch.bfloat16)
+    started, alone = (parameters(replace(run, steps=steps), ROWS)[0] for steps in (range(0), run.steps))
+    for found, theirs, start in zip(worlds[size].run(parameters, replace(run, mesh=(size,)), ROWS)[0][0], alone, started, strict=True):
+        assert float((found.float() - theirs.float()).norm()) < 0.05 * float((theirs.float() - start.float()).norm())
 
 
 def test_zero_redundancy_optimizer_trains_the_same_whatever_process_has_a_parameter(worlds: dict[int, World]) -> None:
