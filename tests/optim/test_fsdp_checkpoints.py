@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.testing import assert_close
 
-from support.sharded import Run, load, save
+from support.sharded import Run, copied_to_save, load, save
 from support.world import World
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")]
@@ -48,6 +48,13 @@ def test_two_processes_resume_bit_for_bit(name: str, how: str, worlds: dict[int,
     arguments = run_of(name, 2), AFTER, str(tmp_path), how
     saved = run(worlds, 2, save, *arguments)
     assert_same(run(worlds, 2, load, *arguments), saved)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_state_dict_copies_nothing(name: str, worlds: dict[int, World]) -> None:
+    tensors, copies = run(worlds, 2, copied_to_save, run_of(name, 2))
+    assert tensors > 10
+    assert not copies
 
 
 def test_8_bit_state_as_one_file_loads_into_a_model_that_is_whole(worlds: dict[int, World], tmp_path: Path) -> None:

@@ -314,3 +314,13 @@ def redundancy_free(run: Run, ways: int) -> list[Tensor]:
         made_ = galore_torch.GaLoreAdamW(groups, lr=0.01)
     train(model, made_, run)
     return [p.detach().clone() for p in model.parameters()]
+
+
+def copied_to_save(run: Run) -> tuple[int, int]:
+    """(tensors of a state_dict, those among them that are not the optimizer's own memory) after training."""
+    model = shard(model_of(run), run)
+    optimizer = optimizer_of(model, run)
+    train(model, optimizer, run)
+    own = {value.data_ptr() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)}
+    saved = [_local(value) for state in optimizer.state_dict()["state"].values() for value in state.values() if isinstance(value, Tensor)]
+    return len(saved), sum(tensor.data_ptr() not in own for tensor in saved if tensor.numel())
