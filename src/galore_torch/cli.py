@@ -19,6 +19,7 @@ from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.loop.distributed import launched
+from galore_torch.train.loop.launch import launch
 from galore_torch.train.model.known_models import KNOWN_MODELS
 from galore_torch.train.model.llama import PRESETS
 from galore_torch.train.optimizers.registry import GRADIENTS, OPTIMIZERS
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run is None:
             _parser().print_help()
             return 0
-        code: int = run(arguments)
+        code: int = run(arguments, words) if run in (_pretrain, _finetune) else run(arguments)
         return code
     except UserError as error:
         _print_error(str(error))
@@ -93,10 +94,14 @@ def _add_pretrain(commands: Any) -> None:
     pretrain.set_defaults(run=_pretrain)
 
 
-def _pretrain(arguments: dict[str, Any]) -> int:
-    config: PretrainConfig = config_from(arguments, launched().size)
+def _pretrain(arguments: dict[str, Any], words: Sequence[str]) -> int:
+    """``words``: those that the arguments were read from, for the processes that --nproc starts."""
+    started = launched().size
+    config: PretrainConfig = config_from(arguments, started)
     _need("pretrain", _TRAIN_EXTRA)
     check_ready(config)
+    if config.processes > started:
+        return launch(words, config.processes)
     from galore_torch.train.commands.pretrain import pretrain
 
     return pretrain(config)
@@ -120,10 +125,13 @@ def _add_finetune(commands: Any) -> None:
     finetune.set_defaults(run=_finetune)
 
 
-def _finetune(arguments: dict[str, Any]) -> int:
+def _finetune(arguments: dict[str, Any], words: Sequence[str]) -> int:
+    """``words``: as of `_pretrain`."""
     _need("finetune", _SCORES_EXTRA)
     config = config_from(arguments, launched().size, FinetuneConfig)
     check_ready(config)
+    if config.processes > launched().size:
+        return launch(words, config.processes)
     from galore_torch.train.commands.finetune import finetune
 
     return finetune(config)

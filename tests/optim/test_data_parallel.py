@@ -71,6 +71,8 @@ CASES = {
     "Adafactor": Run("direct", cls="GaLoreAdafactor", steps=20),
     "the residual of fira": Run("update", group={"recovery": "fira"}, steps=20),
     "error feedback": Run("update", group={"carry": "error_feedback"}, steps=20),
+    "tensors, complex ones too": Run("project", cls="TensorGaLoreAdamW", model="Tensors", steps=20),
+    "the hook, tensors, complex ones too": Run(None, hook=True, cls="TensorGaLoreAdamW", model="Tensors", steps=20),
     "the hook": Run(None, hook=True),
     "the hook, accumulated under no_sync": Run(None, hook=True, micro_batches=2, steps=20),
     "the hook, with a recovery that reads the gradient": Run(None, hook=True, group={"recovery": "fira"}, steps=20),

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import galore_torch as g
+from galore_torch.engine.processes import as_real
 from galore_torch.engine.refresh import refresh_is_due
 
 if TYPE_CHECKING:
@@ -94,6 +95,20 @@ class Branches(Net):
         return {"logits": [self.head(torch.stack(rows))]}
 
 
+class Tensors(Net):
+    """With a convolution and a complex spectral weight, both projected with all of their dimensions."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.conv = nn.Conv1d(24, 24, 7, padding=3)
+        self.spectral = nn.Parameter(torch.randn(24, 24, 7, dtype=torch.complex64) / 24)
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.conv(self.block(self.words(ids)).mT)
+        modes = torch.einsum("bik,iok->bok", torch.fft.rfft(x, norm="forward"), self.spectral)
+        return {"logits": [self.head((x + torch.fft.irfft(modes, n=x.shape[-1], norm="forward")).mT)]}
+
+
 def ids_of(step: int, micro: int, part: int, odd: bool) -> Tensor:
     """A batch of sequences; a Markov chain, so that there is something to learn. ``part``: of two."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + part)
@@ -105,9 +120,9 @@ def ids_of(step: int, micro: int, part: int, odd: bool) -> Tensor:
 
 
 def optimizer_of(model: nn.Module, run: Run) -> Any:
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p.requires_grad and p.shape[0] != WORDS]
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad and p.shape[0] != WORDS]
     head = [p for name, p in model.named_parameters() if name == "head.weight"]
-    rest = [p for p in model.parameters() if p.dim() != 2] + [p for p in [model.words.weight] if p.requires_grad]  # type: ignore[union-attr]
+    rest = [p for p in model.parameters() if p.dim() < 2] + [p for p in [model.words.weight] if p.requires_grad]  # type: ignore[union-attr]
     keys = {"rank": 6, "update_proj_gap": 7, "proj_type": run.proj_type, "projector": run.projector, **(run.group or {})}
     groups = [{"params": [*matrices, *head], **keys}, {"params": rest}]
     return getattr(g, run.cls)([group for group in groups if group["params"]], lr=2e-3)
@@ -135,7 +150,7 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
     """The weights after each step. ``size`` 1: on the joined batches of two processes."""
     sent = Sent() if size > 1 else None
     torch.manual_seed(0 if rank == 0 or size == 1 else 100 + rank)  # the wrapper makes weights alike
-    model: Any = {"Net": Net, "Bare": Bare, "Branches": Branches}[run.model](run)
+    model: Any = {kind.__name__: kind for kind in (Net, Bare, Branches, Tensors)}[run.model](run)
     optimizer = optimizer_of(model, run)
     dtype = getattr(torch, run.reduce_dtype) if run.reduce_dtype and size > 1 else None
     if run.mode and run.first:
@@ -164,7 +179,7 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
         sizes.append(sent.bytes - before if sent else 0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=run.set_to_none)
-        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        flat = torch.cat([as_real(p.detach()).flatten() for p in model.parameters()])
         weights.append(flat)
         if size > 1:
             others = [torch.empty_like(flat) for _ in range(size)]

@@ -42,8 +42,13 @@ class Processes:
             distributed.destroy_process_group(self.group)
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """The numbers of a real or complex tensor, as a view."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 class MeanBucket:
-    """Tensors of several processes that are averaged together, in one all-reduce that computation goes on beside.
+    """Real tensors of several processes that are averaged together, in one all-reduce that computation goes on beside.
 
     Beside each tensor stands whether this process has used it: a process that has not can ask whether another one has.
     """

@@ -42,6 +42,11 @@ class SharedGradient:
         shape = torch.Size((*self.shape[:-2], self.shape[-1], self.shape[-2]))
         return replace(self, terms=tuple(term.mT for term in self.terms), shape=shape)
 
+    @property
+    def mH(self) -> SharedGradient:
+        """It is real: complex gradients are tensors, whose projector needs them whole."""
+        return self.mT
+
     def dim(self) -> int:
         return len(self.shape)
 
@@ -93,7 +98,7 @@ class SharedGradient:
     def in_range(self) -> SharedGradient:
         """G over its ``peak`` where products of its elements might overflow: the subspaces are the same."""
         assert self.peak is not None, "measured() comes first"
-        fits = self.peak < product_bound(self.dtype, self.shape)
+        fits = self.peak < product_bound(self.dtype, self.shape[-2:])
         if readable(fits) and bool(fits.all()):
             return self
         scale = torch.where(fits, 1.0, self.peak).to(self.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from galore_torch.engine.processes import MeanBucket, Processes
+from galore_torch.engine.processes import MeanBucket, Processes, as_real
 from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import refresh_is_due
 from galore_torch.engine.shared_gradient import SharedGradient
@@ -202,7 +202,7 @@ class Averaging:
 
     def _flush(self, weights: list[Tensor]) -> None:
         if weights:
-            payloads = [self._payload(p) for p in weights]
+            payloads = [as_real(self._payload(p)) for p in weights]
             used = [p.grad is not None and p not in self._idle for p in weights]
             self._sent.append((weights, MeanBucket(payloads, used, self._processes, self._dtype or payloads[0].dtype)))
         if self.averaged is not None:  # the one before has had the time of a bucket
@@ -221,7 +221,7 @@ class Averaging:
                     p.grad = torch.empty(p.shape, dtype=p.dtype, device=p.device)
                 else:
                     optimizer.add_low_rank(p, torch.zeros_like(self._payload(p)), None)
-            to: Any = p.grad.low if isinstance(p.grad, LowRankGrad) else p.grad
+            to = as_real(self._payload(p))
             to.copy_(mean.view(to.shape))
             if self.averaged is not None:
                 self.averaged(p)

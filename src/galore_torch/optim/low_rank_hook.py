@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 
 from galore_torch.engine import step as engine
 from galore_torch.engine.layout import ParamView
+from galore_torch.engine.processes import as_real
 from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import refresh_is_due
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
@@ -50,10 +51,10 @@ def low_rank_hook(state: LowRankHookState, bucket):  # type: ignore[no-untyped-d
 
     Register it with ``wrapped.register_comm_hook(LowRankHookState(optimizer), low_rank_hook)``.
     """
-    buffer, grads = bucket.buffer(), bucket.gradients()
+    buffer, grads = bucket.buffer(), _gradients(bucket)
     views = [state.projected(p) for p in bucket.parameters()]
     with torch.no_grad(), without_autocast([buffer]):
-        payloads = [grad if view is None else engine.project(view, grad) for view, grad in zip(views, grads, strict=True)]
+        payloads = [as_real(grad if view is None else engine.project(view, grad)) for view, grad in zip(views, grads, strict=True)]
         size = distributed.get_world_size(state.process_group)
         dtype = state.reduce_dtype or buffer.dtype
         flat = torch.cat([payload.reshape(-1).to(dtype) for payload in payloads]).div_(size)
@@ -62,12 +63,24 @@ def low_rank_hook(state: LowRankHookState, bucket):  # type: ignore[no-untyped-d
     def unpack(_: Any) -> Tensor:
         with torch.no_grad():
             for view, grad, mean in zip(views, grads, flat.split(sizes), strict=True):
-                if view is None:
-                    grad.copy_(mean.view(grad.shape))
-                else:
-                    engine.unproject(view, mean.view(view.layout.low_shape).to(view.layout.compute_dtype), grad)
+                layout = None if view is None else view.layout
+                low = grad if layout is None else grad.new_empty(layout.low_shape, dtype=layout.compute_dtype)
+                as_real(low).copy_(mean.view(as_real(low).shape))
+                if view is not None:
+                    engine.unproject(view, low, grad)
         return buffer
 
     future: Any = distributed.all_reduce(flat, group=state.process_group, async_op=True).get_future()
     answer: torch.futures.Future[torch.Tensor] = future.then(unpack)
     return answer
+
+
+def _gradients(bucket: Any) -> list[Tensor]:
+    """Views of the bucket's buffer in the shapes of its parameters. ``bucket.gradients()`` shows half of the numbers of a complex one."""
+    grads, place = [], 0
+    for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        numbers = as_real(p).numel()
+        part = bucket.buffer()[place : place + numbers]
+        grads.append(torch.view_as_complex(part.view(*p.shape, 2)) if p.is_complex() else grad)
+        place += numbers
+    return grads

@@ -72,9 +72,7 @@ def test_flag_without_effect_is_refused() -> None:
 
 
 def test_gradients_that_cannot_be_are_refused() -> None:
-    """Several processes average whole gradients; `_per_layer` keeps none."""
-    with pytest.raises(UserError, match=r"--gradients direct .* before 2 processes could average theirs; leave it out"):
-        PretrainConfig(gradients="direct", processes=2)
+    """`_per_layer` keeps none in full."""
     with pytest.raises(UserError, match=r"galore_adamw_per_layer keeps none; choose galore_adamw, or --gradients project"):
         PretrainConfig(optimizer="galore_adamw_per_layer", gradients="full")
     with pytest.raises(UserError, match="--gradients has no effect on adamw"):
@@ -84,7 +82,7 @@ def test_gradients_that_cannot_be_are_refused() -> None:
 
 
 def test_clipping_of_projected_gradients_is_noted() -> None:
-    for settings, said in (({}, True), ({"gradients": "full"}, False), ({"optimizer": "adamw"}, False), ({"processes": 2}, False)):
+    for settings, said in (({}, True), ({"gradients": "full"}, False), ({"optimizer": "adamw"}, False), ({"processes": 2}, True)):
         notes = PretrainConfig(grad_clipping=1.0, **settings).notes  # type: ignore[arg-type]
         assert any("measures galore_adamw's projected gradients" in note for note in notes) == said
 

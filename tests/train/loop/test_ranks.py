@@ -21,7 +21,7 @@ from galore_torch.train.data.loader import batches, load_data, windows_in_order
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.distributed import Ranks, launched
 from support.forked import Forked
-from support.whole_runs import command, rows
+from support.whole_runs import assert_same_run, command, rows
 
 Make = Callable[..., PretrainConfig]
 
@@ -29,7 +29,7 @@ Make = Callable[..., PretrainConfig]
 def words(config: PretrainConfig) -> list[str]:
     """The flags of a config that `make_config` made."""
     names = ("model_config", "device", "optimizer", "max_length", "batch_size", "num_training_steps", "eval_every", "update_proj_gap")
-    names = (*names, "save_dir", "total_batch_size", "grad_clipping", "save_every", "seed", "eval_tokens")
+    names = (*names, "save_dir", "total_batch_size", "grad_clipping", "save_every", "seed", "eval_tokens", "gradients", "nproc")
     found = [part for name in names if (value := getattr(config, name)) is not None for part in (f"--{name}", str(value))]
     switches = [f"--{name}" for name in ("pad_documents", "stream") if getattr(config, name)]
     return ["pretrain", *found, *switches, "--data", *config.data]
@@ -50,19 +50,25 @@ def assert_close_runs(one: Path, other: Path) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "packed in memory, accumulated, clipped": {"total_batch_size": 16, "grad_clipping": 0.5},
+    "updated layer by layer": {"optimizer": "galore_adamw_per_layer"},
+    "projected": {"gradients": "project"},
+    "whole gradients": {"gradients": "full", "grad_clipping": 0.5},
     "padded in memory": {"pad_documents": True, "max_length": 64},
     # Within the first pass of 57 documents: a pass that does not divide leaves one process a document ahead of the other.
     "padded and streamed": {"pad_documents": True, "max_length": 64, "stream": True, "num_training_steps": 7},
 }
 
 
+SLOW = {"padded in memory", "projected", "whole gradients"}
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "padded in" in case else []) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else []) for case in CASES])
 def test_two_processes_are_one_with_the_whole_batch(case: str, make_config: Make, tmp_path: Path, forked: Forked) -> None:
     """The same documents in every step: the same losses, norms, weights, validation loss and number of tokens."""
     settings = {"optimizer": "galore_adamw", "num_training_steps": 8, "eval_every": 4, "save_every": 0, "batch_size": 4} | CASES[case]
     two = make_config(**settings, save_dir=str(tmp_path / "two"))
-    one = make_config(**(settings | {"batch_size": 8}), gradients="full", save_dir=str(tmp_path / "one"))  # as two processes have them
+    one = make_config(**(settings | {"batch_size": 8}), save_dir=str(tmp_path / "one"))
     forked.together(2, words(two))
     assert command(one)[0] == 0
     codes, (said, other_said) = forked.wait()
@@ -93,7 +99,7 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
     positions = json.loads((saved / "trainer.json").read_text())["positions"]
     assert len(positions) == 2
     assert positions[0] != positions[1]
-    with pytest.raises(UserError, match=r"was written by 2 processes, .* and 1 run now; give torchrun --nproc_per_node 2"):
+    with pytest.raises(UserError, match=r"was written by 2 processes, .* and 1 run now; give --nproc 2 or torchrun --nproc_per_node 2"):
         command(make_config(**(settings | {"batch_size": 4}), resume="auto"))
     forked.together(2, [*words(config), "--resume", "auto"])
     codes, said = forked.wait()
@@ -104,6 +110,77 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
         assert torch.equal(weights[key], value), key
     forked.together(2, [*words(config), "--resume", "auto"])
     assert forked.wait()[0] == [0, 0], "nothing is left to do, and nobody waits for another"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_run_and_a_restart_gives_the_uninterrupted_one(
+    killed: int, make_config: Make, tmp_path: Path, forked: Forked
+) -> None:
+    """kill -9: the others hear of it in their next exchange, say so in a line, and leave the last checkpoint as it was."""
+    settings = {"num_training_steps": 30, "batch_size": 2, "optimizer": "galore_adamw_per_layer", "save_every": 5}
+    forked.together(2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
+    codes, said = forked.wait()
+    assert codes == [0, 0], said
+    config = make_config(**settings)
+    ids = forked.together(2, words(config))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 7) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(ids[killed], signal.SIGKILL)
+    codes, said = forked.wait()
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == 1, said
+    assert "Traceback" not in said[1 - killed]
+    assert "another process of this run is gone" in said[1 - killed]
+    if killed == 1:
+        assert f"--save_dir {tmp_path / 'run'} --resume auto" in said[0]
+    assert checkpoints_in(tmp_path / "run" / "checkpoints")
+    forked.together(2, [*words(config), "--resume", "auto"])
+    codes, said = forked.wait()
+    assert codes == [0, 0], said
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_nproc_starts_processes_that_are_one_with_the_whole_batch(make_config: Make, tmp_path: Path, forked: Forked) -> None:
+    """--nproc 2 --parallel ddp: one command, whose output is that of one process."""
+    settings = {"optimizer": "galore_adamw", "num_training_steps": 6, "eval_every": 3, "batch_size": 4}
+    two = make_config(**settings, nproc=2, processes=2, save_dir=str(tmp_path / "two"))
+    code, said = forked.run(*words(two), "--parallel", "ddp")
+    assert code == 0, said
+    assert said.count("config, metrics, picture, checkpoints and model:") == 1
+    assert command(make_config(**(settings | {"batch_size": 8}), save_dir=str(tmp_path / "one")))[0] == 0
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_nproc_says_which_process_ended_the_run(make_config: Make, tmp_path: Path, forked: Forked) -> None:
+    config = make_config(num_training_steps=4000, batch_size=2, nproc=2, processes=2, save_every=5)
+    (launcher,) = forked.start(words(config))  # what it starts takes seconds to import torch
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 7) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    _, second = children(launcher)
+    os.kill(second, signal.SIGKILL)
+    (code,), (said,) = forked.wait()
+    assert code == 1, said
+    assert "process 1 of 2 was ended by SIGKILL" in said
+    assert f"--save_dir {tmp_path / 'run'} --resume auto" in said
+
+
+def children(process: int) -> list[int]:
+    """The ids of a process's children, the eldest first."""
+    return sorted(int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split())
+
+
+def test_nproc_beside_a_launcher_is_refused(make_config: Make) -> None:
+    with pytest.raises(UserError, match="--nproc 4 starts processes, and a launcher has started 2 already"):
+        make_config(nproc=4, processes=2)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
@@ -142,8 +219,8 @@ def test_batch_is_that_of_all_processes(make_config: Make) -> None:
     [
         ({"total_batch_size": 12}, r"--total_batch_size 12 is not a multiple of --batch_size 4 x 2 processes; try --total_batch_size 8"),
         (
-            {"optimizer": "galore_adamw_per_layer"},
-            "before 2 processes .* choose galore_adamw, or torchrun --nproc_per_node 1",
+            {"optimizer": "adamw_per_layer"},
+            "2 processes keep theirs until they are averaged, so nothing would be saved; choose adamw, or one process",
         ),
         ({"eval_tokens": 20}, "--eval_tokens 20 is less than one sequence for each of 2 processes, 32"),
     ],

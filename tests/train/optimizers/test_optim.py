@@ -257,10 +257,9 @@ def test_per_layer_updates_move_weights_in_the_backward_pass_unless_deferred(mod
     ],
 )
 def test_mode_of_the_backward_pass(name: str, gradients: str | None, modes: tuple[str | None, str | None]) -> None:
-    """Without and with accumulation or clipping; several processes average whole gradients."""
+    """Without and with accumulation or clipping."""
     settled = settled_gradients(name, gradients)
     assert tuple(backward_mode(name, settled, deferred=deferred) for deferred in (False, True)) == modes
-    assert settled_gradients(name, None, processes=2) == "full"
 
 
 def test_flags_an_optimizer_cannot_use() -> None:

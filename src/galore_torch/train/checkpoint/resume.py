@@ -56,7 +56,7 @@ def identity(config: PretrainConfig, name: str, lr: float, data: Data) -> dict[s
     settings |= {
         item.name: getattr(config, item.name)
         for item in fields(config)
-        if item.metadata.get("group") not in (None, "run", PUBLISHED) and item.name not in _FREE | _AMOUNT | _SAME
+        if item.metadata.get("group") not in (None, "run", "processes", PUBLISHED) and item.name not in _FREE | _AMOUNT | _SAME
     }
     settings |= {
         "optimizer": name,
@@ -99,7 +99,7 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
         if flag == "processes":
             raise UserError(
                 f"{checkpoint} was written by {was} processes, each with its own place in the text, and {value} run now; "
-                f"give torchrun --nproc_per_node {was}, or start a new run without --resume"
+                f"give --nproc {was} or torchrun --nproc_per_node {was}, or start a new run without --resume"
             )
         if flag == "model_config":
             part = next(key for key in value if value[key] != was.get(key))

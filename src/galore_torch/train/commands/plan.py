@@ -82,7 +82,7 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     if "max_length" not in given:
         console.print(f"note: sequences of {config.max_length} tokens, the default; --seq N plans yours", highlight=False)
     if budget is None or shards > 1:
-        found = planned(plan_request(config, device=device, processes=world_size, shards=shards), traced=True)
+        found = planned(plan_request(config, device=device, shards=shards), traced=True)
         show_plan(console, found, budget, world_size)
         return EXIT_FITS if budget is None or found.needed <= budget.bytes else EXIT_DOES_NOT_FIT
     return _for_a_card(console, arguments, given, config, device, budget, world_size)
@@ -133,15 +133,13 @@ def _for_a_card(
     budget: Budget,
     world_size: int,
 ) -> int:
-    best = best_that_fits(given, budget.bytes, device, traced=True, processes=world_size)
+    best = best_that_fits(given, budget.bytes, device, traced=True)
     if best is None:
-        least = planned(plan_request(config, device=device, processes=world_size), traced=True)
+        least = planned(plan_request(config, device=device), traced=True)
         show_plan(console, least, budget, world_size)
         console.print("nothing that was left open to choose makes it fit", highlight=False)
         if "optimizer" in given and (
-            other := best_that_fits(
-                {k: v for k, v in given.items() if k != "optimizer"}, budget.bytes, device, traced=False, processes=world_size
-            )
+            other := best_that_fits({k: v for k, v in given.items() if k != "optimizer"}, budget.bytes, device, traced=False)
         ):
             console.print(f"with another --optimizer it would: {describe(other[1])}", highlight=False, soft_wrap=True)
         return EXIT_DOES_NOT_FIT
@@ -161,7 +159,7 @@ def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str,
     """The recipe beside those with another answer to what was left open: the least recomputing, or INT8 weights."""
 
     def best(**settings: Any) -> Plan | None:
-        other = best_that_fits({**given, **settings}, budget.bytes, device, traced=False, processes=world_size)
+        other = best_that_fits({**given, **settings}, budget.bytes, device, traced=False)
         return other and other[1]
 
     rows: list[tuple[str, Plan | None]] = [("this recipe", found)]
@@ -203,10 +201,7 @@ def _side_by_side(
     rows: Sequence[tuple[str, Plan]]
     if arguments.get("compare"):
         names = COMPARED.items()
-        rows = [
-            (label, planned(plan_request(config, device=device, optimizer=name, processes=world_size), traced=False))
-            for label, name in names
-        ]
+        rows = [(label, planned(plan_request(config, device=device, optimizer=name), traced=False)) for label, name in names]
         title, first, kind = f"{setting}, rank {config.resolved_rank}", "optimizer", "compare"
     else:
         width = plan_request(config, device=device).sizes.short_side
@@ -223,5 +218,5 @@ def _side_by_side(
 
 
 def _with_rank(config: PretrainConfig, rank: int, device: str, world_size: int) -> Plan:
-    request = plan_request(config, device=device, processes=world_size)
+    request = plan_request(config, device=device)
     return planned(replace(request, settings={**request.settings, "rank": rank}), traced=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +33,9 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.check import check_data
 from galore_torch.train.data.loader import Data, load_data
 from galore_torch.train.device import memory_mb, pick_device
+from galore_torch.train.errors import first_line
 from galore_torch.train.loop.build import model_for
-from galore_torch.train.loop.distributed import ALONE, Ranks, joined, launched
+from galore_torch.train.loop.distributed import ALONE, Ranks, is_loss, joined, launched
 from galore_torch.train.loop.result import RunResult
 from galore_torch.train.loop.trainer import train
 from galore_torch.train.model.baselines import to_dense
@@ -71,9 +73,13 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> int:
 def run_all(config: Config, load: Load[Config], console: Console | None) -> int:
     """`pretrain` on what `load` reads."""
     device = pick_device(config.device)
-    with ExitStack() as held:
-        ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device))
-        return _run_all(config, load, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
+    try:
+        with ExitStack() as held:
+            ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device))
+            return _run_all(config, load, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
+    except LostPeer as lost:
+        print(f"galore: {lost}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
 
 
 def _run_all(config: Config, load: Load[Config], console: Console, device: str, ranks: Ranks, held: ExitStack) -> int:
@@ -106,7 +112,7 @@ def _run_all(config: Config, load: Load[Config], console: Console, device: str, 
     _introduce_starts(console, starts, device)
 
     results: list[RunResult] = []
-    with Display(console) as display:
+    with _peers(ranks, folder), Display(console) as display:
         for run_name, (name, lr) in zip(config.run_names, config.contenders, strict=True):
             if ranks.any(display.should_stop()):
                 break
@@ -117,6 +123,25 @@ def _run_all(config: Config, load: Load[Config], console: Console, device: str, 
                 if ranks.leads:
                     _write_results(folder, config, results)
     return _close(console, config, folder, results, display.stopped_by)
+
+
+class LostPeer(Exception):
+    """Another process of the run has gone; the text says so, and how to go on."""
+
+
+@contextmanager
+def _peers(ranks: Ranks, folder: Path) -> Iterator[None]:
+    """LostPeer where another process has gone, which the exchange with it finds out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.size == 1 or not is_loss(error):
+            raise
+        where = shlex.quote(str(folder)) if ranks.leads else "FOLDER of the run"
+        raise LostPeer(
+            f"process {ranks.rank} of {ranks.size} stops, for another process of this run is gone ({first_line(error)}); go on with the "
+            f"same command and --save_dir {where} --resume auto"
+        ) from error
 
 
 @contextmanager
@@ -160,9 +185,7 @@ def _check_optimizers(config: PretrainConfig, data: Data, note: Callable[[str], 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
-            with fused_pass(
-                name, model, optimizer, deferred=config.deferred, gradients=config.gradients_of(name), processes=config.processes
-            ):
+            with fused_pass(name, model, optimizer, deferred=config.deferred, gradients=config.gradients_of(name)):
                 pass
         warned |= dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
         if optimizer_spec(name).low_rank:

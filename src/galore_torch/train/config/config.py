@@ -36,6 +36,8 @@ class PretrainConfig(Settings):
 
     def _settle(self) -> None:
         """Give the settings that follow from others their value, so that every reader sees numbers."""
+        if self.nproc is not None and self.processes == 1:  # no launcher has started any
+            object.__setattr__(self, "processes", self.nproc)
         if self.hf_model is not None:
             if self.hf_model.startswith(("/", "./", "../")) and not Path(self.hf_model).exists():
                 raise UserError(f"--hf_model {self.hf_model} does not exist; give a folder with a model, or a name on the hub")
@@ -121,19 +123,19 @@ class PretrainConfig(Settings):
         return f"--batch_size {self.batch_size}" + (f" x {self.processes} processes" if self.processes > 1 else "")
 
     def _check_processes(self) -> None:
+        if self.nproc is not None and self.nproc != self.processes:
+            raise UserError(
+                f"--nproc {self.nproc} starts processes, and a launcher has started {self.processes} already: leave --nproc out, or the "
+                "launcher"
+            )
         for name, _ in self.contenders if self.processes > 1 else ():
-            if optimizer_spec(name).per_layer:
+            if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank:
                 raise UserError(
-                    f"{name} uses up each gradient in the backward pass, before {self.processes} processes could average theirs; "
-                    f"choose {name.removesuffix('_per_layer')}, or torchrun --nproc_per_node 1"
+                    f"{name} frees each whole gradient in the backward pass, and {self.processes} processes keep theirs until they are "
+                    f"averaged, so nothing would be saved; choose {name.removesuffix('_per_layer')}, or one process"
                 )
 
     def _check_gradients(self) -> None:
-        if self.gradients in ("direct", "project") and self.processes > 1:
-            raise UserError(
-                f"--gradients {self.gradients} uses each gradient in the backward pass, before {self.processes} processes could average "
-                "theirs; leave it out, or torchrun --nproc_per_node 1"
-            )
         for name, _ in self.contenders if self.gradients == "full" else ():
             if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank:
                 raise UserError(

@@ -107,7 +107,7 @@ class Settings:
         None,
         "optimizer",
         "of the projected matrices: direct (made low-rank in the layer's backward pass, never in full), project (made in full one at a "
-        "time, projected and freed) or full (kept whole until the step) (default: direct; of several processes full)",
+        "time, projected and freed) or full (kept whole until the step) (default: direct)",
         choices=GRADIENTS,
     )
     # -- training
@@ -152,6 +152,13 @@ class Settings:
     compile: bool = _setting(False, "training", "torch.compile for the model's layers: slow first steps, faster later ones")
     seed: int = _setting(0, "training", "weights and data order", at_least=0, at_most=2**63 - 1)
     device: str = _setting("auto", "training", "auto, cpu or cuda", choices=DEVICES)
+    # -- processes
+    nproc: int | None = _setting(
+        None, "processes", "processes to start on this machine, which train together; torchrun starts its own (default: one)", at_least=1
+    )
+    parallel: str = _setting(
+        "ddp", "processes", "what each process holds: ddp, the whole model and a share of every batch", choices=("ddp",)
+    )
     # -- run
     eval_every: int = _setting(100, "run", "steps between evaluations, 0: before and after only", at_least=0)
     eval_tokens: int = _setting(65536, "run", "validation tokens to evaluate on, at most", at_least=1)
@@ -289,7 +296,7 @@ class Settings:
 
     def gradients_of(self, optimizer: str) -> str:
         """--gradients of one optimizer, settled: direct, project or full."""
-        return settled_gradients(optimizer, self.gradients, self.processes)
+        return settled_gradients(optimizer, self.gradients)
 
     @property
     def warmup(self) -> int:

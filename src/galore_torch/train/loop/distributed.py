@@ -113,7 +113,13 @@ def joined(ranks: Ranks, device: str) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(ranks.local)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield Ranks(ranks.rank, ranks.size, ranks.local, device)
-    finally:
-        distributed.destroy_process_group()
+    yield Ranks(ranks.rank, ranks.size, ranks.local, device)
+    distributed.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether it says that another process has gone: it was killed, its machine or the network failed."""
+    from torch import distributed
+
+    text = str(error)
+    return isinstance(error, distributed.DistError) or ("gloo" in text and ("Connection" in text or "imed out" in text))

@@ -102,7 +102,7 @@ def _attached(
 ) -> AbstractContextManager[FusedBackward | None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which matrices are left out has been said at the start
-        return fused_pass(name, model, optimizer, deferred=config.deferred, gradients=config.gradients_of(name), processes=config.processes)
+        return fused_pass(name, model, optimizer, deferred=config.deferred, gradients=config.gradients_of(name))
 
 
 @dataclass
@@ -173,7 +173,8 @@ class _Loop:
         row |= {"aux_loss": auxiliary} if self.own_loss.auxiliary_weight else {}
         if not bad:
             row |= self.gradient_norm()
-            bad = "" if math.isfinite(row.get("grad_norm", 0.0)) else f"the gradient norm is {row['grad_norm']}"
+            mine = row.get("grad_norm", 0.0)  # where updates inside the backward pass consume gradients, of this process alone
+            bad = f"the gradient norm is {mine}" if self.ranks.any(not math.isfinite(mine)) else ""
         if bad:
             result.skipped += 1
             row["skipped"] = bad

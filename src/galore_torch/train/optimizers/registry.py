@@ -182,11 +182,9 @@ def own_settings(name: str, dtype: str) -> dict[str, Any]:
     return own
 
 
-def settled_gradients(name: str, gradients: str | None, processes: int = 1) -> str:
-    """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`: several processes average whole ones."""
-    if not optimizer_spec(name).low_rank:
-        return "full"
-    return gradients or ("direct" if processes == 1 else "full")
+def settled_gradients(name: str, gradients: str | None) -> str:
+    """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`."""
+    return gradients or "direct" if optimizer_spec(name).low_rank else "full"
 
 
 def backward_mode(name: str, gradients: str, *, deferred: bool) -> str | None:
@@ -203,10 +201,10 @@ def backward_mode(name: str, gradients: str, *, deferred: bool) -> str | None:
 
 
 def fused_pass(
-    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, deferred: bool, gradients: str | None = None, processes: int = 1
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, deferred: bool, gradients: str | None = None
 ) -> contextlib.AbstractContextManager[FusedBackward | None]:
     """Attach the optimizer to the model's backward pass in the mode of `backward_mode`, where there is one; leaving it detaches."""
-    mode = backward_mode(name, settled_gradients(name, gradients, processes), deferred=deferred)
+    mode = backward_mode(name, settled_gradients(name, gradients), deferred=deferred)
     if mode is None:
         return contextlib.nullcontext()
     from galore_torch import fused_backward

@@ -77,11 +77,12 @@ class Plan:
 
 
 def plan_request(
-    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, processes: int = 1, shards: int = 1
+    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, shards: int = 1
 ) -> PlanRequest:
-    """The memory side of a config, for its first optimizer or for another; ``processes``: where the config does not say.
+    """The memory side of a config, for its first optimizer or for another.
 
-    ``shards``: how many of them share every parameter, as under `fully_shard`. UserError for an optimizer that cannot train so.
+    ``shards``: how many processes share every parameter, as under `fully_shard`, with whole gradients unless --gradients says more.
+    UserError for an optimizer that cannot train so.
     """
     from galore_torch.train.model.loss import settled_chunk
 
@@ -107,7 +108,7 @@ def plan_request(
         model=config.hf_model or config.model_config,
         pretrained=config.hf_model is not None,
         targets=targets,
-        gradients=settled_gradients(name, config.gradients, max(processes, config.processes)),
+        gradients=settled_gradients(name, config.gradients or ("full" if shards > 1 else None)),
         shards=shards,
     )
 

@@ -16,13 +16,11 @@ MOST_SEQUENCES = 512  # in one forward pass: the published batch of a step
 _TRACES = 3  # formulas and a trace agree within 3 %: so many borderline recipes are given up before the formulas have it
 
 
-def best_that_fits(
-    given: Mapping[str, Any], budget: int, device: str, *, traced: bool, processes: int = 1
-) -> tuple[PretrainConfig, Plan] | None:
+def best_that_fits(given: Mapping[str, Any], budget: int, device: str, *, traced: bool) -> tuple[PretrainConfig, Plan] | None:
     """The config and its plan, or None. ``given`` are settings that stay as they are; what it leaves out of these four is tried."""
     refused = 0
     for config in _candidates(given):
-        plan = planned(plan_request(config, device=device, processes=processes), traced=False)
+        plan = planned(plan_request(config, device=device), traced=False)
         if plan.needed > budget:
             continue
         if traced and refused < _TRACES:

@@ -99,7 +99,11 @@ def notes(plan: Plan, world_size: int) -> list[str]:
     elif world_size > 1:
         found.append(
             f"of each of {world_size} processes: weights, gradients and state are replicated, as under DistributedDataParallel, whose "
-            f"buckets hold the gradients once more ({gb(plan.request.total('gradient'))} GB, not counted)"
+            + (
+                f"buckets hold the gradients once more ({gb(plan.request.total('gradient'))} GB, not counted)"
+                if plan.request.mode is None
+                else "buckets hold the gradients of what is not projected once more (not counted), and as long as it is being built all"
+            )
         )
     return found
 
