@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from galore_torch.ops.linalg import squared
+from galore_torch.ops.linalg import as_real, squared
 
 Group = Mapping[str, Any]  # a parameter group: hyperparameters by name
 Moments = dict[str, Tensor]
@@ -84,8 +84,14 @@ def adam(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     lr, new1, new2, eps = numbers
     m = moments["exp_avg"].lerp_(R, new1)
     v = moments["exp_avg_sq"].lerp_(squared(R), new2)
-    denominator = v.sqrt().add_(eps)
-    return torch.div(m, denominator, out=None if m.is_complex() else denominator).mul_(lr)
+    return divided(m, v.sqrt().add_(eps)).mul_(lr)
+
+
+def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, a new tensor; the denominator is real, and used up. torch would divide complex numbers as such."""
+    if numerator.is_complex():
+        return numerator * denominator.reciprocal_()
+    return torch.div(numerator, denominator, out=denominator)
 
 
 def adafactor_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
@@ -115,7 +121,7 @@ def adafactor(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
         del square  # full size: gone before the update is made
         update = R * (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
         update.mul_(col.rsqrt().unsqueeze(-2))
-    rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
+    rms = torch.linalg.vector_norm(as_real(update)) / math.sqrt(update.numel())
     update.mul_(lr / (rms / clip_threshold).clamp_(min=1.0))
     if "exp_avg" in moments:
         update = moments["exp_avg"].lerp_(update, new1).clone()
@@ -128,8 +134,8 @@ def adafactor_lr(weight: Tensor, group: Group, step: int) -> Any:
     if group["relative_step"]:
         lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
     if group["scale_parameter"]:
-        real = torch.promote_types(weight.dtype, torch.float32)
-        rms = torch.linalg.vector_norm(weight, dtype=real) / math.sqrt(weight.numel())
+        real = torch.promote_types(as_real(weight).dtype, torch.float32)
+        rms = torch.linalg.vector_norm(as_real(weight), dtype=real) / math.sqrt(weight.numel())
         rms = rms.nan_to_num(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
         lr = rms.clamp_(min=group["eps"][1]) * lr
     return lr
@@ -147,8 +153,7 @@ def adagrad(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     """Adagrad (Duchi et al., JMLR 12, 2011, eq. 1, diagonal form), with torch's ``lr_decay``."""
     lr, eps = numbers
     total = moments["sum"].add_(squared(R))
-    denominator = total.sqrt().add_(eps)
-    return torch.div(R, denominator, out=None if R.is_complex() else denominator).mul_(lr)
+    return divided(R, total.sqrt().add_(eps)).mul_(lr)
 
 
 def momentum_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:

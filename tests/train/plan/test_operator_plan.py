@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,14 @@ def test_a_name_that_is_no_operator(name: str) -> None:
 def test_other_flags_are_refused() -> None:
     with pytest.raises(UserError, match="--rank has no effect"):
         plan({"model": "fno:8x8:8:1", "rank": 4}, Console(file=StringIO()))
+
+
+def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
+    out = StringIO()
+    plan({"model": "fno:64x64:64:4"}, Console(file=out, width=120))
+    printed = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    page = (Path(__file__).resolve().parents[3] / "docs" / "tensors.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| (torch's AdamW|GaLoreAdamW,|Tensor-GaLore,)", line)]
+    assert len(rows) == 10
+    for row in rows:
+        assert " ".join(row.replace("\\|", "¦").replace("|", " ").replace("¦", "|").split()) in printed
