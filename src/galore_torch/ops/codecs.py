@@ -141,7 +141,7 @@ class StoredTensor:
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """The value for one product, which converts it anyway: as `decode`, but bf16 stays what it is."""
-        return state[self.name] if self.codec == "bf16" else self.decode(state)
+        return state[self.name] if self.codec == "bf16" and self.pair is None else self.decode(state)
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None, tables: tuple[Tensor, ...] | None = None) -> None:
         """Store ``value``, in place. ``seed`` drives the stochastic rounding of bf16 (same seed, same bits); None: to nearest."""
