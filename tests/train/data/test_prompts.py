@@ -153,7 +153,7 @@ def test_model_that_would_let_them_is_refused(make: Make, tmp_path: Path) -> Non
         finetune(config, Console(file=io.StringIO()))
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_answers_are_learnt_and_a_run_goes_on(packing: bool, make: Make, tmp_path: Path) -> None:
     """The validation loss is of answers alone; stopped at half way and resumed the run is the same."""
     from galore_torch.train.loop.trainer import train
