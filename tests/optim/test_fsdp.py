@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.sharded import Cut, Run, parameters, redundancy_free, weights
+from support.sharded import Cut, Run, adafactor_rate, parameters, redundancy_free, weights
 from support.world import World
 
 pytestmark = pytest.mark.dist
@@ -180,6 +180,12 @@ def test_bf16_weights_equal_one_process_but_for_a_rounding(optimizer: str, size:
     started, alone = (parameters(replace(run, steps=steps), ROWS)[0] for steps in (range(0), run.steps))
     for found, theirs, start in zip(worlds[size].run(parameters, replace(run, mesh=(size,)), ROWS)[0][0], alone, started, strict=True):
         assert float((found.float() - theirs.float()).norm()) < 0.05 * float((theirs.float() - start.float()).norm())
+
+
+def test_a_schedule_reads_adafactors_own_step_size_of_the_whole_matrix(worlds: dict[int, World]) -> None:
+    run = Run("GaLoreAdafactor", {"scale_parameter": True}, RIGHT, steps=range(3))
+    for found in worlds[2].run(adafactor_rate, replace(run, mesh=(2,))):
+        assert found == pytest.approx(adafactor_rate(run), rel=1e-6)
 
 
 def test_zero_redundancy_optimizer_trains_the_same_whatever_process_has_a_parameter(worlds: dict[int, World]) -> None:

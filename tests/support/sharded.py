@@ -324,3 +324,11 @@ def copied_to_save(run: Run) -> tuple[int, int]:
     own = {value.data_ptr() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)}
     saved = [_local(value) for state in optimizer.state_dict()["state"].values() for value in state.values() if isinstance(value, Tensor)]
     return len(saved), sum(tensor.data_ptr() not in own for tensor in saved if tensor.numel())
+
+
+def adafactor_rate(run: Run) -> list[float]:
+    """What transformers' AdafactorSchedule reads."""
+    model = shard(model_of(run), run)
+    optimizer: Any = optimizer_of(model, run)
+    train(model, optimizer, run)
+    return [optimizer._get_lr(group, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
