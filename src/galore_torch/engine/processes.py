@@ -23,7 +23,7 @@ class Processes:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor of one shape, the same bits in each process."""
-        tensor = tensor / self.size
+        tensor = (tensor / self.size).contiguous()  # processes may have made it with strides of their own
         distributed.all_reduce(tensor, group=self.group)
         return tensor
 

@@ -159,7 +159,7 @@ def test_nproc_starts_processes_that_are_one_with_the_whole_batch(make_config: M
 @pytest.mark.slow
 @pytest.mark.dist
 def test_nproc_says_which_process_ended_the_run(make_config: Make, tmp_path: Path, forked: Forked) -> None:
-    config = make_config(num_training_steps=4000, batch_size=2, nproc=2, processes=2, save_every=5)
+    config = make_config(num_training_steps=4000, batch_size=2, nproc=2, processes=2, save_every=5, optimizer="galore_adamw")
     (launcher,) = forked.start(words(config))  # what it starts takes seconds to import torch
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -33,9 +33,8 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.check import check_data
 from galore_torch.train.data.loader import Data, load_data
 from galore_torch.train.device import memory_mb, pick_device
-from galore_torch.train.errors import first_line
 from galore_torch.train.loop.build import model_for
-from galore_torch.train.loop.distributed import ALONE, Ranks, is_loss, joined, launched
+from galore_torch.train.loop.distributed import ALONE, Ranks, is_loss, joined, launched, reason
 from galore_torch.train.loop.result import RunResult
 from galore_torch.train.loop.trainer import train
 from galore_torch.train.model.baselines import to_dense
@@ -139,7 +138,7 @@ def _peers(ranks: Ranks, folder: Path) -> Iterator[None]:
             raise
         where = shlex.quote(str(folder)) if ranks.leads else "FOLDER of the run"
         raise LostPeer(
-            f"process {ranks.rank} of {ranks.size} stops, for another process of this run is gone ({first_line(error)}); go on with the "
+            f"process {ranks.rank} of {ranks.size} stops, for another process of this run is gone ({reason(error)}); go on with the "
             f"same command and --save_dir {where} --resume auto"
         ) from error
 

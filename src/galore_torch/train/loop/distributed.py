@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from galore_torch.train.errors import UserError
+from galore_torch.train.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,3 +124,8 @@ def is_loss(error: Exception) -> bool:
 
     text = str(error)
     return isinstance(error, distributed.DistError) or ("gloo" in text and ("Connection" in text or "imed out" in text))
+
+
+def reason(error: Exception) -> str:
+    """What a lost exchange says, without the place in torch's source and its advice: `Connection closed by peer [127.0.0.1]:4321`."""
+    return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". This is")[0]
