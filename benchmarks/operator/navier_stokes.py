@@ -62,6 +62,6 @@ def random_vorticity(samples: int, size: int, seed: int) -> Tensor:
 def pairs(samples: int, size: int = 32, fine: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(vorticity at time 0, at time 1), viscosity 1e-3, solved on ``fine`` points and sampled on ``size``: fp32, samples x size x size."""
     w = random_vorticity(samples, fine, seed)
-    later = Solver(fine, 1e-3).solve(w, 1.0, 0.01)
+    later = Solver(fine, 1e-3).solve(w, 1.0, 0.02)
     step = fine // size
     return w[:, ::step, ::step].float(), later[:, ::step, ::step].float()
