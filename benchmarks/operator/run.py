@@ -41,7 +41,8 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """``method``: adamw, tensor, or matrix1, matrix2, matrix3: so many leading dimensions are the rows of a matrix, as published.
+    """``method``: adamw; tensor; channels, a tensor whose frequencies stay whole; or matrix1, matrix2, matrix3, as published: so many
+    leading dimensions are the rows of a matrix.
 
     ``ratio``: of the elements of a spectral weight, of which a tensor's core keeps moments; a matrix has the rank whose state is as large.
     """
@@ -52,7 +53,7 @@ class Case:
 
 CASES = [
     Case("adamw"),
-    *(Case(method, 0.25) for method in ("tensor", "matrix1", "matrix2", "matrix3")),
+    *(Case(method, 0.25) for method in ("tensor", "channels", "matrix1", "matrix2", "matrix3")),
     *(Case("tensor", ratio) for ratio in RATIOS[1:]),
     *(Case(method, ratio) for ratio in (0.1, 0.5) for method in ("matrix1", "matrix2", "matrix3")),
 ]
@@ -91,7 +92,10 @@ def build(case: Case, model: nn.Module, lr: float, gap: int) -> tuple[torch.opti
     if case.ratio < 1:
         group["rank"] = case.ratio
     before_step = nothing
-    if case.method != "tensor":
+    if case.method == "channels":
+        sizes = spectral[0].shape
+        group["rank"] = [*(max(1, round(size * case.ratio**0.5)) for size in sizes[:2]), *[None] * (len(sizes) - 2)]
+    if case.method.startswith("matrix"):
         like = GaLoreAdamW([{**group, "params": [Parameter(spectral[0].detach().clone())]}])
         flat = Flattened(spectral, int(case.method[-1]))
         group |= {"params": flat.matrices, "rank": flat.rank(state_bytes(like))}

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 NAMES = {
     "adamw": "AdamW",
     "tensor": "Tensor-GaLore",
+    "channels": "Tensor-GaLore, channels alone",
     "matrix1": "GaLore, 1 + 3 dimensions",
     "matrix2": "GaLore, 2 + 2 dimensions",
     "matrix3": "GaLore, 3 + 1 dimensions",
@@ -73,7 +74,7 @@ def draw(problem: str, fields: Path, picture: Path) -> bool:
     import matplotlib.pyplot as plt
     import torch
 
-    wanted = [("adamw", 1.0), ("tensor", 0.25), ("tensor", 0.05), ("matrix1", 0.25)]
+    wanted = [("adamw", 1.0), ("tensor", 0.25), ("channels", 0.25), ("matrix1", 0.25)]
     found = {}
     for method, ratio in wanted:
         files = sorted(fields.glob(f"{problem}-{method}-{ratio}.*.pt"))

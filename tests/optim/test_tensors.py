@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 import galore_torch as g
 from galore_torch.engine.layout import layout_of, make_layout, state_spec
+from galore_torch.engine.sharding import Placed
 from galore_torch.galore_projector_tensor import GaLoreProjectorTensor
 from references.tucker import TensorGaLoreReference
 from support.memory import storage_bytes
@@ -442,3 +443,12 @@ def test_the_core_of_a_large_weight_is_the_fraction_of_it() -> None:
     group = {**g.GaLoreAdamW([Parameter(torch.zeros(2))]).param_groups[0], "rank": 0.25, "tensor": True}
     layout = make_layout((64, 64, 64, 33), torch.complex64, group)
     assert 0.24 < prod(layout.low_shape) / prod(layout.shape) <= 0.25
+
+
+def test_a_tensor_that_is_cut_between_processes_is_refused_by_name() -> None:
+    """A DTensor: every step would gather it. Without a rank it trains."""
+    group = {**g.GaLoreAdamW([Parameter(torch.zeros(2))]).param_groups[0], "tensor": True}
+    placed = Placed((12, 10, 8), ((0, 2),))
+    with pytest.raises(ValueError, match=r"\(12, 10, 8\) is cut between processes.*tensor=False"):
+        make_layout((6, 10, 8), torch.float32, {**group, "rank": 0.25}, placed)
+    assert not make_layout((6, 10, 8), torch.float32, group, placed).ranks
