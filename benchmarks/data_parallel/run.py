@@ -1,7 +1,7 @@
 """How several processes find one basis: thin products that all average, or the gradient to one owner that hands the basis on.
 
 Each process has its own gradient as the factors dy (T x m) and x (T x n), as `fused_backward(mode="direct")` has it. Timed are whole
-refreshes from those to a basis and the mean R in each process, the ways by turns in one process group, with gloo on this machine; counted
+refreshes from those to a basis and the mean R in each process, the ways by turns in one process group, with gloo on this machine. Counted
 are the elements that a process sends for one matrix, where an all-reduce of k elements sends 2 (N - 1) / N k, and reducing or broadcasting
 half of that.
 
