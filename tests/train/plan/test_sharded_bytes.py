@@ -25,7 +25,7 @@ def test_what_lasts_is_what_the_first_process_holds(optimizer: str, size: int, w
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 128, **SIZES}))
     config = PretrainConfig(model_config=str(path), optimizer=optimizer, rank=8, dtype="float32", max_length=16, batch_size=1)
-    plan = planned(plan_request(config, device="cpu", processes=size, shards=size), traced=True)
+    plan = planned(plan_request(config, device="cpu", shards=size), traced=True)
     weights, gradients, state = worlds[size].run(held, str(path), optimizer, config.optimizer_settings)[0]
     assert weights == plan.weights
     assert gradients == plan.request.total("gradient")
