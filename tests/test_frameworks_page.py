@@ -16,7 +16,8 @@ def test_tables_are_made_of_the_results() -> None:
 
 def test_results_are_of_the_pinned_releases() -> None:
     rows = matrix.read()
-    assert {row["environment"] for row in rows} == REQUIREMENTS.keys()
+    assert rows
+    assert {row["environment"] for row in rows} <= REQUIREMENTS.keys()
     for row in rows:
         assert f"=={row['version']}" in REQUIREMENTS[row["environment"]], row
         assert row["result"] in matrix.KINDS

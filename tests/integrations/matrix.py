@@ -29,6 +29,9 @@ def support(rows: list[Row]) -> Iterator[str]:
             continue
         cells = ["; ".join(_feature(row) for row in own if row["result"] == kind) for kind in KINDS[:-1]]
         yield f"| **{title}** | {' | '.join(cells)} |"
+    for name in sorted(path.stem for path in (HERE / "requirements").glob("*.txt")):
+        if name not in {row["environment"] for row in rows}:
+            yield f"| **{name}** | its tests are written, and have not been run whole | | | |"
 
 
 def numbers(rows: list[Row]) -> Iterator[str]:

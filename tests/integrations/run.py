@@ -23,6 +23,10 @@ BUILD = ROOT / "build" / "integrations"
 NAMES = sorted(path.stem for path in (HERE / "requirements").glob("*.txt"))
 
 
+def pip(name: str) -> list[str]:
+    return [str(BUILD / name / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
 def install(name: str, torch: str) -> str | None:
     """Make the environment; None, or why pip refused. Torch is not exchanged by what comes after it."""
     home = BUILD / name
@@ -30,12 +34,15 @@ def install(name: str, torch: str) -> str | None:
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     held = BUILD / "held.txt"
     held.write_text(f"torch=={torch}\n", encoding="utf-8")
-    for what in ([f"torch=={torch}"], ["pytest>=8.2", "-r", str(HERE / "requirements" / f"{name}.txt")], ["--no-deps", str(ROOT)]):
-        command = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(held), *what]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for what in ([f"torch=={torch}"], ["pytest>=8.2", "-r", str(HERE / "requirements" / f"{name}.txt")]):
+        done = subprocess.run([*pip(name), "install", "-c", str(held), *what], capture_output=True, text=True, check=False)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             return said[-1].removeprefix("ERROR: ") if said else f"pip ended with {done.returncode}"
+    text = (HERE / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("# uninstall: "):
+            subprocess.run([*pip(name), "uninstall", "--yes", *line.split()[2:]], check=True)
     return None
 
 
@@ -46,17 +53,8 @@ def test(name: str) -> bool:
     environment = os.environ | {"GALORE_INTEGRATION": str(rows), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)  # the installed package is what is tested
     tests = HERE / f"test_{name.partition('_')[0]}.py"
-    command = [
-        str(BUILD / name / "bin" / "python"),
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "--show-capture=no",
-        "-W",
-        "default",
-        "--disable-warnings",
-    ]
+    quiet = ["-q", "--tb=short", "--show-capture=no", "-W", "default", "--disable-warnings"]
+    command = [str(BUILD / name / "bin" / "python"), "-m", "pytest", *quiet]
     if subprocess.run([*command, str(tests)], cwd=ROOT, env=environment, check=False).returncode:
         return False
     save(name, [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()])
@@ -86,6 +84,7 @@ def main() -> int:
             ended[name] = f"not installable: {reason}"
         else:
             (BUILD / name / "ready").touch()
+            subprocess.run([*pip(name), "install", "--no-deps", "--force-reinstall", str(ROOT)], check=True)
             ended[name] = "passed" if test(name) else "failed"
         if not chosen.keep:
             shutil.rmtree(BUILD / name, ignore_errors=True)

@@ -88,12 +88,14 @@ def logged(trainer: Any, key: str) -> list[float]:
 
 
 def byte_tokenizer() -> Any:
-    """A token a byte, under the name that byte-level tokenizers give it."""
+    """Token i is byte i, under the letter that byte-level tokenizers give it: its own where it prints, else one from 256 on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printed]
+    letters = {byte: chr(byte if byte in printed else 256 + others.index(byte)) for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0], pad_token=alphabet[0], bos_token=alphabet[0])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=letters[0], pad_token=letters[0], bos_token=letters[0])

@@ -1,0 +1,15 @@
+"""What docs/frameworks.md shows: an optimizer of this package in Axolotl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from galore_torch import QGaLoreAdamW8bit, galore_param_groups
+
+
+class GaLorePlugin(BasePlugin):
+    def create_optimizer(self, cfg: Any, trainer: Any) -> Any:
+        groups = galore_param_groups(trainer.model, rank=8, update_proj_gap=4, scale=1.0)
+        return QGaLoreAdamW8bit(groups, lr=cfg.learning_rate)
