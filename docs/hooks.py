@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from galore_torch import cli
-from galore_torch.optim.base import SHARED
+from galore_torch.optim.shared_arguments import SHARED
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -63,7 +63,7 @@ def cell(text: str) -> str:
 
 
 def shared_arguments() -> Iterator[str]:
-    """The arguments of `optim.base.SHARED`, which every class's docstring ends with, as a list."""
+    """The arguments of `optim.shared_arguments.SHARED`, which every class's docstring ends with, as a list."""
     for item in re.findall(r"^ {8}(\S.*(?:\n {12}.*)*)", SHARED.partition("Raises:")[0], re.MULTILINE):
         names, _, meaning = " ".join(item.split()).partition(": ")
         yield f"- **{names}**: {meaning}"

@@ -7,8 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import SimpleNamespace
-from typing import Any, ClassVar, TypedDict, cast, get_type_hints, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -25,81 +24,9 @@ from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.param_groups import PLACE
 from galore_torch.optim.quantize import refuse_replaced
+from galore_torch.optim.shared_arguments import SHARED, Projection, signature
 from galore_torch.optim.state import seal, unseal, whole_state
 from galore_torch.slots.rules import RULES
-
-
-class Projection(TypedDict, total=False):
-    """The arguments, and group keys, that all classes share; their defaults are in `recipe.PROJECTION_DEFAULTS` and `RECIPES`."""
-
-    rank: int | float | list[int | None] | None
-    update_proj_gap: int
-    gap_range: tuple[int, int] | None
-    overlap_range: tuple[float, float]
-    scale: float
-    proj_type: str
-    batch_dims: int | None
-    tensor: bool | str
-    projector: str
-    transport: str
-    recovery: str
-    carry: str | None
-    state_codec: str
-    basis_codec: str
-    stochastic_rounding: bool
-    decay: str
-    min_8bit_size: int
-    maximize: bool
-    compile: bool | None
-    foreach: bool | None
-    fused: bool | None
-    capturable: bool
-    differentiable: bool
-
-
-SHARED = """
-    Shared by all classes, each also a group key:
-        params: parameters, (name, parameter) pairs, or groups of either, such as `galore_param_groups` builds.
-        rank: None trains at full rank; a whole number from 1, or a fraction of the short side. Vectors, and matrices whose
-            short side is not above the rank, train at full rank. Default None: only groups with a rank are projected. Of tensors, see
-            ``tensor``.
-        update_proj_gap: steps between two refreshes of the basis. Default 200.
-        gap_range: None keeps that gap; (least, most) lets each matrix find its own from there: doubled at a refresh that kept at
-            least the upper share of ``overlap_range`` of the subspace, halved at one that kept less than the lower. Default None.
-        overlap_range: those two shares. A gradient's subspace overlaps that of the next batch by 0.5 to 0.7. Default (0.4, 0.6).
-        scale: factor of the projected update (alpha in arXiv 2403.03507). Default 0.25.
-        proj_type: "std" projects the short side, "reverse_std" the long one, "left", "right", "full" both. Default "std".
-        projector: how the basis is found. "power" (default) takes one warm-started step and spreads the refreshes over the
-            gap; "rsvd" starts anew each time; "gram" and "svd" are exact, and "svd" refreshes all at once, as galore-torch 1.0;
-            "random" looks at no gradient; "rows" trains so many rows at a time, other ones after each gap, without a GEMM;
-            "block_mean" takes the means of 2^l neighbours, the largest 2^l that divides the side and leaves at least ``rank`` means: no
-            GEMM, no basis and no refresh (arXiv 2512.07112).
-        batch_dims: how many leading dimensions count matrices, each with a basis of its own. None is 1 for E x m x n weights with m and n
-            from 16, as experts have, and 0 for others, such as kernels of convolutions: one matrix, (first, rest). Default None.
-        tensor: True projects each dimension of a parameter with a factor of its own, a Tucker decomposition (arXiv 2501.02379), real or
-            complex: convolutions, spectral weights. "auto" does so where a parameter is no matrix and no batch of matrices, as `batch_dims`
-            tells them, and where it is complex; real matrices keep to the other settings. rank is then a fraction of the elements that
-            the core keeps, a number for every dimension, or a list with a number or None (whole) for each; a fraction or a number leaves
-            dimensions of size 1 to 4 whole. The factors follow one warm sweep of HOOI at a refresh. A complex weight has the second
-            moment of |R|^2, a real number. Default False: tensors are projected as matrices.
-        transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
-        recovery: how the update reaches the weight: "project_back", or "fira" (arXiv 2410.01623), which adds what lies outside of the
-            subspace, scaled as the rule scaled each column, or "foam" (arXiv 2512.07112), which adds it to both moments of block means.
-            carry: None, or "error_feedback", which adds what the projection dropped to the next gradient and remembers as much as a weight
-            holds. All three read the full gradient.
-        state_codec: moments in "fp32", "bf16" or "int8"; basis_codec: basis in "fp32", "bf16" or "int4", or as the "weight": in bf16 where
-            that has 16 bits, else in fp32.
-        stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
-        decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
-        min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
-        compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a
-            compiler is found, once the steps of a shape have cost what compiling it does), True at once, False never. Compiling takes
-            some seconds for each shape. Block means in fp32 take a C++ operator instead, built once. TORCH_COMPILE_DISABLE=1 turns it off.
-        maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
-
-    Raises:
-        ValueError: an argument or group key out of its bounds, with the value, the bound and the cure.
-    """
 
 
 def _callers_level() -> int:
@@ -108,14 +35,6 @@ def _callers_level() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
         frame, level = frame.f_back, level + 1
     return max(level, 1)
-
-
-def _resolved(init: Any) -> list[inspect.Parameter]:
-    """The parameters of an ``__init__`` with types for annotations, where the source has strings; ``Unpack`` is for type checkers alone."""
-    parameters = [p for p in inspect.signature(init).parameters.values() if p.name != "self"]
-    strings = {p.name: p.annotation for p in parameters if p.annotation != p.empty and "Unpack" not in str(p.annotation)}
-    hints = get_type_hints(SimpleNamespace(__annotations__=strings), globalns=init.__globals__)
-    return [p.replace(annotation=hints.get(p.name, p.empty)) for p in parameters]
 
 
 def without_autocast(params: Iterable[Tensor]) -> AbstractContextManager[object]:
@@ -148,17 +67,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
         super().__init_subclass__(**kwargs)
         cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SHARED
-        own = _resolved(cls.__init__)
         defaults = {**PROJECTION_DEFAULTS, **cls.row.group_keys()}
-        taken = {p.name for p in own}
-        shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
-            for name, annotation in get_type_hints(Projection).items()
-            if name not in taken
-        ]
-        positional = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD and cls.row.rule == "torch"]
-        cls.__signature__ = inspect.Signature([*positional, *shared, *rest])  # type: ignore[attr-defined]
+        cls.__signature__ = signature(cls.__init__, defaults, cls.row.rule == "torch")  # type: ignore[attr-defined]
 
     def __init__(self, params: Any, settings: dict[str, Any], projection: Projection, rule: AnyRule | None = None):
         self.attachments: list[Any] = []  # of `fused_backward`, which alone adds and removes them

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from galore_torch.engine.recipe import RECIPES
-from galore_torch.optim.base import LowRankOptimizer, Projection
+from galore_torch.optim.base import LowRankOptimizer
+from galore_torch.optim.shared_arguments import Projection
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.rules import adafactor_lr
 from galore_torch.slots.torch_rule import BaseRule
