@@ -19,8 +19,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import galore_torch as g
-from galore_torch.engine.processes import as_real
 from galore_torch.engine.refresh import refresh_is_due
+from galore_torch.ops.linalg import as_real
 
 if TYPE_CHECKING:
     from support.forked import Forked

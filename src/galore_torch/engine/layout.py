@@ -161,15 +161,19 @@ class ParamView:
 
 def view_of(p: Tensor, state: State, group: Group, rule: AnyRule) -> ParamView:
     """The view of a parameter, which may be a DTensor. Its group names the projector that serves this parameter."""
-    layout = layout_of(p, group)
+    weight, place = local(p), place_of(p)
+    layout = _layout_at(weight, group, place)
     if layout.projector != group["projector"]:
         group = {**group, "projector": layout.projector}
-    return ParamView(local(p), state, group, rule, layout, place_of(p))
+    return ParamView(weight, state, group, rule, layout, place)
 
 
 def layout_of(p: Tensor, group: Group) -> Layout:
-    place = place_of(p)
-    return make_layout(tuple(local(p).shape), p.dtype, group, place.placed if place else None)
+    return _layout_at(local(p), group, place_of(p))
+
+
+def _layout_at(weight: Tensor, group: Group, place: Place | None) -> Layout:
+    return make_layout(tuple(weight.shape), weight.dtype, group, place.placed if place else None)
 
 
 def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group, placed: Placed | None = None) -> Layout:

@@ -42,11 +42,6 @@ class Processes:
             distributed.destroy_process_group(self.group)
 
 
-def as_real(tensor: Tensor) -> Tensor:
-    """The numbers of a real or complex tensor, as a view."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 class MeanBucket:
     """Real tensors of several processes that are averaged together, in one all-reduce that computation goes on beside.
 

@@ -71,7 +71,7 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
     if isinstance(grad, SharedGradient):
         is_usable, grad = grad.measured()
     else:
-        is_usable = usable(grad, len(view.layout.batch)) if isinstance(grad, Tensor) else grad.usable()
+        is_usable = usable(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.usable()
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -125,7 +125,7 @@ def _renew(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, can: Ten
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
     assert view.projector.find is not None
     exact = grad.to(layout.compute_dtype)
-    exact = in_range(exact, len(layout.batch)) if isinstance(exact, Tensor) else exact.in_range()
+    exact = in_range(exact, len(layout.batch)) if isinstance(exact, Tensor | ShardedMatrix) else exact.in_range()
     found = view.projector.find(exact, layout.ranks, old, seed)
     del exact  # a copy of the whole gradient, where that is of 16 bits
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one

@@ -1,4 +1,4 @@
-"""The only door to DTensor and process groups: what of a parameter lies here, and how its processes add up what they hold.
+"""The only door to DTensor: what of a parameter lies here, and how its processes add up what they hold.
 
 Nothing of torch.distributed is imported before there is a DTensor: the code that made one has done that.
 """
@@ -102,12 +102,10 @@ def unwrap(saved: Tensor, like: Tensor | None) -> Tensor:
         saved = dtensor.full_tensor()
     if like is None or tuple(saved.shape) != tuple(like.shape):
         return saved
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    target: Any = like
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
-        saved = saved.narrow(dim, min(start, saved.shape[dim]), length)
+    place = place_of(like)
+    assert place is not None
+    for dim in range(saved.dim()):
+        saved = saved.narrow(dim, *_extent(place, dim))
     return saved
 
 

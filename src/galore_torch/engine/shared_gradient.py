@@ -23,7 +23,7 @@ class SharedGradient:
     """It stands in the place of G, (E x) m x n, where that is only multiplied, as `OuterProduct` does. Each product is one all-reduce.
 
     terms: what this process has of the gradient, which is their sum; none where it has not used the weight. All processes multiply, in
-    the same order. ``peak``: an upper bound of G's magnitude for each matrix, (E x) 1 x 1, once `usable` has been asked.
+    the same order. ``peak``: an upper bound of G's magnitude for each matrix, (E x) 1 x 1, once it is `measured`.
     """
 
     terms: tuple[Tensor | OuterProduct, ...]

@@ -23,23 +23,25 @@ def readable(tensor: Any) -> bool:
     return tensor.is_cpu
 
 
-def usable(grad: Tensor, batch: int = 0) -> Tensor:
+def usable(grad: Tensor | ShardedMatrix, batch: int = 0) -> Tensor:
     """Whether a gradient may make a basis: finite and not zero. A bool for each index of the first ``batch`` axes, on the gradient's
     device, without a sync."""
     low, high = _extremes(grad, batch)
     return low.isfinite() & high.isfinite() & ((low < 0) | (high > 0))
 
 
-def _extremes(grad: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _extremes(grad: Tensor | ShardedMatrix, batch: int) -> tuple[Tensor, Tensor]:
     """The least and the largest element of each tensor of a batch, in one pass without a temporary; NaN propagates.
 
     Of a complex one the least and the largest real or imaginary part.
     """
+    if isinstance(grad, ShardedMatrix):
+        return grad.extremes()
     real = as_real(grad)
     return torch.aminmax(real.flatten(batch), dim=-1) if batch else torch.aminmax(real)
 
 
-def in_range(grad: Tensor, batch: int = 0) -> Tensor:
+def in_range(grad: Tensor | ShardedMatrix, batch: int = 0) -> Tensor | ShardedMatrix:
     """A usable gradient in fp32 or fp64, over its largest magnitude where products of its elements would overflow: its subspaces are
     the same. One that needs no scaling is returned as it is."""
     low, high = _extremes(grad, batch)

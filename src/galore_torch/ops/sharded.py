@@ -6,7 +6,6 @@ How processes talk is the caller's: `Part.total` and `Part.largest`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -132,17 +131,6 @@ class ShardedMatrix:
         """The largest magnitude of each matrix, (E x) 1 x 1."""
         low, high = self.extremes()
         return torch.maximum(-low, high)[..., None, None]
-
-    def usable(self) -> Tensor:
-        """Whether it is finite and not zero: a bool for each matrix of a batch."""
-        low, high = self.extremes()
-        return low.isfinite() & high.isfinite() & ((low < 0) | (high > 0))
-
-    def in_range(self) -> ShardedMatrix:
-        """Over its largest magnitude where products of its elements would overflow: its subspaces are the same."""
-        largest = self.largest()
-        bound = math.sqrt(torch.finfo(self.dtype).max / max(1, self.shape[-2:].numel()))
-        return self if largest.is_cpu and bool((largest < bound).all()) else self / torch.where(largest < bound, 1.0, largest)
 
     def dense(self) -> Tensor:
         """The whole matrix, on every process: a sum of matrices that are zero but for each process' part, so no bit is lost."""

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from galore_torch.engine.processes import MeanBucket, Processes, as_real
+from galore_torch.engine.processes import MeanBucket, Processes
 from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import refresh_is_due
 from galore_torch.engine.shared_gradient import SharedGradient
+from galore_torch.ops.linalg import as_real
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
@@ -221,7 +222,9 @@ class Averaging:
                     p.grad = torch.empty(p.shape, dtype=p.dtype, device=p.device)
                 else:
                     optimizer.add_low_rank(p, torch.zeros_like(self._payload(p)), None)
-            to = as_real(self._payload(p))
+            payload = self._payload(p)
+            assert not payload.is_conj(), "its real view would be a copy"
+            to = as_real(payload)
             to.copy_(mean.view(to.shape))
             if self.averaged is not None:
                 self.averaged(p)

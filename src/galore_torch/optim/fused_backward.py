@@ -29,7 +29,7 @@ from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
 from galore_torch.optim.wrapped import active_wrapper, holds, refuse_join
 
 MODES = ("project", "update", "direct", "direct_update")
-_DIRECT, _UPDATING = ("direct", "direct_update"), ("update", "direct_update")
+_DIRECT, UPDATING = ("direct", "direct_update"), ("update", "direct_update")
 
 
 class FusedBackward:
@@ -96,7 +96,7 @@ class FusedBackward:
         if self._averaging is not None:
             self._averaging.close()
         self._averaging = Averaging(optimizer, weights, wrapper, self._reduce_dtype)
-        if self.mode in _UPDATING:
+        if self.mode in UPDATING:
             self._averaging.averaged = _Update(weakref.ref(self))
 
     def watch(self, output: Any) -> None:
@@ -121,7 +121,7 @@ class FusedBackward:
                 grad, p.grad = p.grad, None
                 self._averaging.arrived(p, "plain", (None, grad), waits)
             return  # the wrapper's own stay until the step: their mean comes at the end of the backward pass
-        updates = self.mode in _UPDATING and layer is None  # the rest of its gradient may still be on its way
+        updates = self.mode in UPDATING and layer is None  # the rest of its gradient may still be on its way
         act = optimizer.update_parameter if updates else optimizer.compress_gradient
         act(p, optimizer.group_of(p))
 
@@ -174,7 +174,7 @@ class FusedBackward:
             self._averaging.arrived(p, "direct", (low, factors), waits)
             return
         optimizer.add_low_rank(p, low, factors)
-        if self.mode in _UPDATING and not isinstance(self._direct.get(p), DirectExperts):  # a part of theirs may come the ordinary way
+        if self.mode in UPDATING and not isinstance(self._direct.get(p), DirectExperts):  # a part of theirs may come the ordinary way
             self.update(p)
 
     def update(self, p: Tensor) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from galore_torch.optim.fused_backward import fused_backward
+from galore_torch.optim.fused_backward import UPDATING, fused_backward
 from galore_torch.optim.low_rank_grad import ConsumedGrad
-
-_UPDATING = ("update", "direct_update")
 
 
 class LayerwiseMixin:
@@ -48,7 +46,7 @@ class LayerwiseMixin:
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, without the norm of gradients that no longer exist, which it takes for 0."""
-        if self.fused_mode in _UPDATING:
+        if self.fused_mode in UPDATING:
             logs.pop("grad_norm", None)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -60,7 +58,7 @@ def _check(args: Any, mode: str) -> None:
     asked = {"gradient_accumulation_steps": args.gradient_accumulation_steps > 1, "fp16": args.fp16}
     asked["max_grad_norm"] = bool(args.max_grad_norm)
     for name, is_asked in asked.items():
-        if mode in _UPDATING and is_asked:
+        if mode in UPDATING and is_asked:
             cure = {"gradient_accumulation_steps": "set it to 1", "max_grad_norm": "set it to 0", "fp16": "use bf16"}[name]
             raise ValueError(
                 f"{name}={getattr(args, name)!r} needs all gradients at once, and fused_mode={mode!r} uses each inside the backward pass: "

@@ -14,9 +14,9 @@ from torch import Tensor, distributed
 
 from galore_torch.engine import step as engine
 from galore_torch.engine.layout import ParamView
-from galore_torch.engine.processes import as_real
 from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import refresh_is_due
+from galore_torch.ops.linalg import as_real
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
 
 

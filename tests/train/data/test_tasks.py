@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from galore_torch.train.config.finetune import FinetuneConfig
+from galore_torch.train.config.finetune import GLUE_TASKS, FinetuneConfig
 from galore_torch.train.data.answers import label_names
+from galore_torch.train.data.glue import GLUE
 from galore_torch.train.data.tasks import load_labelled
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.heads import LabelLoss, load_classifier
@@ -130,3 +131,7 @@ def test_long_pairs_are_cut_to_the_length(make: Make) -> None:
     long = " ".join(["w1"] * 100)
     rows = [{"a": long, "b": "w2", "label": index} for index in (0, 1)]
     assert load_labelled(make(rows, rows, max_length=10)).train.lengths.tolist() == [10, 10]
+
+
+def test_every_task_that_the_command_names_has_a_reader() -> None:
+    assert tuple(GLUE) == GLUE_TASKS

@@ -76,7 +76,7 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     if shards > 1 and (flag := next((flag for flag in ("compare", "sweep", "output") if arguments.get(flag)), None)):
         raise UserError(f"--{flag} plans whole parameters; leave it out, or --parallel fsdp")
     if arguments.get("compare") or arguments.get("sweep"):
-        return _side_by_side(console, arguments, config, device, budget, world_size)
+        return _side_by_side(console, arguments, config, device, budget)
     if arguments.get("picture"):
         raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
     if "max_length" not in given:
@@ -145,7 +145,7 @@ def _for_a_card(
         return EXIT_DOES_NOT_FIT
     chosen, found = best
     show_plan(console, found, budget, world_size)
-    show_choices(console, _choices(given, found, budget, device, world_size), budget)
+    show_choices(console, _choices(given, found, budget, device), budget)
     settings = _recipe(chosen, found, budget)
     if output := arguments.get("output"):
         _write(Path(output), settings)
@@ -155,7 +155,7 @@ def _for_a_card(
     return EXIT_FITS
 
 
-def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str, world_size: int) -> list[tuple[str, Plan | None]]:
+def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str) -> list[tuple[str, Plan | None]]:
     """The recipe beside those with another answer to what was left open: the least recomputing, or INT8 weights."""
 
     def best(**settings: Any) -> Plan | None:
@@ -193,9 +193,7 @@ def _write(path: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"-o {path} cannot be written: {error.strerror}") from error
 
 
-def _side_by_side(
-    console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: Budget | None, world_size: int
-) -> int:
+def _side_by_side(console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: Budget | None) -> int:
     """`--compare` and `--sweep rank`: the same run with other optimizers, or other ranks."""
     setting = f"{config.model_name}, {config.torch_dtype}, {config.batch_size} x {config.max_length} tokens"
     rows: Sequence[tuple[str, Plan]]
@@ -206,7 +204,7 @@ def _side_by_side(
     else:
         width = plan_request(config, device=device).sizes.short_side
         ranks = sorted({width // share for share in SHARES if width >= share} | ({config.rank} if config.rank else set()))
-        rows = [(str(rank), _with_rank(config, rank, device, world_size)) for rank in ranks]
+        rows = [(str(rank), _with_rank(config, rank, device)) for rank in ranks]
         title, first, kind = f"{setting}, {config.contenders[0][0]}", "rank", "sweep"
         if len({found.peak for _, found in rows}) == 1 and not rows[0][1].basis:
             raise UserError(f"--sweep rank: the memory of {config.contenders[0][0]} has no rank; choose galore_adamw8bit")
@@ -217,6 +215,6 @@ def _side_by_side(
     return EXIT_FITS
 
 
-def _with_rank(config: PretrainConfig, rank: int, device: str, world_size: int) -> Plan:
+def _with_rank(config: PretrainConfig, rank: int, device: str) -> Plan:
     request = plan_request(config, device=device)
     return planned(replace(request, settings={**request.settings, "rank": rank}), traced=False)

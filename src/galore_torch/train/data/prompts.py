@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from galore_torch.train.config.finetune import FinetuneConfig
+from galore_torch.train.data.readers import encodable
 from galore_torch.train.data.sequences import Sequences
 from galore_torch.train.data.tables import Row
 from galore_torch.train.data.tasks import TaskData, own_rows
@@ -114,7 +115,7 @@ def _rendered(where: str, fast: Any, messages: list[dict[str, str]]) -> tuple[st
 
 
 def _tokens(fast: Any, text: str, spans: list[tuple[int, int]], *, special: bool, end: int | None) -> Example:
-    text = text.encode("utf-8", errors="replace").decode("utf-8")  # half of a surrogate pair, which no tokenizer takes, becomes "?"
+    text = encodable(text)
     found = fast(text, add_special_tokens=special, return_offsets_mapping=True)
     ids = list(found["input_ids"])
     targets = [

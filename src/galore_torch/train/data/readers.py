@@ -64,7 +64,7 @@ def text_files(names: tuple[str, ...], flag: str) -> tuple[str, ...]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(str(file) for file in path.rglob("*") if file.is_file() and _kind(file) in _KINDS)
+            found = sorted(str(file) for file in path.rglob("*") if file.is_file() and kind_of(file) in _KINDS)
             lacks = "is a folder without text files"
         elif not path.exists() and any(letter in name for letter in "*?["):
             found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
@@ -85,20 +85,20 @@ def check_files(files: tuple[str, ...], flag: str) -> None:
             raise UserError(f"{flag} {name} does not exist; give the path of a text file")
         if path.stat().st_size == 0:
             raise UserError(f"{flag} {name} is empty (0 bytes); give a file with text")
-        if _kind(path) not in _KINDS:
+        if kind_of(path) not in _KINDS:
             raise UserError(f"{flag} {name} is of unknown kind {path.suffix!r}; give .txt, .jsonl, .json (each also .gz) or .parquet")
 
 
 def has_fields(files: tuple[str, ...]) -> bool:
     """Whether any of `files` is of a kind whose rows have named fields."""
-    return any(_kind(Path(name)) in (*_JSONL, ".parquet") for name in files)
+    return any(kind_of(Path(name)) in (*_JSONL, ".parquet") for name in files)
 
 
 def file_documents(files: tuple[str, ...], text_field: str) -> Iterator[str]:
     """The documents of all `files` in order: a jsonl line, a parquet row, a block of a txt file."""
     for name in files:
         path = Path(name)
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind == ".parquet":
             documents = _parquet_documents(path, text_field)
         elif kind in _JSONL:
@@ -114,7 +114,8 @@ def file_documents(files: tuple[str, ...], text_field: str) -> Iterator[str]:
             raise UserError(f"{name} holds no text; give a file with text")
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """.jsonl of a.jsonl and of a.jsonl.gz."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
@@ -158,8 +159,12 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
             if isinstance(row, dict) and text_field in row:
                 has = f"it is {'null' if text is None else type(text).__name__} there"
             raise UserError(f"{path} line {number} has no text in {text_field!r}: {has}; name the right one with --text_field")
-        # JSON can escape half of a surrogate pair, which no tokenizer takes: it becomes "?".
-        yield text.encode("utf-8", errors="replace").decode("utf-8")
+        yield encodable(text)
+
+
+def encodable(text: str) -> str:
+    """JSON can escape half of a surrogate pair, which no tokenizer takes: it becomes "?"."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.data.readers import lines_of
+from galore_torch.train.data.readers import kind_of, lines_of
 from galore_torch.train.errors import UserError
 
 Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
@@ -38,11 +38,6 @@ def table_rows(files: Iterable[str | Path]) -> Iterator[Row]:
             yield row
         if not found:
             raise UserError(f"{path} holds no examples; give a file with some")
-
-
-def kind_of(path: Path) -> str:
-    """.jsonl of a.jsonl and of a.jsonl.gz."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:

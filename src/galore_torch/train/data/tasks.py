@@ -14,6 +14,7 @@ from galore_torch.train.config.finetune import HOLD_OUT, FinetuneConfig
 from galore_torch.train.data.answers import answer, label_names, some, targets_of
 from galore_torch.train.data.glue import GLUE, glue_rows
 from galore_torch.train.data.loader import Batches
+from galore_torch.train.data.readers import encodable
 from galore_torch.train.data.sequences import BucketedBatches, Sequences
 from galore_torch.train.data.tables import Row, table_rows
 from galore_torch.train.data.tokenizer import TextTokenizer, load_tokenizer
@@ -130,8 +131,7 @@ def _texts(rows: list[Row], column: str) -> list[str]:
         if not isinstance(cells.get(column), str):
             has = f"it has {some(tuple(cells))}" if column not in cells else f"it is {type(cells[column]).__name__} there"
             raise UserError(f"{where} has no text in {column!r}: {has}; name the right columns with --text_columns")
-    # JSON can escape half of a surrogate pair, which no tokenizer takes: it becomes "?".
-    return [cells[column].encode("utf-8", errors="replace").decode("utf-8") for _, cells in rows]
+    return [encodable(cells[column]) for _, cells in rows]
 
 
 def _encoded(tokenizer: TextTokenizer, rows: list[Row], columns: tuple[str, ...], targets: torch.Tensor, length: int) -> Sequences:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 COMMAND = (sys.executable, "-c", "import sys; from galore_torch.cli import main; sys.exit(main())")
+_HERE = "127.0.0.1"
 _PATIENCE = 10.0  # seconds that the others have to notice that one has gone
 
 
@@ -21,8 +22,8 @@ def launch(words: Sequence[str], processes: int) -> int:
 
     Signals go to all of them. What they say is theirs; which one ended the run is said at the end.
     """
-    command = [*COMMAND, *words]
-    started = [subprocess.Popen(command, env=os.environ | _environment(rank, processes)) for rank in range(processes)]
+    command, port = [*COMMAND, *words], _free_port()
+    started = [subprocess.Popen(command, env=os.environ | _environment(rank, processes, port)) for rank in range(processes)]
     with _handed_on(started):
         first = _first_to_fail(started)
         if first is None:
@@ -39,16 +40,19 @@ def launch(words: Sequence[str], processes: int) -> int:
     return max(started[0].returncode, code)
 
 
-def _environment(rank: int, processes: int) -> dict[str, str]:
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     """What torchrun tells each process; threads share the processors where nothing else is said."""
-    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-    if rank == 0:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    found: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    found |= {"MASTER_ADDR": _HERE, "MASTER_PORT": port}
     if "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // processes)
     return {key: str(value) for key, value in found.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((_HERE, 0))
+        return int(free.getsockname()[1])
 
 
 def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
