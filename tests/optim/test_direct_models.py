@@ -118,7 +118,9 @@ def test_batches_without_tokens_are_skipped_as_in_project(proj_type: str) -> Non
 
 def test_factors_without_tokens_are_in_range() -> None:
     empty = OuterProduct(torch.zeros(0, 3), torch.zeros(0, 4))
-    assert empty.in_range() is empty
+    is_usable, same = empty.measured()
+    assert same is empty
+    assert not is_usable
     assert torch.equal(empty.dense(), torch.zeros(3, 4))
 
 

@@ -12,7 +12,7 @@ from galore_torch.engine.fused import only_if
 from galore_torch.engine.layout import Group, ParamView, State, carried_moments
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.codecs import StoredTensor
-from galore_torch.ops.linalg import in_range, readable, usable
+from galore_torch.ops.linalg import measured, readable
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import ShardedMatrix
 from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
@@ -68,10 +68,7 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         grad = _together(view, grad)
     if not isinstance(grad, Tensor) and view.projector.whole:
         grad = grad.dense()
-    if isinstance(grad, SharedGradient):
-        is_usable, grad = grad.measured()
-    else:
-        is_usable = usable(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.usable()
+    is_usable, grad = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -124,10 +121,7 @@ def _renew(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, can: Ten
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
     assert view.projector.find is not None
-    exact = grad.to(layout.compute_dtype)
-    exact = in_range(exact, len(layout.batch)) if isinstance(exact, Tensor | ShardedMatrix) else exact.in_range()
-    found = view.projector.find(exact, layout.ranks, old, seed)
-    del exact  # a copy of the whole gradient, where that is of 16 bits
+    found = view.projector.find(grad.to(layout.compute_dtype), layout.ranks, old, seed)
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one
         total = basis.flatten(len(layout.batch)).sum(-1)
         can &= (total - total) == 0

@@ -23,7 +23,7 @@ class SharedGradient:
     """It stands in the place of G, (E x) m x n, where that is only multiplied, as `OuterProduct` does. Each product is one all-reduce.
 
     terms: what this process has of the gradient, which is their sum; none where it has not used the weight. All processes multiply, in
-    the same order. ``peak``: an upper bound of G's magnitude for each matrix, (E x) 1 x 1, once it is `measured`.
+    the same order.
     """
 
     terms: tuple[Tensor | OuterProduct, ...]
@@ -31,7 +31,6 @@ class SharedGradient:
     dtype: torch.dtype
     device: torch.device
     processes: Processes
-    peak: Tensor | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -55,8 +54,7 @@ class SharedGradient:
 
     def __getitem__(self, index: Tensor) -> SharedGradient:
         """Some matrices of a batch."""
-        peak = None if self.peak is None else self.peak[index]
-        return replace(self, terms=tuple(term[index] for term in self.terms), shape=torch.Size((len(index), *self.shape[-2:])), peak=peak)
+        return replace(self, terms=tuple(term[index] for term in self.terms), shape=torch.Size((len(index), *self.shape[-2:])))
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return self._mean([term @ other for term in self.terms], (self.shape[-2], other.shape[-1]))  # (m, n) @ (n, k)
@@ -82,9 +80,10 @@ class SharedGradient:
         return self.processes.mean(self._total(whole, (self.shape[-2], self.shape[-1])).to(wide))
 
     def measured(self) -> tuple[Tensor, SharedGradient]:
-        """(whether G is finite and not zero, a bool for each matrix; the same gradient with its ``peak``), by one all-reduce.
+        """As `linalg.measured`, by one all-reduce: whether G is finite and not zero, and G for products.
 
-        As `OuterProduct.usable`, by the product with one random vector. The peak is the mean of the processes' own, no less than G's.
+        As `OuterProduct.measured`, by the product with one random vector. What it is divided by, where products might overflow, is the mean
+        of the processes' own magnitudes: no less than G's.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         exact = self.to(wide)
@@ -93,22 +92,20 @@ class SharedGradient:
         peak = exact._total([_largest(term) for term in exact.terms], (1, 1))
         mean = self.processes.mean(torch.cat([seen, peak], -2)).squeeze(-1)
         is_usable = mean.isfinite().all(-1) & (mean[..., :-1] != 0).any(-1)
-        return is_usable, replace(self, peak=mean[..., -1:, None])
-
-    def in_range(self) -> SharedGradient:
-        """G over its ``peak`` where products of its elements might overflow: the subspaces are the same."""
-        assert self.peak is not None, "measured() comes first"
-        fits = self.peak < product_bound(self.dtype, self.shape[-2:])
+        peak = mean[..., -1:, None]
+        fits = peak < product_bound(wide, self.shape[-2:])
         if readable(fits) and bool(fits.all()):
-            return self
-        scale = torch.where(fits, 1.0, self.peak).to(self.dtype)
-        return replace(self, terms=tuple(_over(term, scale) for term in self.terms))
+            return is_usable, self
+        scale = torch.where(fits, 1.0, peak).to(self.dtype)
+        return is_usable, replace(self, terms=tuple(_over(term, scale) for term in self.terms))
 
     def where(self, wanted: Tensor) -> SharedGradient:
         """Zero but for the ``wanted`` matrices of a batch; wanted: a bool for each."""
         mask = wanted.view(*self.shape[:-2], 1, 1)
-        terms = (term.where(wanted) if isinstance(term, OuterProduct) else torch.where(mask, term, 0.0) for term in self.terms)
-        return replace(self, terms=tuple(terms), peak=None if self.peak is None else torch.where(mask, self.peak, 0.0))
+        return replace(
+            self,
+            terms=tuple(term.where(wanted) if isinstance(term, OuterProduct) else torch.where(mask, term, 0.0) for term in self.terms),
+        )
 
 
 def _largest(term: Any) -> Tensor:

@@ -23,15 +23,25 @@ def readable(tensor: Any) -> bool:
     return tensor.is_cpu
 
 
-def usable(grad: Tensor | ShardedMatrix, batch: int = 0) -> Tensor:
-    """Whether a gradient may make a basis: finite and not zero. A bool for each index of the first ``batch`` axes, on the gradient's
-    device, without a sync."""
+def measured(grad: Tensor | ShardedMatrix, batch: int = 0) -> tuple[Tensor, Tensor | ShardedMatrix]:
+    """(whether a gradient may make a basis; that gradient, for products): in one pass over it and without a sync.
+
+    It may where it is finite and not zero: a bool for each index of the first ``batch`` axes, on the gradient's device. Where products of
+    its elements would overflow fp32 (or fp64) it comes over its largest magnitude, which leaves its subspaces; else as it is.
+    """
     low, high = _extremes(grad, batch)
-    return low.isfinite() & high.isfinite() & ((low < 0) | (high > 0))
+    largest = torch.maximum(-low, high)
+    is_usable = largest.isfinite() & (largest > 0)
+    wide = _wide(grad)
+    fits = ~is_usable | (largest < product_bound(wide, grad.shape[batch:]))
+    if readable(fits) and bool(fits.all()):
+        return is_usable, grad
+    scale = torch.where(fits, 1.0, largest)
+    return is_usable, grad.to(wide) / scale.view(*scale.shape, *[1] * (grad.dim() - batch))
 
 
 def _extremes(grad: Tensor | ShardedMatrix, batch: int) -> tuple[Tensor, Tensor]:
-    """The least and the largest element of each tensor of a batch, in one pass without a temporary; NaN propagates.
+    """The least and the largest element of each tensor of a batch, without a temporary; NaN propagates.
 
     Of a complex one the least and the largest real or imaginary part.
     """
@@ -39,17 +49,6 @@ def _extremes(grad: Tensor | ShardedMatrix, batch: int) -> tuple[Tensor, Tensor]
         return grad.extremes()
     real = as_real(grad)
     return torch.aminmax(real.flatten(batch), dim=-1) if batch else torch.aminmax(real)
-
-
-def in_range(grad: Tensor | ShardedMatrix, batch: int = 0) -> Tensor | ShardedMatrix:
-    """A usable gradient in fp32 or fp64, over its largest magnitude where products of its elements would overflow: its subspaces are
-    the same. One that needs no scaling is returned as it is."""
-    low, high = _extremes(grad, batch)
-    largest = torch.maximum(-low, high)
-    bound = product_bound(grad.dtype, grad.shape[batch:])
-    if readable(largest) and bool((largest < bound).all()):
-        return grad
-    return grad / torch.where(largest < bound, 1.0, largest).view(*largest.shape, *[1] * (grad.dim() - batch))
 
 
 def product_bound(dtype: torch.dtype, shape: torch.Size) -> float:
@@ -90,7 +89,7 @@ def norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=wide)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _wide(tensor: Tensor | ShardedMatrix) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -84,23 +84,24 @@ class OuterProduct:
             return self.left.new_zeros((*self.shape[:-2], 1, 1))  # no tokens: G is zero
         return _largest(self.left) * _largest(self.right) * self.left.shape[-2]
 
-    def usable(self) -> Tensor:
-        """Whether G is finite and not zero, by its product with one random vector: a bool for each matrix of a batch."""
-        exact = self.to(torch.promote_types(self.dtype, torch.float32))
+    def measured(self) -> tuple[Tensor, OuterProduct]:
+        """As `linalg.measured`: whether G is finite and not zero, by its product with one random vector, and G for products.
+
+        Each factor is divided by its largest magnitude where products of G's elements might overflow.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        exact = self.to(wide)
         probe = gaussian((*self.shape[:-2], self.shape[-1], 1), 0, exact)
         seen = (exact @ probe).flatten(-2)  # NaN and Inf reach it, and a matrix that is not zero maps no random vector to zero
-        return seen.isfinite().all(-1) & (seen != 0).any(-1)
-
-    def in_range(self) -> OuterProduct:
-        """Each factor over its largest magnitude where products of G's elements might overflow: the subspaces are the same."""
+        is_usable = seen.isfinite().all(-1) & (seen != 0).any(-1)
         if not self.left.shape[-2]:
-            return self  # no tokens: G is zero
-        left, right = (_largest(factor) for factor in (self.left, self.right))
-        fits = left * right * self.left.shape[-2] < product_bound(self.dtype, self.shape[-2:])
+            return is_usable, self  # no tokens: G is zero
+        left, right = (_largest(factor).to(wide) for factor in (self.left, self.right))
+        fits = left * right * self.left.shape[-2] < product_bound(wide, self.shape[-2:])
         if readable(fits) and bool(fits.all()):
-            return self
-        tiny = torch.finfo(self.dtype).tiny
-        return OuterProduct(*(f / torch.where(fits, 1.0, s.clamp_min(tiny)) for f, s in ((self.left, left), (self.right, right))))
+            return is_usable, self
+        left, right = (torch.where(fits, 1.0, scale.clamp_min(torch.finfo(wide).tiny)).to(self.dtype) for scale in (left, right))
+        return is_usable, OuterProduct(self.left / left, self.right / right)
 
     def where(self, wanted: Tensor) -> OuterProduct:
         """Zero but for the ``wanted`` matrices of a batch; wanted: a bool for each."""
