@@ -7,7 +7,6 @@ The engine allocates nothing that lasts (layout.state_spec sizes the state) and 
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.whole_rules import all_hold, whole_rule
 from galore_torch.ops import write
-from galore_torch.ops.linalg import finite, norm, readable
+from galore_torch.ops.linalg import all_finite, finite
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.carry import CARRIES
@@ -58,7 +57,7 @@ def step(view: ParamView, grad: Tensor) -> None:
     low = _seen(view, grad)
     apply(view, low, grad)
     if carry and error:
-        is_finite = _is_finite(grad)
+        is_finite = all_finite(grad)
         if is_finite is not False:
             kept = carry.keep(grad, low, partial(project_back, bases=bases_of(view), view=view))
             with fused.only_if(is_finite, [view.state[key] for key in error.keys]):
@@ -183,18 +182,13 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
     # NaN or Inf in G reaches R, whatever the basis; of means, whose elements may cancel, G itself is asked where it is there.
-    is_finite = _is_finite(low if grad is None or not view.layout.ranks or view.projector.adam is None else grad)
+    is_finite = all_finite(low if grad is None or not view.layout.ranks or view.projector.adam is None else grad)
     if view.place and isinstance(view.rule, Rule) and not view.rule.elementwise:  # shards that are seen as one are skipped as one
         is_finite = all_hold(view, is_finite, low)
     if isinstance(view.rule, BaseRule):
         _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:
         _apply_rule(view, low, is_finite, grad, view.rule)
-
-
-def _is_finite(tensor: Tensor) -> Tensor | bool:
-    """On the host where it may look without waiting, else on the device."""
-    return math.isfinite(norm(tensor)) if readable(tensor) else finite(tensor)
 
 
 def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Tensor | None, rule: Rule) -> None:
