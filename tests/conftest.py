@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure() -> None:
     """One thread, here and in processes that tests start: the matrices are too small to share, and sums then have one order.
 
-    No network: the hub is read at import.
+    No network: the hub is read at import. Triton, too, asks at its import whether it interprets its kernels.
     """
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
 

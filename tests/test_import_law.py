@@ -27,6 +27,8 @@ READS_CHECKPOINTS = {"optim.published_state"}  # a conversion on the host, outsi
 HOST_READS = {"item", "tolist", "numpy", "cpu", "synchronize"}
 # Packages that one feature needs, and asks for when they are missing: (extra, name on the index).
 OWN_EXTRA = {"peft": ("peft", "peft"), "lm_eval": ("eval", "lm-eval")}
+# torch's own compiler for GPUs, which its builds for them bring along. One file names it, and is itself imported inside a function alone.
+WITH_TRITON = {"ops.triton_steps"}
 SPEAKS = {"optim.param_groups"}  # galore_param_groups(show=True) prints its table
 
 
@@ -113,8 +115,16 @@ def test_library_imports_only_torch(name: str) -> None:
     """One exception, which never runs: words for type hints that Python 3.10 lacks."""
     hints = {full for node in ast.walk(TREES[name]) if is_type_checking(node) for full in imported(node)}
     full_names = {f for f in imported(TREES[name]) if not (f in hints and f.startswith("typing_extensions."))}
-    foreign = {full.split(".")[0] for full in full_names} - set(sys.stdlib_module_names) - {"torch", "galore_torch"}
+    allowed = {"torch", "galore_torch"} | ({"triton"} if name in WITH_TRITON else set())
+    foreign = {full.split(".")[0] for full in full_names} - set(sys.stdlib_module_names) - allowed
     assert not foreign, f"{name} imports {sorted(foreign)}; the library imports torch and the standard library"
+
+
+def test_what_imports_triton_is_imported_where_it_is_asked_for() -> None:
+    named = {name: {f"galore_torch.{other}" for other in WITH_TRITON} & set(imported(tree)) for name, tree in TREES.items()}
+    assert {name for name, found in named.items() if found} == {"ops.twins"}
+    at_import = {full for node in TREES["ops.twins"].body if isinstance(node, ast.Import | ast.ImportFrom) for full in imported(node)}
+    assert not any("triton" in full for full in at_import)
 
 
 def test_train_extra_names_what_the_command_imports() -> None:

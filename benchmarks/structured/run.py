@@ -24,7 +24,8 @@ from report import heading, progress, table
 
 from galore_torch import GaLoreAdamW
 from galore_torch.engine.layout import layout_of
-from galore_torch.ops.native import block_means, library
+from galore_torch.ops.native import AdamStep, library
+from galore_torch.slots.projectors import PROJECTORS
 
 ADAMW = "torch AdamW, fused"
 MEANS = {"projector": "block_mean", "recovery": "foam"}
@@ -54,7 +55,7 @@ def ours(settings: dict[str, Any]) -> Any:
 
 
 def operator_alone(contender: Contender) -> Callable[[], None]:
-    """The C++ operator on every matrix, with nothing of the optimizer around it: what Python's part of a step is beside it."""
+    """The C++ operator, or on a GPU Triton's kernel, on every matrix, with nothing of the optimizer around it: what Python's part of a step is beside it."""
     optimizer = contender.optimizer
     states = [(p.detach(), p.grad, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in contender.params]
     numbers = (0.1, 1e-3, 1e-9, 1e-6, 1.0, 1.0)
@@ -62,7 +63,7 @@ def operator_alone(contender: Contender) -> Callable[[], None]:
     def call() -> None:
         for weight, grad, moments in states:
             assert grad is not None
-            block_means(weight, grad, moments, numbers, True)
+            PROJECTORS["block_mean"].adam[weight.device.type](weight, grad, moments, AdamStep(numbers, residual=True))
 
     return call
 
@@ -93,9 +94,9 @@ def main() -> None:
         contenders[name] = Contender(ours(SETTINGS[name]), work).between_refreshes()
     progress(f"{len(contenders)} contenders, {arguments.rounds} rounds")
     steps = {name: contender.step for name, contender in contenders.items()}
-    for name in [
-        name for name in arguments.only if library() and SETTINGS[name].get("recovery") == "foam" and "compile" not in SETTINGS[name]
-    ]:
+    has_operator = work.device != "cpu" or library()
+    foams = [name for name in arguments.only if SETTINGS[name].get("recovery") == "foam" and "compile" not in SETTINGS[name]]
+    for name in foams if has_operator else ():
         steps[f"{name}: the operator alone"] = operator_alone(contenders[name])
     clock = time.thread_time if arguments.processor_time else time.perf_counter
     times = medians(steps, arguments.rounds, device=work.device, clock=clock)

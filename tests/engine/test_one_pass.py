@@ -4,7 +4,11 @@ tests/slots/test_block_mean.py holds to the paper."""
 from __future__ import annotations
 
 import itertools
+import sys
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +19,8 @@ from torch.utils import cpp_extension
 
 import galore_torch as g
 from galore_torch.engine import inductor, one_pass
-from galore_torch.ops import native
+from galore_torch.ops import native, twins
+from galore_torch.slots.projectors import PROJECTORS
 
 ROADS = ["native", "inductor"]
 each_recovery = pytest.mark.parametrize("recovery", ["project_back", "foam"])
@@ -154,6 +159,43 @@ def test_without_ninja_nothing_is_built_and_nothing_is_said(monkeypatch: pytest.
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
     native.library.cache_clear()
     assert native.library() is None
+
+
+def with_triton(step: str, monkeypatch: pytest.MonkeyPatch, twin: Any) -> dict[str, Any]:
+    """Settings whose step on a CPU asks for Triton's, as on a GPU: a module, or None, which Python then does not find."""
+    projector = {"rows": "rows", "block_means": "block_mean"}[step]
+    monkeypatch.setitem(PROJECTORS, projector, replace(PROJECTORS[projector], adam={"cpu": twins.in_triton(step)}))
+    monkeypatch.setitem(sys.modules, "galore_torch.ops.triton_steps", twin)
+    monkeypatch.delattr("galore_torch.ops.triton_steps", raising=False)
+    monkeypatch.setattr(twins, "_without", set())
+    return {"projector": projector} | ({"update_proj_gap": 2} if projector == "rows" else {})
+
+
+@pytest.mark.parametrize("step", ["rows", "block_means"])
+def test_a_triton_kernel_that_fails_warns_once_and_leaves_a_step_that_is_the_same(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a refresh that came before it are those of the plain road: not the next ones."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("PTX code of a later version")
+
+    settings = with_triton(step, monkeypatch, SimpleNamespace(rows=fail, block_means=fail))
+    start = torch.randn(64, 64)
+    with pytest.warns(
+        UserWarning, match=f"Triton kernel of {step} could not be built .*PTX code of a later version.* compile=False"
+    ) as warned:
+        found, _ = trained(start, True, **settings)
+    assert len(warned) == 1
+    torch.testing.assert_close(found, trained(start, False, **settings)[0], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("step", ["rows", "block_means"])
+def test_without_triton_a_step_is_the_plain_one_and_nothing_is_said(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = with_triton(step, monkeypatch, None)
+    start = torch.randn(64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _ = trained(start, True, **settings)
+    torch.testing.assert_close(found, trained(start, False, **settings)[0], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.gpu

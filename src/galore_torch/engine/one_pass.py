@@ -1,6 +1,6 @@
 """The whole step of one parameter in one pass over G, W and the moments, for projectors that have one. The plain road is its oracle.
 
-On a CPU a small C++ operator; where there is none, and on a GPU, what Inductor makes of `means_pass`: C++ or Triton.
+The projector's row says what does it on a kind of device. Of means, where that has nothing, what Inductor makes of `means_pass`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 from galore_torch.engine.fused import fuses, lift
 from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
+from galore_torch.engine.refresh import STREAMS
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, readable
+from galore_torch.ops.native import AdamStep
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import RULES, Rule
 
@@ -22,18 +24,18 @@ from galore_torch.slots.rules import RULES, Rule
 def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     """Do the step, or say that the plain road has to: False, and nothing was changed.
 
-    It does it for fp32 where the group lets a step be compiled. grad: the weight's shape.
+    It does it where the group lets a step be compiled. grad: the layout's view; its basis is the one that this step uses.
     """
     weight, state, group, layout, rule = view.weight, view.state, view.group, view.layout, view.rule
-    native, reads = view.projector.adam, RECOVERIES[group["recovery"]].reads
+    native, reads = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].reads
     residual = "moments" in reads
     if native is None or rule is not RULES["adam"] or (reads and not residual) or not weight.numel():
         return False
     if group["carry"] or group["state_codec"] != "fp32" or isinstance(group["lr"], Tensor):
         return False
-    if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (weight, grad)):
+    if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
         return False
-    if not write.is_plain(weight) or not fuses(weight, weight.numel(), group, state["step"]):
+    if not fuses(weight, weight.numel(), group, state["step"]):
         return False
     assert isinstance(rule, Rule)
     step = state["step"] + 1
@@ -41,11 +43,15 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     decay_factor = 1 - group["lr"] * group["weight_decay"]
     late = decay_factor if group["decay"] == "after" else 1.0
     numbers = (*new, lr * group["scale"] * late, eps, decay_factor, -1.0 if group["maximize"] else 1.0)
-    matrices = (weight, grad) if weight.shape == layout.view else (weight.view(layout.view), grad.view(layout.view))
+    matrix = weight if weight.shape == layout.view else weight.view(layout.view)
     moments = (state["exp_avg"], state["exp_avg_sq"])
-    is_finite = native(*matrices, moments, numbers, residual) if weight.is_cpu else None
+    basis = (state[key] for stored in layout.bases.values() for key in stored.keys)
+    seed = step * STREAMS + len(moments) if group["stochastic_rounding"] and write.can_round(weight) else None
+    is_finite = native(matrix, grad, (*moments, *basis), AdamStep(numbers, residual, seed))
+    if is_finite is None and view.projector.averages and weight.dtype == grad.dtype == torch.float32:
+        is_finite = _compiled(matrix, grad, moments, numbers, residual)
     if is_finite is None:
-        is_finite = _compiled(*matrices, moments, numbers, residual)
+        return False
     if not is_finite:
         write.decay(weight, decay_factor)
     torch.autograd.graph.increment_version(weight)  # neither a pointer nor a compiled pass tells autograd, which looks at the weight
@@ -66,7 +72,7 @@ def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numb
 def means_pass(residual: bool, weight: Tensor, grad: Tensor, moments: Any, numbers: Any) -> None:
     """One step of Adam on the means of neighbours, in place; with the ``residual`` of G in both moments, FOAM's (arXiv 2512.07112).
 
-    weight, grad (... x m x n), moments m and v (... x r x c). numbers: those of `ops.native.block_means`, and whether G is finite, 0-d, or
+    weight, grad (... x m x n), moments m and v (... x r x c). numbers: those of `AdamStep`, and whether G is finite, 0-d, or
     None where it is.
     """
     new1, new2, size, eps, decay, sign, is_finite = numbers

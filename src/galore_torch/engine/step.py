@@ -48,13 +48,16 @@ def step(view: ParamView, grad: Tensor) -> None:
     if not view.layout.ranks:
         apply(view, grad)
         return
-    if in_one_pass(view, grad):
-        return
     carry, error = CARRIES[view.group["carry"]], stored_error(view.layout, view.group)
     grad = _as_view(grad, view.layout)
     if carry and error:
         grad = carry.add(grad, error.decode(view.state))
-    low = _seen(view, grad)
+    if refresh_is_due(view.state, view.group):
+        refresh(view, grad)
+    if in_one_pass(view, grad):
+        return
+    part = _own_rows(view)
+    low = project(view, grad) if part is None else grad[part]  # rows that are only read are not copied
     apply(view, low, grad)
     if carry and error:
         is_finite = all_finite(grad)
@@ -78,14 +81,6 @@ def compress(view: ParamView, grad: Gradient, first: bool = True) -> Tensor:
     if refresh_is_due(view.state, view.group, first):
         refresh(view, grad, first)
     return project(view, grad)
-
-
-def _seen(view: ParamView, grad: Tensor) -> Tensor:
-    """`compress`, but where R is rows of G and is only read: those rows themselves, which nothing copies."""
-    if refresh_is_due(view.state, view.group):
-        refresh(view, grad)
-    part = _own_rows(view)
-    return project(view, grad) if part is None else grad[part]
 
 
 def _own_rows(view: ParamView) -> slice | None:
@@ -182,7 +177,7 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
     # NaN or Inf in G reaches R, whatever the basis; of means, whose elements may cancel, G itself is asked where it is there.
-    is_finite = all_finite(low if grad is None or not view.layout.ranks or view.projector.adam is None else grad)
+    is_finite = all_finite(low if grad is None or not (view.layout.ranks and view.projector.averages) else grad)
     if view.place and isinstance(view.rule, Rule) and not view.rule.elementwise:  # shards that are seen as one are skipped as one
         is_finite = all_hold(view, is_finite, low)
     if isinstance(view.rule, BaseRule):

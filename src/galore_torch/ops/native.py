@@ -1,4 +1,6 @@
-"""Ops: a small C++ operator, built on first use by torch's own `cpp_extension`. The plain road is its oracle and its fall-back."""
+"""Ops: whole steps of Adam in one pass, for projectors without a product: a small C++ operator, built on first use by torch's own
+`cpp_extension`; `ops.twins` has those of a GPU. The plain road is its oracle and its fall-back.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,10 @@ import ctypes
 import hashlib
 import sys
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,20 @@ VECTORS = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class AdamStep(NamedTuple):
+    """What a step depends on but tensors. numbers: 1 - beta1, 1 - beta2, the step size with everything in it, eps, the factor of the
+    weight, and -1 to climb, else 1. residual: whether both moments get what the means leave of G, as FOAM's do. seed: that of stochastic
+    rounding, or None."""
+
+    numbers: tuple[float, ...]
+    residual: bool = False
+    seed: int | None = None
+
+
+# (weight, grad, the storage tensors of both moments and of the basis, how), as `block_means`.
+OnePass = Callable[[Tensor, Tensor, tuple[Tensor, ...], AdamStep], "bool | None"]
 
 
 @lru_cache(maxsize=1)
@@ -44,23 +61,28 @@ def library() -> Any:
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         found.galore_block_means.argtypes = [pointer] * 5 + [count] * 4 + [number] * 6 + [ctypes.c_int] * 2
     except Exception as failure:  # whatever a compiler or a read-only folder may complain of
-        warnings.warn(
-            f"the C++ operator of block means could not be built ({type(failure).__name__}: {str(failure).strip()[:200]}): steps take the "
-            "plain road, which is slower and the same. compile=False asks for that road without a warning",
-            stacklevel=2,
-        )
+        warn_of("the C++ operator of block means", failure)
         return None
     return found
 
 
-def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numbers: tuple[float, ...], residual: bool) -> bool | None:
-    """One step of Adam on means of neighbours, in place; with the ``residual`` of G in both moments, FOAM's (arXiv 2512.07112).
+def warn_of(what: str, failure: Exception) -> None:
+    """Say that the plain road is taken, and why."""
+    warnings.warn(
+        f"{what} could not be built ({type(failure).__name__}: {str(failure).strip()[:200]}): steps take the plain road, which is slower "
+        "and the same. compile=False asks for that road without a warning",
+        stacklevel=3,
+    )
 
-    True: done; False: the gradient is not finite, and nothing was changed; None: there is no operator here, or none for these blocks.
-    weight and grad (m x n), moments m and v (m x r or r x n), all fp32, contiguous and on the CPU; a batch of matrices counts as a tall
-    one. numbers: 1 - beta1, 1 - beta2, the step size with everything in it, eps, the factor of the weight, and -1 to climb, else 1.
+
+def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], how: AdamStep) -> bool | None:
+    """One step of Adam on means of neighbours, in place; with the residual of G in both moments, FOAM's (arXiv 2512.07112).
+
+    True: done; False: the gradient is not finite, and nothing was changed; None: there is no operator here, or none for these tensors.
+    weight and grad (m x n), moments m and v (m x r or r x n), all contiguous and on the CPU; in fp32, or there is none. A batch of matrices
+    counts as a tall one.
     """
-    found = library()
+    found = library() if weight.dtype == grad.dtype == torch.float32 else None
     if found is None:
         return None
     m, v = moments
@@ -68,5 +90,5 @@ def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], nu
     tall, wide = weight.shape[-2] // m.shape[-2], weight.shape[-1] // m.shape[-1]
     means = torch.empty_like(m) if tall > 1 else m  # not looked at where neighbours stand in a row
     pointers = (weight.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), means.data_ptr())
-    done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *numbers, residual, torch.get_num_threads())
+    done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *how.numbers, how.residual, torch.get_num_threads())
     return None if done < 0 else bool(done)

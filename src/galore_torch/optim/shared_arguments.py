@@ -73,7 +73,8 @@ SHARED = """
         min_8bit_size: moments with fewer elements stay fp32 under "int8". Default 4096.
         compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a
             compiler is found, once the steps of a shape have cost what compiling it does), True at once, False never. Compiling takes
-            some seconds for each shape. Block means in fp32 take a C++ operator instead, built once. TORCH_COMPILE_DISABLE=1 turns it off.
+            some seconds for each shape. Block means in fp32 take a C++ operator instead, built once, and on a GPU, as
+            rows do, a Triton kernel. TORCH_COMPILE_DISABLE=1 turns it off.
         maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
 
     Raises:

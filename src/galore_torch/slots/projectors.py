@@ -8,13 +8,13 @@ looks inside. Everything is batched over leading dimensions. A row with ``modes`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from galore_torch.ops import linalg, native, write
+from galore_torch.ops import linalg, native, twins, write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
 from galore_torch.slots import tucker
@@ -48,7 +48,8 @@ class Projector:
     ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
     ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which, else None; None: it never is.
     ``fit(length, rank)``: the rank in use on an axis of this length for a rank that is wished, or None where there is none.
-    ``adam(weight, grad, moments, numbers, residual)``: one native pass that does the whole step of Adam on a matrix, see `ops.native`.
+    ``adam``: by kind of device, a pass that does the whole step of Adam on a matrix, see `ops.native`.
+    ``averages``: whether R is made of means, whose elements may cancel: G itself is asked whether it is finite.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
     ``modes(shape, rank)``: axis -> rank of a parameter that it sees as a tensor, real or complex; None: it sees real matrices.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
@@ -68,7 +69,8 @@ class Projector:
     in_turn: bool = True
     whole: bool = False
     fit: Callable[[int, int], int | None] = lambda length, rank: rank
-    adam: Callable[[Tensor, Tensor, tuple[Tensor, Tensor], tuple[float, ...], bool], bool | None] | None = None
+    adam: Mapping[str, native.OnePass] = field(default_factory=dict)
+    averages: bool = False
 
 
 def kept_share(C: Overlaps) -> Tensor:
@@ -295,7 +297,17 @@ PROJECTORS: dict[str, Projector] = {
     "gram": _dense(gram, whole=True),
     "svd": _dense(svd, in_turn=False, whole=True),
     "random": _dense(random, looks=False),
-    "rows": Projector(next_rows, rows_spec, rows_project, rows_back, rows_overlap, rows_part, axes=(-2,), looks=False),
+    "rows": Projector(
+        next_rows,
+        rows_spec,
+        rows_project,
+        rows_back,
+        rows_overlap,
+        rows_part,
+        axes=(-2,),
+        looks=False,
+        adam={"cuda": twins.in_triton("rows")},
+    ),
     "block_mean": Projector(
         None,
         blocks_spec,
@@ -305,7 +317,8 @@ PROJECTORS: dict[str, Projector] = {
         looks=False,
         in_turn=False,
         fit=whole_blocks,
-        adam=native.block_means,
+        adam={"cpu": native.block_means, "cuda": twins.in_triton("block_means")},
+        averages=True,
     ),
     "tucker": Projector(tucker.find, tucker.spec, tucker.project, tucker.back, tucker.overlap, modes=tucker.mode_ranks, whole=True),
 }
