@@ -55,7 +55,7 @@ def ours(settings: dict[str, Any]) -> Any:
 
 
 def operator_alone(contender: Contender) -> Callable[[], None]:
-    """The C++ operator, or on a GPU Triton's kernel, on every matrix, with nothing of the optimizer around it: what Python's part of a step is beside it."""
+    """The C++ operator, or Triton's kernel, on every matrix, with nothing of the optimizer around it: what Python's part of a step is."""
     optimizer = contender.optimizer
     states = [(p.detach(), p.grad, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in contender.params]
     numbers = (0.1, 1e-3, 1e-9, 1e-6, 1.0, 1.0)

@@ -109,6 +109,24 @@ def test_an_expert_that_meets_its_first_token_later_gets_its_basis_then() -> Non
     assert_same(results[1], results[0])
 
 
+@pytest.mark.parametrize("way", ["linear", "bmm"])
+def test_a_pass_for_other_tensors_adds_nothing_and_one_that_names_the_experts_all(way: str) -> None:
+    results = []
+    for mode in ("project", "direct"):
+        model = Experts(way)
+        optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=5, compile=False)
+        g.fused_backward(model, optimizer, mode)
+        for i, x in enumerate(torch.randn(8, EXPERTS, 12, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)):
+            torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)
+            for _ in range(2):
+                model(x).square().mean().backward(inputs=[model.up, model.down] if i % 2 else [model.down])
+            assert (model.up.grad is None) == (i % 2 == 0)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
 def test_direct_update_gives_what_direct_gives() -> None:
     assert_same(_updated("direct_update"), _updated("direct"))
 

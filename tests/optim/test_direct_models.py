@@ -142,6 +142,53 @@ def test_a_gradient_of_the_input_alone_adds_nothing(proj_type: str, call: Callab
     assert_as_in_project(step, proj_type=proj_type)
 
 
+def all_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(model.parameters())
+
+
+def weights_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """No more than needed: the pass then runs through no node but those of the layers."""
+    return [p for p in model.parameters() if p.dim() == 2]
+
+
+def last_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return [weights_of(model, x)[-1]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("call", [lambda model: model, compiled_by], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("named", [all_of, weights_of, last_of, lambda model, x: [x, *weights_of(model, x)]])
+@pytest.mark.parametrize("update", [False, True], ids=["direct", "direct_update"])
+def test_weights_that_a_pass_names_get_their_gradients(named: Any, bias: bool, update: bool, call: Callable[[nn.Module], Any]) -> None:
+    """backward(inputs=[...]) in both of its forms, in steps with and without a refresh; what it leaves out gets none."""
+
+    def step(model: nn.Module, optimizer: Any, x: Tensor, i: int) -> None:
+        optimizer.zero_grad()
+        inputs = named(model, x.requires_grad_())
+        for _ in range(1 if update else 2):
+            loss = call(model)(x).square().mean()
+            if i % 2:
+                loss.backward(inputs=inputs)
+            else:
+                torch.autograd.backward(loss, inputs=inputs)
+        assert {p for p in model.parameters() if p.grad is not None} == {p for p in inputs if p is not x}
+        optimizer.step()
+
+    assert_as_in_project(step, inputs(8), update, net=lambda: Net(bias))
+
+
+def test_a_weight_with_gradient_hooks_is_warned_of_once_for_neither_they_nor_such_a_pass_find_it() -> None:
+    model, _, _optimizer = fused()
+    x = inputs(1)[0]
+    model.a.weight.register_hook(lambda grad: grad)
+    with pytest.warns(UserWarning, match=r"a\.weight has hooks on its gradient.*mode='project'"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).square().mean().backward()  # it was said once
+
+
 class Fails(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ A layer whose basis is due for a refresh keeps x whole in that step, and finds t
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class DirectLayer:
         self.name, self.weight, self.finish = name, weight, finish
         self.transposed = _is_conv1d(module)
         self.input_axis = -2 if self.transposed else -1
+        self.has_warned = False
         self._optimizer = weakref.ref(optimizer)
         self._module = weakref.ref(module)
         self._passes: dict[int, _Pass] = {}  # by autograd's number of the backward pass: reentrant checkpoints nest passes
@@ -114,7 +116,7 @@ class DirectLayer:
 
     def is_wanted(self) -> bool:
         """Whether the backward pass under way asks for R: `torch.autograd.grad` of something else runs through the layer too."""
-        return self._node is None or torch._C._will_engine_execute_node(self._node)
+        return self._node is None or runs(self._node)
 
     def keep(self, view: ParamView, input: Tensor) -> tuple[Tensor, bool]:
         """What the backward pass needs of the input (T x n), and whether it is projected already."""
@@ -148,9 +150,12 @@ class DirectLayer:
     def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
         """R, the gradient of the probe: from dy (T x m) and what `keep` returned. Zero where the basis is due: `arrived` adds it."""
         zero = output_grad.new_zeros((), dtype=view.layout.compute_dtype).expand(view.layout.low_shape)
-        if not self.is_wanted():
+        wanted, number = self.is_wanted(), torch._C._current_graph_task_id()
+        if not wanted and not is_named(self.weight):
             return zero
-        this = self._passes.setdefault(torch._C._current_graph_task_id(), _Pass(view.state["step"]))
+        if not wanted and number not in self._passes:  # the probe has no part in the pass
+            at_end(lambda: self.arrived(zero, number))
+        this = self._passes.setdefault(number, _Pass(view.state["step"]))
         with without_autocast([kept]):
             if self.is_whole(view) and not projected:
                 this.terms.append(self._factors(output_grad, kept))
@@ -158,15 +163,20 @@ class DirectLayer:
             this.reduced = True
             other = engine.project_factor(view, output_grad, -3 - self.input_axis)
             own = kept if projected else engine.project_factor(view, kept, self.input_axis)
-            return self._factors(other, own).dense().to(view.layout.compute_dtype)
+            low = self._factors(other, own).dense().to(view.layout.compute_dtype)
+        if wanted:
+            return low
+        this.low = low if this.low is None else this.low + low
+        return zero
 
     def _factors(self, output_grad: Tensor, input: Tensor) -> OuterProduct:
         return OuterProduct(input, output_grad) if self.transposed else OuterProduct(output_grad, input)
 
     @_untraced
-    def arrived(self, low: Tensor) -> None:
-        """All that this backward pass adds to R is there."""
-        this = self._passes.pop(torch._C._current_graph_task_id(), _Pass(-1))
+    def arrived(self, low: Tensor, number: int | None = None) -> None:
+        """All that this backward pass adds to R is there. ``number``: which pass, where it does not run any more."""
+        this = self._passes.pop(torch._C._current_graph_task_id() if number is None else number, _Pass(-1))
+        low = low if this.low is None else this.low
         self._passes = {number: other for number, other in self._passes.items() if other.step == this.step}  # others have failed
         if self._optimizer() is not None and self.weight.requires_grad:  # it may have been frozen since the forward pass
             total = OuterProduct.total(this.terms) if this.terms else None
@@ -180,6 +190,7 @@ class _Pass:
     step: int
     terms: list[OuterProduct] = field(default_factory=list)  # the factors whose basis is due
     reduced: bool = False  # whether a part has been made in the basis as it is
+    low: Tensor | None = None  # that part, where the pass does not add it up in the probe
 
 
 class _Arrival:
@@ -192,6 +203,60 @@ class _Arrival:
         low, probe.grad = probe.grad, None
         if (layer := self.layer()) is not None and low is not None:
             layer.arrived(low)
+
+
+# --- passes that name a weight -----------------------------------------------------------------------------------------------
+
+
+class Named(Protocol):
+    """A weight whose gradient is not made, and whether its hooks have been spoken of."""
+
+    name: str
+    weight: Tensor
+    has_warned: bool
+
+
+def in_graph(layer: Named) -> Tensor:
+    """The weight with its place in the graph, where `backward(inputs=[weight])` looks for it; without it where it has hooks.
+
+    In the graph it gets no gradient, and yet its hooks would be called. Hooks that are not this package's are warned of, once.
+    """
+    weight: Any = layer.weight
+    hooks = [*(weight._backward_hooks or {}).values(), *(weight._post_accumulate_grad_hooks or {}).values()]
+    if len(hooks) == 1:  # the attachment's
+        return cast(Tensor, weight)
+    if not layer.has_warned and any(not str(hook.__module__).startswith("galore_torch.") for hook in hooks):
+        layer.has_warned = True
+        warnings.warn(
+            f"{layer.name} has hooks on its gradient: they do not fire, for it is not made, and backward(inputs=[...]) does not find the "
+            "weight. Remove the hooks, or use mode='project' or 'update'",
+            stacklevel=2,
+        )
+    return cast(Tensor, weight.detach())
+
+
+def is_named(weight: Tensor) -> bool:
+    """Whether the backward pass under way, which leaves out the weight's probe, is one of `backward(inputs=[weight, ...])`."""
+    if not weight.requires_grad:
+        return False
+    torch_C: Any = torch._C
+    with torch_C._ForceDispatchKeyGuard(torch_C._dispatch_tls_local_include_set(), torch_C.DispatchKeySet.from_raw_repr(0)):
+        node = get_gradient_edge(weight).node  # asked with autograd on, which custom operators turn off
+    return runs(node)
+
+
+def runs(node: Any) -> bool:
+    """Whether the backward pass under way comes to a leaf, to add to its gradient. `torch.autograd.grad` does not."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what torch says of a leaf that is asked for by `torch.autograd.grad`
+        return False
+
+
+def at_end(call: Callable[[], None]) -> None:
+    """Call it when the backward pass under way ends."""
+    engine_of_autograd: Any = torch.autograd.Variable._execution_engine
+    engine_of_autograd.queue_callback(call)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------
@@ -241,7 +306,7 @@ class _DirectForward(SwappedClass):
             out = compiled_linear(flat, weight.detach(), bias, self._direct_probe, self._direct_key, *self._direct_form)
         else:
             self._direct_probe = self._direct_layer.move()
-            out = _Linear.apply(flat, weight.detach(), bias, self._direct_probe, self._direct_layer)  # type: ignore[no-untyped-call]
+            out = _Linear.apply(flat, in_graph(self._direct_layer), bias, self._direct_probe, self._direct_layer)  # type: ignore[no-untyped-call]
         # A view that is made inside of the function cannot be written in place, as nn.ReLU(inplace=True) does.
         return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
@@ -249,8 +314,8 @@ class _DirectForward(SwappedClass):
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, whose weight has no gradient: the probe has R for its.
 
-    x: T x n, y: T x m. The weight comes without its place in the graph, where even no gradient would call its hooks. It is not among the
-    saved tensors, whose hooks, such as `save_on_cpu`, would copy it.
+    x: T x n, y: T x m. The weight comes as `in_graph` has it. It is not among the saved tensors, whose hooks, such as `save_on_cpu`, would
+    copy it.
     """
 
     @staticmethod

@@ -23,7 +23,7 @@ from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import gap_is_over
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
-from galore_torch.optim.direct_backward import Finish
+from galore_torch.optim.direct_backward import Finish, at_end, in_graph, is_named, runs
 from galore_torch.optim.swapped_class import SwappedClass, restore_class, swap_class
 
 Segments = Sequence[tuple[int, slice]]  # expert, and which of the tokens are its
@@ -39,6 +39,7 @@ class DirectExperts:
 
     def __init__(self, name: str, module: nn.Module, weight: Tensor, optimizer: LowRankOptimizer, finish: Finish):
         self.name, self.weight, self.finish = name, weight, finish
+        self.has_warned = False
         self._optimizer = weakref.ref(optimizer)
         self._low: Tensor | None = None  # R of this pass so far
         self._whole_step = -1  # the step whose products are ordinary ones: recomputed forward passes must do as the first one did
@@ -56,7 +57,17 @@ class DirectExperts:
 
     def is_wanted(self) -> bool:
         """Whether the backward pass under way runs through a product whose R is made."""
-        return torch._C._will_engine_execute_node(self._node)
+        return runs(self._node)
+
+    def begins(self) -> bool:
+        """Whether R is to be made in a product's backward pass; where the pass names the weight, it is handed on when that ends."""
+        if self.is_wanted():
+            return True
+        if not is_named(self.weight):
+            return False
+        if self._low is None:
+            at_end(self.arrived)
+        return True
 
     def takes_plain(self) -> bool:
         """Whether an ordinary gradient of the weight is as it should be: where a product was an ordinary one."""
@@ -126,10 +137,13 @@ class _Products(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         back = grad.new_empty((grad.shape[0], weight.shape[-2 if ctx.transposed else -1]))
         other = -1 if ctx.transposed else -2
+        begins = ctx.layer.begins()
         with without_autocast([kept]):
             for expert, rows in ctx.segments:
                 W = weight[expert].to(grad.dtype)
                 torch.mm(grad[rows], W.mT if ctx.transposed else W, out=back[rows])
+                if not begins:
+                    continue
                 factor = engine.project_factor(_one(ctx.view, expert), grad[rows], other)
                 low = OuterProduct(kept[rows], factor) if ctx.transposed else OuterProduct(factor, kept[rows])
                 ctx.layer.add(ctx.view, expert, low.dense())
@@ -183,7 +197,7 @@ class _Watch(TorchFunctionMode):
             if segments is None or view is None:
                 return None
             how = plain, segments, linear == flipped  # y = x W_e^T is linear of W_e, and a product with W_e^T
-            out: Tensor = _Products.apply(input, p.detach(), layer.trigger, layer, view, how)  # type: ignore[no-untyped-call]
+            out: Tensor = _Products.apply(input, in_graph(layer), layer.trigger, layer, view, how)  # type: ignore[no-untyped-call]
             return out
         return None
 

@@ -111,7 +111,9 @@ class FusedBackward:
             return
         self._check_parallel()
         if p in self._direct and (isinstance(p.grad, ConsumedGrad) or (isinstance(p.grad, LowRankGrad) and not p.grad.has_dense)):
-            return  # compiled layers call it for no gradient at all
+            return  # weights of layers come here for no gradient at all
+        if isinstance(p.grad, LowRankGrad):
+            p.grad.has_dense = False
         layer = self._direct.get(p)
         waits = self._averaging is not None and layer is not None and layer.is_wanted() and not self._averaging.has(p, "direct")
         if layer is not None and not layer.takes_plain():
