@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.sharded import Cut, Run, adafactor_rate, parameters, redundancy_free, weights
+from support.sharded import Cut, Run, adafactor_rate, parameters, redundancy_free, sharded_late, weights
 from support.world import World
 
 pytestmark = pytest.mark.dist
@@ -208,6 +208,12 @@ REFUSED: dict[str, tuple[Run, tuple[Cut, ...], str]] = {
 def test_low_rank_gradients_of_shards_are_refused(worlds: dict[int, World]) -> None:
     with pytest.raises(ValueError, match=r"mode='project' keeps low-rank gradients.*Use mode='update'"):
         worlds[2].run(weights, Run(mesh=(2,), options=("project",), keys=RIGHT))
+
+
+@pytest.mark.parametrize("mode", ["project", "direct", "update"])
+def test_a_model_that_is_sharded_after_it_was_fused_is_an_error_of_the_step(mode: str, worlds: dict[int, World]) -> None:
+    with pytest.raises(ValueError, match=r"is another parameter now.*fully_shard.*Call them first"):
+        worlds[2].run(sharded_late, mode)
 
 
 @pytest.mark.parametrize("name", REFUSED)

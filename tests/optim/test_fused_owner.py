@@ -241,3 +241,41 @@ def test_a_wrapper_that_the_attachment_has_not_seen_is_refused_by_name(mode: str
         assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exchange", ["assign", "to_empty", "by hand"])
+def test_parameters_that_the_model_exchanged_are_an_error_of_the_step(exchange: str, mode: str) -> None:
+    model = model_of()
+    optimizer = optimizer_of(model)
+    g.fused_backward(model, optimizer, mode)
+    backward(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    if exchange == "assign":
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    elif exchange == "to_empty":
+        model.to_empty(device="meta")
+    else:
+        model[1].weight = torch.nn.Parameter(model[1].weight.detach().clone())
+    if exchange != "to_empty":
+        backward(model)
+    before = [state["step"] for state in optimizer.state.values()]
+    with pytest.raises(ValueError, match=r"[01]\.weight is another parameter now.*load_state_dict\(assign=True\).*Call them first"):
+        optimizer.step()
+    assert exchange == "by hand" or [state["step"] for state in optimizer.state.values()] == before
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_layer_that_is_taken_out_or_has_another_place_is_no_error(moved: bool) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    first, second = (layer.weight for layer in model)
+    optimizer = optimizer_of(model)
+    g.fused_backward(model, optimizer, "project")
+    if moved:
+        model[0].weight, model[1].weight = second, first
+    else:
+        model[1] = nn.Identity()
+    backward(model)
+    optimizer.step()
+    assert [optimizer.state[p]["step"] for p in (first, second)] == [1, int(moved)]

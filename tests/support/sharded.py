@@ -167,6 +167,15 @@ class Cut:
     dims: tuple[int | None, ...] = (0,)
 
 
+def sharded_late(mode: str) -> None:
+    """`fully_shard` on a model that its optimizer and `fused_backward` know already, and one step."""
+    run = Run(mesh=(torch.distributed.get_world_size(),), steps=range(1), keys={"proj_type": "right"})
+    model = model_of(run)
+    optimizer: Any = optimizer_of(model, run)
+    galore_torch.fused_backward(model, optimizer, mode)
+    train(shard(model, run), optimizer, run)
+
+
 def placed(tensor: Tensor, cut: Cut, mesh: Any) -> Tensor:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

@@ -196,6 +196,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             plain_numbers(group)
             self._check_group(group)
             refuse_replaced(group["params"])
+        for attachment in self.attachments:
+            attachment.check()
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):

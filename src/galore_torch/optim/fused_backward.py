@@ -25,6 +25,7 @@ from galore_torch.optim.averaging import Averaging
 from galore_torch.optim.base import LowRankOptimizer
 from galore_torch.optim.direct_backward import DirectLayer, is_linear
 from galore_torch.optim.direct_experts import DirectExperts
+from galore_torch.optim.in_model import Held, places_of
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
 from galore_torch.optim.wrapped import active_wrapper, holds, refuse_join
 
@@ -38,7 +39,7 @@ class FusedBackward:
     def __init__(
         self, model: nn.Module, optimizer: LowRankOptimizer, params: list[nn.Parameter], mode: str, reduce_dtype: torch.dtype | None = None
     ):
-        self.mode, self._params, self._reduce_dtype = mode, params, reduce_dtype
+        self.mode, self._params, self._reduce_dtype, self._held = mode, params, reduce_dtype, Held(model, params)
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[Any] = []
         self._checked = False
@@ -72,6 +73,10 @@ class FusedBackward:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def check(self) -> None:
+        """Raise ValueError where the model has exchanged parameters since: the optimizer would be left behind."""
+        self._held.check()
 
     def follow(self) -> None:
         """`Module.to` exchanges what a quantised weight is, and the hooks stay behind with the old one: give them to the new one."""
@@ -135,7 +140,7 @@ class FusedBackward:
 
     def attach_layers(self, model: nn.Module) -> None:
         """Give the linear layers of projected matrices a backward pass that makes no full gradient; say which matrices have none."""
-        optimizer, names, left = self._optimizer(), _places_of(model), self.left
+        optimizer, names, left = self._optimizer(), places_of(model), self.left
         assert optimizer is not None
         finish = _Finish(weakref.ref(self), weakref.ref(optimizer))
         for p in self._params:
@@ -273,7 +278,8 @@ def fused_backward(
     projected weights, in ``reduce_dtype`` (torch.float32 or torch.bfloat16; None: in that of R), and the bases stay the same in all. The
     wrapper averages the others, which are then updated by ``optimizer.step()`` in every mode. `no_sync` adds up micro-batches as always.
 
-    Under `fully_shard` mode "update" alone: the optimizer takes each shard of a gradient as soon as FSDP2 has made it.
+    Under `fully_shard` mode "update" alone: the optimizer takes each shard of a gradient as soon as FSDP2 has made it. Call `fully_shard`
+    first, and load with `assign=True` first: ``optimizer.step()`` raises ValueError where the model has exchanged its parameters since.
 
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
@@ -310,15 +316,6 @@ def fused_backward(
     if wrapper is not None:
         attachment.meet(wrapper)
     return attachment
-
-
-def _places_of(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
-    """parameter -> the name and the module of every place it has in the model."""
-    places: dict[Tensor, list[tuple[str, nn.Module]]] = {}
-    for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(p, []).append((f"{prefix}.{name}" if prefix else name, module))
-    return places
 
 
 def _has_processes() -> bool:
