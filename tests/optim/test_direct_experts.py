@@ -165,6 +165,30 @@ def test_an_unknown_use_is_listed_once_and_trains_as_in_project() -> None:
     assert_same(results[1], results[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
+@pytest.mark.parametrize("way", ["linear", "bmm"])
+def test_compiled_experts_are_listed_once_and_train_as_in_project(way: str) -> None:
+    """No graph break, and gradients that are made in full."""
+    results = []
+    for mode in ("project", "direct"):
+        torch._dynamo.reset()
+        model = Experts(way)
+        optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=3, compile=False)
+        attachment = g.fused_backward(model, optimizer, mode)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for x in torch.randn(7, EXPERTS, 12, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64):
+                compiled(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ours = [str(w.message) for w in seen if "gradient is made in full" in str(w.message)]
+        assert sorted(text.split()[0] for text in ours) == sorted(attachment.left) == (["down", "up"] if mode == "direct" else [])
+        assert all("in a compiled module" in text for text in ours)
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
 def test_a_copy_is_plain_and_remove_ends_it() -> None:
     model = Experts("linear")
     optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], compile=False)

@@ -243,7 +243,7 @@ def test_a_wrapper_that_the_attachment_has_not_seen_is_refused_by_name(mode: str
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "direct"])
 @pytest.mark.parametrize("exchange", ["assign", "to_empty", "by hand"])
 def test_parameters_that_the_model_exchanged_are_an_error_of_the_step(exchange: str, mode: str) -> None:
     model = model_of()

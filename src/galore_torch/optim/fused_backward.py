@@ -166,7 +166,8 @@ class FusedBackward:
         del self._direct[p]
         self.left.append(layer.name)
         warnings.warn(
-            f"{layer.name} is used otherwise than in its layer's product too: from now on its gradient is made in full and then projected",
+            f"{layer.name} is used otherwise than in its layer's product too, or holds experts in a compiled module: from now on its "
+            "gradient is made in full and then projected",
             stacklevel=2,
         )
 
