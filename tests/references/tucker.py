@@ -73,3 +73,33 @@ class TensorGaLoreReference:
             N = times(N, U, mode)
         self.W = self.decay * self.W - self.scale * N
         return self.W
+
+
+class TensorGRaDReference(TensorGaLoreReference):
+    """The same on what the k largest elements leave, with AdamW on each of those by itself (TensorGRaD, arXiv 2501.02379v2).
+
+    The set is found at a refresh. Elements that stay in it keep their moments; new ones begin with m = 0 and the mean of the old ones' v.
+    """
+
+    def __init__(self, W: Tensor, ranks: list[int | None], k: int, gap: int, scale: float, sparse_scale: float, lr: float, decay: float):
+        super().__init__(W, ranks, gap, scale, lr, decay)
+        self.k, self.sparse_scale = k, sparse_scale
+        self.moments: dict[int, tuple[complex, float]] = {}
+
+    def step(self, G: Tensor) -> Tensor:
+        G = G.to(self.W.dtype)
+        values = G.flatten().tolist()
+        if self.t % self.gap == 0:
+            largest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[: self.k]
+            mean = sum(v for _, v in self.moments.values()) / max(1, len(self.moments))
+            self.moments = {i: self.moments.get(i, (0.0, mean)) for i in largest}
+        rest = G.clone()
+        for i in self.moments:
+            rest.view(-1)[i] = 0
+        super().step(rest)
+        for i, (m, v) in self.moments.items():
+            m, v = 0.9 * m + 0.1 * values[i], 0.999 * v + 0.001 * abs(values[i]) ** 2
+            self.moments[i] = m, v
+            size = self.lr * math.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
+            self.W.view(-1)[i] -= self.sparse_scale * size * m / (math.sqrt(v) + 1e-6)
+        return self.W

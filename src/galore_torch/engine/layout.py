@@ -21,6 +21,7 @@ from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import PROJECTORS, Projector, Stored
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import Moment, Rule
+from galore_torch.slots.sparse_tucker import SET, count
 from galore_torch.slots.torch_rule import BaseRule
 
 AnyRule = Rule | BaseRule
@@ -43,7 +44,8 @@ class Layout:
 
     ``view``: (rows, columns), or (matrices, rows, columns) for a batch such as the weights of experts; the shape itself at full rank, and
     for a projector that takes tensors with all of their axes.
-    ``ranks``: projected axis of the view, counted from its end: -2 = rows and -1 = columns -> rank; empty at full rank.
+    ``ranks``: projected axis of the view, counted from its end: -2 = rows and -1 = columns -> rank; empty at full rank. 0 -> how many
+    single elements stand beside the core, for a projector that keeps some.
     ``scaled``: whether the group's scale applies; it does to a matrix whose rank turned out not to be smaller.
     ``projector``, ``basis_codec``: as they are resolved for this parameter. ``whole``: the view of the whole parameter, of which ``view``
     is this process' part; ``cuts``: the axes where they may differ. What is chosen by size is chosen by the whole.
@@ -84,7 +86,16 @@ class Layout:
         """The same of the whole parameter."""
         return self._low(self.whole)
 
+    @cached_property
+    def core_shape(self) -> tuple[int, ...]:
+        """Shape of the part of it that is no single elements."""
+        return self._core(self.view)
+
     def _low(self, view: tuple[int, ...]) -> tuple[int, ...]:
+        core = self._core(view)
+        return (prod(core) + self.ranks[SET],) if SET in self.ranks else core
+
+    def _core(self, view: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.ranks.get(axis - len(view), size) for axis, size in enumerate(view))
 
     @cached_property
@@ -183,15 +194,15 @@ def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group, placed
     """
     rank = tuple(group["rank"]) if isinstance(group["rank"], list) else group["rank"]
     keys = rank, group["proj_type"], group["projector"], group["basis_codec"]
-    return _make_layout(shape, dtype, keys, (group["batch_dims"], group["tensor"]), placed)
+    return _make_layout(shape, dtype, keys, (group["batch_dims"], group["tensor"], group["sparse"]), placed)
 
 
 @lru_cache(maxsize=4096)
 def _make_layout(
-    shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], seen_as: tuple[int | None, bool | str], placed: Placed | None
+    shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], seen_as: tuple[Any, ...], placed: Placed | None
 ) -> Layout:
     rank, proj_type, projector, codec = keys
-    batch_dims, tensor = seen_as
+    batch_dims, tensor, sparse = seen_as
     if codec == "weight":
         codec = "bf16" if dtype.itemsize == 2 else "fp32"
     full = placed.shape if placed else shape
@@ -200,10 +211,12 @@ def _make_layout(
     whole = _as_matrices(full, leading)
     scaled = rank is not None and len(shape) > 1
     if tensor and (tensor != "auto" or dtype.is_complex or (len(shape) > 2 and len(whole) == 2)):
-        projector = "tucker"
+        projector = "tucker" if sparse is None else "tucker_sparse"
     row = PROJECTORS[projector]
     if row.modes is not None:
         modes = row.modes(full, rank) if scaled else {}
+        if modes and row.elements:
+            modes = {**modes, SET: count(full, sparse)}
         if modes and own:
             raise ValueError(
                 f"a parameter of shape {full} is cut between processes, and is to be projected as a tensor, along every dimension: every "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ def check_slots(group: Mapping[str, Any], row: Recipe) -> None:
     projector, recovery = PROJECTORS[group["projector"]], RECOVERIES[group["recovery"]]
     if takes_tensors(group):
         _check_tensors(group, row)
+    _check_elements(group)
     if group["gap_range"] is not None and not projector.looks:
         raise ValueError(
             f"gap_range={group['gap_range']!r} needs a projector that looks at the gradient: bases of {group['projector']!r} overlap by "
@@ -101,7 +103,7 @@ def _check_tensors(group: Mapping[str, Any], row: Recipe) -> None:
     """Refuse settings of matrices where every parameter is a tensor, and a recovery for one side."""
     if group["tensor"] != "auto":
         for key, default in (("projector", row.projector), ("proj_type", "std"), ("batch_dims", None)):
-            if group[key] != default and group[key] != "tucker":
+            if group[key] != default and not (key == "projector" and PROJECTORS[group[key]].modes):
                 raise ValueError(
                     f"{key}={group[key]!r} has no effect with tensor=True, which projects each dimension: leave it {default!r}, or give "
                     "tensor='auto', which leaves matrices, and batches of them, to it"
@@ -111,6 +113,21 @@ def _check_tensors(group: Mapping[str, Any], row: Recipe) -> None:
             f"recovery={group['recovery']!r} is for one projected side of a matrix, and tensor={group['tensor']!r} projects every "
             "dimension: leave it 'project_back'"
         )
+
+
+def _check_elements(group: Mapping[str, Any]) -> None:
+    """Refuse a share of single elements that is none, or that nothing would keep."""
+    sparse, factor = group["sparse"], group["sparse_scale"]
+    if not (sparse is None or (isinstance(sparse, float) and 0.0 < sparse < 1.0)):
+        raise ValueError(f"sparse={sparse!r} is not a share of a tensor's elements between 0 and 1: give one such as 0.05, or None")
+    if not (isinstance(factor, int | float) and 0 < factor < math.inf):
+        raise ValueError(f"sparse_scale={factor!r} is not a finite number above 0: give the factor of single elements' update, such as 1.0")
+    if sparse is None and factor != PROJECTION_DEFAULTS["sparse_scale"]:
+        raise ValueError(f"sparse_scale={factor!r} has no effect without sparse: give that too, such as sparse=0.05")
+    if sparse is None and PROJECTORS[group["projector"]].elements:
+        raise ValueError(f"projector={group['projector']!r} keeps single elements: say which share of them, such as sparse=0.05")
+    if sparse is not None and not takes_tensors(group):
+        raise ValueError(f"sparse={sparse!r} keeps elements beside a tensor projection: give tensor=True or 'auto' too, or leave it None")
 
 
 def needs_gradient(group: Mapping[str, Any]) -> str | None:
@@ -152,6 +169,8 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "proj_type": "std",
     "batch_dims": None,
     "tensor": False,
+    "sparse": None,
+    "sparse_scale": 1.0,
     "decay": "before",
     "stochastic_rounding": True,
     "min_8bit_size": 4096,

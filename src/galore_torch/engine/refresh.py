@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import ShardedMatrix
 from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
 from galore_torch.slots.rules import Moment
+from galore_torch.slots.sparse_tucker import SET, modes
 from galore_torch.slots.transport import TRANSPORTS
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
@@ -164,9 +166,21 @@ def _transport(view: ParamView, C: Overlaps, moments: Mapping[str, tuple[StoredT
     stored = {name: pair[0] for name, pair in moments.items()}
     kinds = {name: pair[1] for name, pair in moments.items()}
     seed = view.state["step"] * STREAMS + STREAMS - 64
-    moved = TRANSPORTS[view.group["transport"]].apply(C, _Values(view.state, stored), kinds, view.group)
-    for i, (name, value) in enumerate(moved):
+    for i, (name, value) in enumerate(_moved(view, C, _Values(view.state, stored), kinds)):
         stored[name].encode(view.state, value, seed + i)
+
+
+def _moved(view: ParamView, C: Overlaps, values: Mapping[str, Tensor], kinds: Mapping[str, Moment]) -> Iterator[tuple[str, Tensor]]:
+    """What the transport makes of the moments, by name; where R has single elements too, of both parts."""
+    apply, shape = TRANSPORTS[view.group["transport"]].apply, view.layout.core_shape
+    if not view.projector.elements:
+        yield from apply(C, values, kinds, view.group)
+        return
+    core = {name: value[: prod(shape)].view(shape) for name, value in values.items()}
+    elements = {name: value[prod(shape) :] for name, value in values.items()}
+    on_core = apply(modes(C), core, kinds, view.group)
+    for (name, value), (_, beside) in zip(on_core, apply({SET: C[SET]}, elements, kinds, view.group), strict=True):
+        yield name, torch.cat([value.reshape(-1), beside])
 
 
 def _begin_gap(view: ParamView, C: Overlaps | None, can: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import partial, reduce
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -244,6 +245,8 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, known: Known
     """The update reaches the weight."""
     layout, group, recovery = view.layout, view.group, RECOVERIES[view.group["recovery"]]
     low, grad, lr, is_finite, numbers = known
+    if view.projector.elements:  # which have a factor of their own in the place of the scale
+        update[prod(layout.core_shape) :].mul_(group["sparse_scale"] / group["scale"])
     if "grad" in recovery.reads and grad is None:
         raise ValueError(f"recovery={group['recovery']!r} reads the full gradient, which is not kept here: see engine.recipe.check_kept")
     compiled = not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group, view.state["step"])

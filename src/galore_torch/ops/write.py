@@ -14,9 +14,21 @@ from galore_torch.ops.codecs import Seed, stochastic_round
 from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, row_unit, rows_of
 from galore_torch.ops.linalg import product_dtype
 
-__all__ = ["WeightUpdate", "decay", "row_unit", "rows_of", "subtract", "subtract_product", "subtract_rows", "subtract_spread", "viewed"]
+__all__ = [
+    "WeightUpdate",
+    "decay",
+    "row_unit",
+    "rows_of",
+    "subtract",
+    "subtract_elements",
+    "subtract_product",
+    "subtract_rows",
+    "subtract_spread",
+    "viewed",
+]
 
 Subtract = Callable[[Tensor, Tensor, Any, Any, Seed | None], None]
+ELEMENTS = 1 << 18  # the random stream of single elements, behind those of a matrix' parts
 
 
 def fits_gemm(weight: Tensor) -> bool:
@@ -142,6 +154,18 @@ def subtract_rows(change: WeightUpdate, index: Tensor, values: Tensor) -> None:
     place = index.new_full((weight.shape[0],), values.shape[0]).index_copy_(0, index, torch.arange(len(index), device=index.device))
     for part, rows in _row_parts(change):
         part.subtract(part.weight, padded[place[rows]], change.scale, change.decay_factor, part.seed)
+
+
+def subtract_elements(change: WeightUpdate, index: Tensor, values: Tensor) -> None:
+    """W <- W - scale values at the elements ``index`` (k) of W flattened, which are all different; the decay was another's part.
+
+    values (k) in fp32 or fp64, or complex with such parts; used up. Not for INT8.
+    """
+    seed = None if change.seed is None else change.seed + ELEMENTS
+    with viewed(change.weight, (change.weight.numel(),)) as flat:
+        some = flat[index]
+        subtract(some, values, change.scale, 1.0, seed)
+        flat.index_copy_(0, index, some)
 
 
 def subtract_spread(change: WeightUpdate, low: Tensor) -> None:

@@ -144,11 +144,12 @@ class FusedBackward:
         assert optimizer is not None
         finish = _Finish(weakref.ref(self), weakref.ref(optimizer))
         for p in self._params:
-            if not (layout := optimizer.view_of(p).layout).ranks:
+            view = optimizer.view_of(p)
+            if not (layout := view.layout).ranks:
                 continue
             name, module = names[p][0]
             whole = len(names[p]) == 1 and tuple(p.shape) == layout.view and name.rpartition(".")[2] == "weight"
-            if whole and is_linear(module):
+            if whole and is_linear(module) and not view.projector.elements:
                 self._direct[p] = DirectLayer(name, module, optimizer, finish)
             elif len(names[p]) == 1 and layout.batch and tuple(p.shape) == layout.view:
                 self._direct[p] = DirectExperts(name, module, p, optimizer, finish)
@@ -157,7 +158,7 @@ class FusedBackward:
         if left:
             warnings.warn(
                 f"the gradients of {len(left)} matrices are made in full and then projected, for each is not the weight of one linear "
-                f"layer alone: {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
+                f"layer alone, or keeps single elements (sparse): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
                 stacklevel=3,
             )
 

@@ -43,7 +43,8 @@ class LowRankHookState:
         if optimizer is None or not optimizer.knows(p):
             return None
         view = optimizer.view_of(p)
-        return None if not view.layout.ranks or needs_gradient(view.group) or refresh_is_due(view.state, view.group) else view
+        whole = not view.layout.ranks or view.projector.elements or needs_gradient(view.group)
+        return None if whole or refresh_is_due(view.state, view.group) else view
 
 
 def low_rank_hook(state: LowRankHookState, bucket):  # type: ignore[no-untyped-def]  # the wrapper refuses annotations that are strings

@@ -19,6 +19,8 @@ class Projection(TypedDict, total=False):
     proj_type: str
     batch_dims: int | None
     tensor: bool | str
+    sparse: float | None
+    sparse_scale: float
     projector: str
     transport: str
     recovery: str
@@ -61,6 +63,9 @@ SHARED = """
             the core keeps, a number for every dimension, or a list with a number or None (whole) for each; a fraction or a number leaves
             dimensions of size 1 to 4 whole. The factors follow one warm sweep of HOOI at a refresh. A complex weight has the second
             moment of |R|^2, a real number. Default False: tensors are projected as matrices.
+        sparse: of a tensor's gradient this share of its elements, the largest at each refresh, keeps moments of its own, and the factors
+            see the rest (TensorGRaD, arXiv 2501.02379v2; there 0.05 beside rank=0.2). Default None. sparse_scale: factor of their update,
+            in the place of ``scale``. Default 1.0.
         transport: what happens to the moments when the basis changes, "rotate", "keep" or "reset".
         recovery: how the update reaches the weight: "project_back", or "fira" (arXiv 2410.01623), which adds what lies outside of the
             subspace, scaled as the rule scaled each column, or "foam" (arXiv 2512.07112), which adds it to both moments of block means.

@@ -17,11 +17,11 @@ from torch import Tensor
 from galore_torch.ops import linalg, native, twins, write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
-from galore_torch.slots import tucker
+from galore_torch.slots import sparse_tucker, tucker
 
 Ranks = Mapping[int, int]  # axis (-2 = rows, -1 = columns) -> its rank
 Bases = dict[int, Tensor]
-Overlaps = dict[int, Tensor]  # axis -> C = new basis^T old basis (... x r' x r)
+Overlaps = dict[int, Tensor]  # axis -> C = new basis^T old basis (... x r' x r), or of single elements the place of each in the old set (k)
 
 
 class Stored(Protocol):
@@ -52,6 +52,8 @@ class Projector:
     ``averages``: whether R is made of means, whose elements may cancel: G itself is asked whether it is finite.
     ``axes``: the axes it reduces whatever proj_type says; None where proj_type chooses.
     ``modes(shape, rank)``: axis -> rank of a parameter that it sees as a tensor, real or complex; None: it sees real matrices.
+    ``elements``: whether R is a vector, the core and then single elements, whose number is the rank of axis 0. R of an outer product is
+    then not made of its factors alone, and project does not undo project_back.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
     ``whole``: whether ``find`` needs G as a matrix; else an `outer.OuterProduct`, which is only multiplied, is enough.
@@ -65,6 +67,7 @@ class Projector:
     part: Callable[[Bases], slice | None] | None = None
     axes: tuple[int, ...] | None = None
     modes: Callable[[tuple[int, ...], Any], dict[int, int]] | None = None
+    elements: bool = False
     looks: bool = True
     in_turn: bool = True
     whole: bool = False
@@ -76,9 +79,14 @@ class Projector:
 def kept_share(C: Overlaps) -> Tensor:
     """||C||_F^2 / r, the share of the old subspace that the new one kept: 1 the same, about r / m unrelated; the mean over axes.
 
-    One for each matrix of a batch (...), 0-d for one. Blind to signs and to rotations within the subspace.
+    One for each matrix of a batch (...), 0-d for one. Blind to signs and to rotations within the subspace. Of single elements it is the
+    share of the set that stayed.
     """
-    return torch.stack([linalg.squared(matrix).sum((-2, -1)) / matrix.shape[-1] for matrix in C.values()]).mean(0)
+    return torch.stack([_kept(each) for each in C.values()]).mean(0)
+
+
+def _kept(C: Tensor) -> Tensor:
+    return (C >= 0).float().mean() if C.dim() == 1 else linalg.squared(C).sum((-2, -1)) / C.shape[-1]
 
 
 # --- dense bases: orthonormal columns ----------------------------------------------------------------------------------
@@ -162,13 +170,14 @@ class StoredIndex:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.int64
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.name,)
 
     def spec(self) -> dict[str, TensorSpec]:
-        return {self.name: TensorSpec(self.shape, torch.int64)}
+        return {self.name: TensorSpec(self.shape, self.dtype)}
 
     def decode(self, state: Mapping[str, Tensor]) -> Tensor:
         return state[self.name]
@@ -177,6 +186,13 @@ class StoredIndex:
 
     def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None:
         state[self.name].copy_(value)
+
+
+def elements_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
+    """The factors, and k indices of 4 bytes, of 8 where the tensor has more than 2^31 elements."""
+    at = sparse_tucker.SET
+    index = StoredIndex("basis_index", (ranks[at],), sparse_tucker.index_dtype(view))
+    return {**tucker.spec(view, sparse_tucker.modes(ranks), codec, compute_dtype), at: index}
 
 
 def next_rows(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
@@ -321,4 +337,14 @@ PROJECTORS: dict[str, Projector] = {
         averages=True,
     ),
     "tucker": Projector(tucker.find, tucker.spec, tucker.project, tucker.back, tucker.overlap, modes=tucker.mode_ranks, whole=True),
+    "tucker_sparse": Projector(
+        sparse_tucker.find,
+        elements_spec,
+        sparse_tucker.project,
+        sparse_tucker.back,
+        sparse_tucker.overlap,
+        modes=tucker.mode_ranks,
+        elements=True,
+        whole=True,
+    ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from galore_torch.ops.linalg import mode_product, squared
@@ -18,8 +19,9 @@ Values = Mapping[str, Tensor]  # the moments in the old basis, by name
 class Transport:
     """``apply(C, values, moments, group)`` yields (name, its value in the new basis) for every moment that changes.
 
-    C: new basis^T old basis (r' x r) for each projected axis. ``values`` holds all moments of one parameter, each decoded when it is looked
-    up; what is yielded is stored at once, so look up what a value depends on before you yield.
+    C: new basis^T old basis (r' x r) for each projected axis; of single elements the place of each in the old set (k), -1 where it is
+    new. ``values`` holds all moments of one parameter, each decoded when it is looked up; what is yielded is stored at once, so look up
+    what a value depends on before you yield.
     """
 
     apply: Callable[[Overlaps, Values, Mapping[str, Moment], Group], Iterator[tuple[str, Tensor]]]
@@ -45,11 +47,15 @@ def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Gr
     make its first updates 1 / sqrt(1 - beta2) times too large. Every C_ij enters squared, so flipping a basis vector
     changes nothing; C = I is the identity; r = m leaves basis m unchanged. Of a complex basis C * C is |C|^2.
     A tensor's moments are carried along each of its modes. One averaged over an axis (Adafactor's factors) has the others alone.
+    Of single elements those that stay in the set keep theirs, and new ones have m = 0 and the mean v.
     """
     for name, moment in moments.items():
         value = values[name]
         for axis, matrix in C.items():
             if axis == moment.mean_over:
+                continue
+            if matrix.dim() == 1:
+                value = torch.where(matrix >= 0, value[matrix.clamp_min(0)], value.mean() if moment.kind == "second" else 0.0)
                 continue
             if moment.kind == "second":
                 matrix = squared(matrix).to(value.dtype)

@@ -20,16 +20,19 @@ from galore_torch.train.plan.operators import FourierOperator
 from support.memory import storage_bytes
 
 
-@pytest.mark.parametrize(("class_name", "rank"), [("GaLoreAdamW", None), ("TensorGaLoreAdamW", 0.25), ("GaLoreAdamW8bit", 0.25)])
-def test_state_is_that_of_the_real_optimizer(class_name: str, rank: float | None) -> None:
+@pytest.mark.parametrize(
+    ("class_name", "rank", "sparse"),
+    [("GaLoreAdamW", None, None), ("TensorGaLoreAdamW", 0.25, None), ("GaLoreAdamW8bit", 0.25, None), ("TensorGaLoreAdamW", 0.2, 0.05)],
+)
+def test_state_is_that_of_the_real_optimizer(class_name: str, rank: float | None, sparse: float | None) -> None:
     model = FourierOperator.parse("fno:8x8:12:2")
     assert model.spectral == (12, 12, 8, 5)
     spectral = [Parameter(torch.zeros(model.spectral, dtype=torch.complex64)) for _ in range(2)]
     real = [Parameter(torch.zeros(shape)) for shape in model.real]
     assert model.nbytes == sum(p.numel() * p.element_size() for p in [*spectral, *real])
     cls: Any = getattr(g, class_name)
-    optimizer = cls([{"params": real}, {"params": spectral, "rank": rank, "tensor": True}])
-    assert sum(model.state(class_name, rank)) == storage_bytes([optimizer.state[p] for p in [*spectral, *real]])
+    optimizer = cls([{"params": real}, {"params": spectral, "rank": rank, "sparse": sparse, "tensor": True}])
+    assert sum(model.state(class_name, rank, sparse)) == storage_bytes([optimizer.state[p] for p in [*spectral, *real]])
 
 
 def test_weights_are_neuraloperators() -> None:
@@ -70,7 +73,7 @@ def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
     printed = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     page = (Path(__file__).resolve().parents[3] / "docs" / "tensors.md").read_text(encoding="utf-8")
     page = page.partition("## Memory, before it runs")[2].partition("## What it trains")[0]
-    rows = [line for line in page.splitlines() if re.match(r"\| (torch's AdamW|GaLoreAdamW,|Tensor-GaLore,)", line)]
-    assert len(rows) == 10
+    rows = [line for line in page.splitlines() if re.match(r"\| (torch's AdamW|GaLoreAdamW,|Tensor-GaLore,|TensorGRaD,)", line)]
+    assert len(rows) == 11
     for row in rows:
         assert " ".join(row.replace("\\|", "¦").replace("|", " ").replace("¦", "|").split()) in printed

@@ -7,6 +7,7 @@ from math import prod
 
 from galore_torch.engine.layout import Layout
 from galore_torch.ops.linalg import OVERSAMPLING, THIN
+from galore_torch.slots.sparse_tucker import SET, modes
 
 
 def step_bytes(layout: Layout, low: int, passes: int) -> int:
@@ -14,14 +15,16 @@ def step_bytes(layout: Layout, low: int, passes: int) -> int:
 
     ``low``, ``passes``: bytes of the core, and of the elementwise passes over it.
     """
-    itemsize = layout.compute_dtype.itemsize
-    order = sorted(layout.ranks, key=lambda axis: layout.ranks[axis] / layout.view[axis])
+    itemsize, ranks = layout.compute_dtype.itemsize, modes(layout.ranks)
+    order = sorted(ranks, key=lambda axis: ranks[axis] / layout.view[axis])
     sizes = [*layout.view]
-    forth = _chain(sizes, order, layout.ranks) * itemsize + (prod(layout.view) * itemsize if _is_wide(layout) else 0)
+    first = prod(layout.view) + _chain([*sizes], order[:1], ranks) if SET in layout.ranks else 0  # a copy without its largest elements
+    forth = (max(first, _chain(sizes, order, ranks)) + _is_wide(layout) * prod(layout.view)) * itemsize
     last = next((axis for axis in order if prod(sizes[: axis + len(sizes)]) == 1), max(order))
     back = _chain(sizes, [axis for axis in reversed(order) if axis != last], dict(enumerate(layout.view, -len(sizes)))) * itemsize
     rounded = 18 * min(prod(layout.shape), 1 << 17) if layout.dtype.itemsize == 2 else 0
-    decoded = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize if layout.basis_codec != "fp32" else 0
+    decoded = sum(prod(basis.shape) for basis in modes(layout.bases).values()) * itemsize if layout.basis_codec != "fp32" else 0
+    decoded += 8 * layout.ranks.get(SET, 0)  # indices as torch takes them
     return decoded + max(forth, low + passes, low + back + rounded)
 
 
@@ -31,7 +34,7 @@ def refresh_bytes(layout: Layout, moved: int, copied: int) -> int:
     ``moved``: bytes of the moments on their way across; ``copied``: those of a state that is to be put back on a device.
     """
     sizes, worst, whole = [*layout.view], 0, prod(layout.view)
-    for axis, rank in layout.ranks.items():
+    for axis, rank in modes(layout.ranks).items():
         size, length = prod(sizes), sizes[axis]
         before = size if size != whole else 0  # what the modes before have left of G
         unfolded = 0 if prod(sizes[: axis + len(sizes)]) == 1 else size
@@ -39,8 +42,8 @@ def refresh_bytes(layout: Layout, moved: int, copied: int) -> int:
         worst = max(worst, before + unfolded + int(SKETCHES * width * size) // length)
         sizes[axis] = rank
     itemsize = layout.compute_dtype.itemsize
-    factors = 2 * sum(prod(basis.shape) for basis in layout.bases.values())
-    gradient = whole * itemsize * (_is_wide(layout) + (copied > 0))
+    factors = 2 * sum(prod(basis.shape) for basis in modes(layout.bases).values())
+    gradient = whole * itemsize * (_is_wide(layout) + (copied > 0) + (SET in layout.ranks))
     return gradient + factors * itemsize + max(worst * itemsize, moved) + copied
 
 
