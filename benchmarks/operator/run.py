@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from allocator import peak_bytes
 
 from galore_torch import GaLoreAdamW
+from galore_torch.slots.tucker import shared_ranks
 from galore_torch.train.optimizers.registry import state_bytes
 
 RATIOS = (0.25, 0.05, 0.1, 0.5, 1.0)
@@ -41,8 +42,8 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """``method``: adamw; tensor; channels, a tensor whose frequencies stay whole; or matrix1, matrix2, matrix3, as published: so many
-    leading dimensions are the rows of a matrix.
+    """``method``: adamw; tensor; channels, a tensor whose frequencies stay whole; frequencies, one whose channels do; sparse, TensorGRaD with a
+    fifth of the ratio as single elements; or matrix1, matrix2, matrix3, as published: so many leading dimensions are a matrix' rows.
 
     ``ratio``: of the elements of a spectral weight, of which a tensor's core keeps moments; a matrix has the rank whose state is as large.
     """
@@ -53,7 +54,7 @@ class Case:
 
 CASES = [
     Case("adamw"),
-    *(Case(method, 0.25) for method in ("tensor", "channels", "matrix1", "matrix2", "matrix3")),
+    *(Case(method, 0.25) for method in ("tensor", "frequencies", "matrix2", "channels", "matrix1", "matrix3", "sparse")),
     *(Case("tensor", ratio) for ratio in RATIOS[1:]),
     *(Case(method, ratio) for ratio in (0.1, 0.5) for method in ("matrix1", "matrix2", "matrix3")),
 ]
@@ -95,6 +96,10 @@ def build(case: Case, model: nn.Module, lr: float, gap: int) -> tuple[torch.opti
     if case.method == "channels":
         sizes = spectral[0].shape
         group["rank"] = [*(max(1, round(size * case.ratio**0.5)) for size in sizes[:2]), *[None] * (len(sizes) - 2)]
+    if case.method == "frequencies":
+        group["rank"] = [None, None, *shared_ranks(tuple(spectral[0].shape[2:]), case.ratio)]
+    if case.method == "sparse":
+        group |= {"rank": 0.8 * case.ratio, "sparse": 0.2 * case.ratio}
     if case.method.startswith("matrix"):
         like = GaLoreAdamW([{**group, "params": [Parameter(spectral[0].detach().clone())]}])
         flat = Flattened(spectral, int(case.method[-1]))
@@ -104,7 +109,8 @@ def build(case: Case, model: nn.Module, lr: float, gap: int) -> tuple[torch.opti
         warnings.simplefilter("ignore", UserWarning)  # a flattening whose short side is not above its rank trains at full rank
         optimizer = GaLoreAdamW([{"params": rest}, group], lr=lr)
     p = optimizer.param_groups[1]["params"][0]
-    optimizer.param_groups[1]["scale"] = (p.numel() / optimizer.state[p]["exp_avg"].numel()) ** 0.5
+    core = optimizer.state[p]["exp_avg"].numel() - len(optimizer.state[p].get("basis_index", ()))
+    optimizer.param_groups[1]["scale"] = (p.numel() / core) ** 0.5
     return optimizer, before_step
 
 
@@ -182,7 +188,7 @@ def train(run: Run, problem: Problem, keep: Path | None) -> dict[str, Any]:
 def planned(arguments: argparse.Namespace, done: dict[str, dict[str, Any]]) -> Iterator[Run]:
     """The runs in order: first the rates, then the first seed of every case, then the others. Rates are read from what is done."""
     shared = {name: getattr(arguments, name) for name in ("problem", "width", "modes", "batch", "gap")}
-    methods = dict.fromkeys(case.method for case in CASES)
+    methods = dict.fromkeys(case.method for case in CASES[: arguments.cases])
     tuned: dict[str, list[Run]] = {}
     for method in methods:
         epochs = max(1, arguments.epochs // 2)

@@ -20,7 +20,9 @@ HERE = Path(__file__).resolve().parent
 NAMES = {
     "adamw": "AdamW",
     "tensor": "Tensor-GaLore",
+    "frequencies": "Tensor-GaLore, frequencies alone",
     "channels": "Tensor-GaLore, channels alone",
+    "sparse": "TensorGRaD, a fifth in single elements",
     "matrix1": "GaLore, 1 + 3 dimensions",
     "matrix2": "GaLore, 2 + 2 dimensions",
     "matrix3": "GaLore, 3 + 1 dimensions",
@@ -121,7 +123,8 @@ def main() -> None:
         print(f"## {title}\n\n`python benchmarks/operator/run.py --problem {problem} --data FOLDER`\n")
         print(heading(f"{sizes}, batch {final['batch']}, gap {final['gap']}; mean ± standard deviation over seeds"))
         print(results(mine) + "\n")
-        if draw(problem, arguments.fields, arguments.pictures / f"{problem}.png"):
+        picture = arguments.pictures / f"{problem}.png"
+        if draw(problem, arguments.fields, picture) or picture.exists():
             print(f"![Input, truth, prediction and error of one test sample]({problem}.png)\n")
 
 

@@ -40,6 +40,11 @@ class FusedStep:
     maximize: bool
     compute_dtype: torch.dtype
 
+    @property
+    def compiles(self) -> bool:
+        """Whether Inductor's code is right: of a last int8 block that is shorter than a vector register it reads past the end."""
+        return all(stored.codec != "int8" or stored.shape[stored.axis] % stored.block == 0 for stored in self.moments)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -83,7 +88,7 @@ def step(region: FusedStep, inputs: Inputs, fuse: bool, result: Tensor | WeightU
     change = result if isinstance(result, WeightUpdate) else None
     factors: tuple[Any, ...] = (change.scale, change.decay_factor) if change else ()
     tables: tuple[Any, ...] | None = None
-    if fuse := fuse and is_finite is not False:
+    if fuse := fuse and is_finite is not False and region.compiles:
         tables = tuple(stored.tables(low.device) for stored in region.moments)
         lifted = lift((*numbers, *factors), region.compute_dtype)
         numbers, factors = lifted[: len(numbers)], lifted[len(numbers) :]
