@@ -74,7 +74,7 @@ def test_flattened_weights_share_their_memory_and_their_state_is_as_large(module
             self.spectral, self.real = Parameter(torch.ones(12, 12, 8, 5, dtype=torch.complex64)), Parameter(torch.ones(12))
 
     sizes = {}
-    for method in ("tensor", "matrix1", "matrix2", "matrix3"):
+    for method in ("tensor", "channels", "frequencies", "sparse", "matrix1", "matrix2", "matrix3"):
         model = Model()
         optimizer, before_step = run.build(run.Case(method, 0.25), model, 0.01, 50)
         for p in model.parameters():
@@ -84,6 +84,9 @@ def test_flattened_weights_share_their_memory_and_their_state_is_as_large(module
         assert (model.spectral != 1).all(), "the model's own weight has moved"
         sizes[method] = run.state_bytes(optimizer)
     assert sizes["matrix2"] == pytest.approx(sizes["tensor"], rel=0.1)
+    assert 0.8 * sizes["tensor"] < sizes["frequencies"] < 1.05 * sizes["tensor"], "8 of 40 frequencies: the most within the ratio"
+    assert sizes["channels"] == pytest.approx(sizes["tensor"], rel=0.1)
+    assert sizes["tensor"] < sizes["sparse"] < 1.2 * sizes["tensor"], "the same number of moments, and indices"
     assert sizes["matrix1"] == pytest.approx(sizes["tensor"], rel=0.25)
     rank = run.Flattened([Model().spectral], 3).rank(10**9)
     assert rank == [None, 5], "the short side, and never more than it has"

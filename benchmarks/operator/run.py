@@ -42,8 +42,8 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """``method``: adamw; tensor; channels, a tensor whose frequencies stay whole; frequencies, one whose channels do; sparse, TensorGRaD with a
-    fifth of the ratio as single elements; or matrix1, matrix2, matrix3, as published: so many leading dimensions are a matrix' rows.
+    """``method``: adamw; tensor; channels, a tensor whose frequencies stay whole; frequencies, one whose channels do; sparse, TensorGRaD,
+    a fifth of the ratio as single elements; or matrix1, matrix2, matrix3, as published: so many leading dimensions are the rows of one.
 
     ``ratio``: of the elements of a spectral weight, of which a tensor's core keeps moments; a matrix has the rank whose state is as large.
     """
