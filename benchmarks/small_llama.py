@@ -62,7 +62,8 @@ def steps(
 
 
 def loss(model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    return torch.nn.functional.cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+    logits = model(input_ids=inputs).logits.float()  # a bf16 model's loss would be bf16, in steps of 0.03 nats
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 @torch.no_grad()

@@ -80,6 +80,57 @@ def test_two_trees_are_timed_turn_by_turn(tmp_path: Path, forked: Forked) -> Non
     assert min(before, after, ratio) > 0
 
 
+def test_the_long_run_goes_on_where_it_stopped_bit_for_bit(tmp_path: Path, forked: Forked) -> None:
+    """AdamW, GaLore, and bf16 weights rounded at random. One run is put down after its first look, the other is not."""
+    (tmp_path / "text.txt").write_text("Of a gradient, a few directions hold nearly all. " * 200, encoding="utf-8")
+    smallest = ["--hidden", "32", "--layers", "1", "--length", "16", "--rank", "4", "--gap", "3", "--eval_tokens", "64", "--every", "4"]
+    text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt"), "--steps", "8"]
+    lines = ["--lines", "adamw", "galore", "galore_bf16"]
+
+    def looks(name: str, *more: str) -> tuple[str, list[dict[str, object]]]:
+        file = tmp_path / name / "results.jsonl"
+        words = ["long_run/run.py", *text, *smallest, *lines, *more, "--results", str(file), "--picture", str(tmp_path / f"{name}.png")]
+        printed = run(*words, forked=forked, folder=tmp_path)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return printed, [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    _, whole = looks("whole")
+    _, first = looks("parts", "--stop", "4")
+    printed, both = looks("parts")
+    assert [row["step"] for row in whole] == [4, 8] * 3
+    assert [row["step"] for row in first] == [4] * 3
+    assert sorted(map(str, both)) == sorted(map(str, whole))
+    assert "| GaLore, bf16 weights rounded at random | " in printed
+    assert (tmp_path / "parts.png").exists()
+
+
+def test_the_scaling_tables_say_what_does_not_fit(tmp_path: Path, forked: Forked) -> None:
+    words = ["scaling/run.py", "--models", "7B", "--devices", "2", "1024", "--gpu", "RTX 4090", "--outer", "40"]
+    rows = [line.split(" | ") for line in run(*words, forked=forked, folder=tmp_path).splitlines() if line.startswith("| 7B")]
+    assert rows[0][2] == "(70)", "AdamW on one GPU of 24 GB"
+    slow, fast = rows[-1], rows[-2]
+    assert (fast[1], slow[1]) == ("2", "1,024")
+    assert fast[2:5] == ["–", "–", "–"], "and under DDP nothing here"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_bytes_of_real_collectives_are_those_of_the_scaling_tables(tmp_path: Path, forked: Forked) -> None:
+    printed = run("scaling/run.py", "--models", "7B", "--devices", "8", "--check", "2", forked=forked, folder=tmp_path)
+    assert printed.count("| 15 of 15 |") == 4
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_what_saving_takes_is_measured(tmp_path: Path, forked: Forked) -> None:
+    words = ["checkpoint_memory/run.py", "--model_config", "9m", "--rank", "32", "--optimizers", "galore_adamw"]
+    printed = run(*words, forked=forked, folder=tmp_path)
+    save, later = [line.split(" | ") for line in printed.splitlines() if line.startswith("| galore_adamw")]
+    everything, largest, by_tensors = (float(cell.strip(" |").replace(",", "")) for cell in (save[2], save[3], save[5]))
+    assert by_tensors <= largest + 1
+    assert float(later[5].strip(" |").replace(",", "")) >= everything
+
+
 @pytest.mark.slow
 def test_the_table_of_architectures_says_what_is_refused_and_why(tmp_path: Path, forked: Forked) -> None:
     words = ["--architectures", "mixtral", "--optimizers", "galore_adamw", "muon", "--output", str(tmp_path / "page.md")]

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import galore_torch as g
-from support.data_parallel import WORDS, Bare, Net, Run, ids_of, in_processes, loss_of, optimizer_of, train
+from support.data_parallel import TORCHS_OWN, WORDS, Bare, Net, Run, ids_of, in_processes, loss_of, mean_in_two_orders, optimizer_of, train
 from support.forked import Forked
+from support.world import World
 
 pytestmark = pytest.mark.dist
 
@@ -78,8 +79,20 @@ CASES = {
     "the hook, with a recovery that reads the gradient": Run(None, hook=True, group={"recovery": "fira"}, steps=20),
     "the hook, rows": Run(None, hook=True, projector="rows", steps=20),
     "the hook, block means": Run(None, hook=True, projector="block_mean", group={"update_proj_gap": 200}, steps=20),
+    "the hook, INT8 weights": Run(None, hook=True, int8=True, wrap={"init_sync": False}, steps=20),
     "the hook, both sides": Run(None, hook=True, proj_type="full", steps=20),
     "the hook, a static graph, the published projector": Run(None, hook=True, projector="svd", wrap={"static_graph": True}, steps=20),
+    **{
+        f"{what}, {mode}": Run(mode, steps=20, **settings)
+        for mode in ("project", "direct", "update", "direct_update")
+        for what, settings in {
+            "experts": {"model": "Experts"},
+            "GPT-2's layers": {"model": "Gpt2"},
+            "INT8 weights": {"int8": True, "wrap": {"init_sync": False}},
+            "compiled, then wrapped": {"compiled": "inside"},
+            "wrapped, then compiled": {"compiled": "around"},
+        }.items()
+    },
     "gaps that adapt": Run("direct", group={"gap_range": (2, 20)}, steps=30),
 }
 
@@ -95,9 +108,12 @@ QUICK = {
     "the published projector",
     "the residual of fira",
     "the hook",
+    "experts, direct",
+    "INT8 weights, direct_update",
 }
 
 
+@pytest.mark.filterwarnings(f"ignore:{TORCHS_OWN}:DeprecationWarning")
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES])
 def test_it_holds_for(case: str, tmp_path: Path, forked: Forked) -> None:
     run = CASES[case]
@@ -141,6 +157,12 @@ def test_the_hook_sends_r_between_refreshes_and_the_gradient_of_what_is_due(dtyp
         refreshed = sum(m * n for name, (m, n) in SHAPES.items() if name in due)
         assert sent == (2 if dtype else 4) * (whole + low + refreshed), due
     assert sum(not due for due in found["due"]) >= 6
+
+
+def test_a_mean_is_that_of_the_elements_in_whatever_order_a_process_holds_them(worlds: dict[int, World]) -> None:
+    """A product with a factor by columns is one by columns: the processes' memory orders may differ."""
+    for mean, wanted in worlds[2].run(mean_in_two_orders):
+        assert torch.equal(mean, wanted)
 
 
 def test_the_hook_refuses_what_it_cannot_do() -> None:

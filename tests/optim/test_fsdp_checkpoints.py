@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch.testing import assert_close
 
+from support.saving import more_to_save
 from support.sharded import Run, copied_to_save, load, save
 from support.world import World
 
@@ -55,6 +56,21 @@ def test_a_state_dict_copies_nothing(name: str, worlds: dict[int, World]) -> Non
     tensors, copies = run(worlds, 2, copied_to_save, run_of(name, 2))
     assert tensors > 10
     assert not copies
+
+
+@pytest.mark.parametrize("how", ["save", "async"])
+@pytest.mark.parametrize("name", ["fp32", "int8, int4"])
+def test_saving_copies_one_tensor_at_a_time_and_in_the_background_each_once(
+    name: str, how: str, worlds: dict[int, World], tmp_path: Path
+) -> None:
+    """By tensors. Beside them are what processes tell each other of what they save: about 100 kB here."""
+    large = replace(run_of(name, 2), sizes=(12, 512, 512, 512, 512, 512, 3), steps=range(2))
+    more, everything, largest = run(worlds, 2, more_to_save, large, str(tmp_path), how)
+    said = 200_000
+    assert everything > 4 * largest > 8 * said, "the sizes tell the cases apart"
+    assert more <= (largest if how == "save" else everything + largest) + said
+    if how == "async":
+        assert more >= everything, "what is saved is what was"
 
 
 def test_8_bit_state_as_one_file_loads_into_a_model_that_is_whole(worlds: dict[int, World], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import galore_torch as g
+from galore_torch.engine.processes import Processes
 from galore_torch.engine.refresh import refresh_is_due
 from galore_torch.ops.linalg import as_real
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from support.forked import Forked
 
 TOKENS, WORDS = 12, 40
+TORCHS_OWN = ".*autograd.function.Function.* should not be instantiated"  # a warning of its compiler about what that does itself
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Run:
     odd: bool = False  # the processes' batches differ in size, and with micro-batches the first of them is left out by process 1
     hook: bool = False
     checkpoint: str | None = None
+    int8: bool = False  # linear layers are quantised before the optimizer is built
+    compiled: str | None = None  # "inside" of the wrapper, or "around" it
 
 
 class Net(nn.Module):
@@ -109,6 +113,33 @@ class Tensors(Net):
         return {"logits": [self.head((x + torch.fft.irfft(modes, n=x.shape[-1], norm="forward")).mT)]}
 
 
+class Experts(Net):
+    """Two stacks of experts: of one each expert meets every third word, of the other the one that the process's number says."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.every, self.chosen = (nn.Parameter(torch.randn(3, 24, 24) / 24**0.5) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.block(self.words(ids))  # (B, T, 24)
+        thirds = torch.stack([x[:, place::3].reshape(-1, 24) for place in range(3)])  # (3, B T / 3, 24)
+        x = x + torch.bmm(torch.tanh(thirds), self.every).sum(0).view(len(x), -1, 24).repeat(1, 3, 1)
+        rows = [nn.functional.linear(x[i], self.chosen[int(row[0]) % 2]) for i, row in enumerate(ids)]
+        return {"logits": [self.head(torch.stack(rows))]}
+
+
+class Gpt2(Net):
+    """GPT-2's linear layers, whose weights are input x output."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        from transformers.pytorch_utils import Conv1D
+
+        self.up, self.mid, self.down = Conv1D(32, 24), Conv1D(32, 32), Conv1D(24, 32)  # type: ignore[assignment]
+        for layer in (self.up, self.mid, self.down):
+            nn.init.normal_(layer.weight, std=0.2)
+
+
 def ids_of(step: int, micro: int, part: int, odd: bool) -> Tensor:
     """A batch of sequences; a Markov chain, so that there is something to learn. ``part``: of two."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + part)
@@ -149,17 +180,22 @@ class Sent:
 def train(run: Run, rank: int, size: int) -> dict[str, Any]:
     """The weights after each step. ``size`` 1: on the joined batches of two processes."""
     sent = Sent() if size > 1 else None
-    torch.manual_seed(0 if rank == 0 or size == 1 else 100 + rank)  # the wrapper makes weights alike
-    model: Any = {kind.__name__: kind for kind in (Net, Bare, Branches, Tensors)}[run.model](run)
+    torch.manual_seed(0 if rank == 0 or size == 1 or run.int8 else 100 + rank)  # the wrapper makes weights alike; INT8 ones it would round
+    model: Any = {kind.__name__: kind for kind in (Net, Bare, Branches, Tensors, Experts, Gpt2)}[run.model](run)
+    if run.int8:
+        g.quantize_linears(model)
     optimizer = optimizer_of(model, run)
     dtype = getattr(torch, run.reduce_dtype) if run.reduce_dtype and size > 1 else None
     if run.mode and run.first:
         g.fused_backward(model, optimizer, run.mode, reduce_dtype=dtype)
-    wrapped = DistributedDataParallel(model, **(run.wrap or {})) if size > 1 else model
+    if run.compiled == "inside":
+        model.compile(backend="aot_eager")
+    wrapped: Any = DistributedDataParallel(model, **(run.wrap or {})) if size > 1 else model
     if run.hook and size > 1:
         wrapped.register_comm_hook(g.LowRankHookState(optimizer, reduce_dtype=dtype), g.low_rank_hook)
     if run.mode and not run.first:
         g.fused_backward(wrapped, optimizer, run.mode, reduce_dtype=dtype)
+    called = torch.compile(wrapped, backend="aot_eager") if run.compiled == "around" else wrapped
     weights, norms, due, sizes = [], [], [], []
     for step in range(run.steps):
         due.append([name for name, p in model.named_parameters() if is_due(optimizer, p)])
@@ -169,11 +205,11 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
             last = micro + 1 == run.micro_batches
             both = [ids_of(step, micro, part, run.odd) for part in range(2)]
             if size == 1:
-                (loss_of(wrapped, torch.cat(both)) / tokens).backward()
+                (loss_of(called, torch.cat(both)) / tokens).backward()
             else:
                 mine = both[rank % 2] if size == 2 else torch.cat(both).chunk(size)[rank]
                 with nullcontext() if last else wrapped.no_sync():
-                    (loss_of(wrapped, mine) * size / tokens).backward()
+                    (loss_of(called, mine) * size / tokens).backward()
         if run.clip:
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)))
         sizes.append(sent.bytes - before if sent else 0)
@@ -187,6 +223,16 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
             assert all(torch.equal(flat, other) for other in others), f"processes differ after step {step}"
     steps = [optimizer.state[p].get("step", 0) for p in model.parameters() if p in optimizer.state]
     return {"weights": torch.stack(weights), "norms": norms, "steps": steps, "due": due, "bytes": sizes}
+
+
+def mean_in_two_orders() -> tuple[Tensor, Tensor]:
+    """(mean over two processes, what it should be) of matrices of which the second process holds its by columns."""
+    matrices = [torch.arange(12.0).view(3, 4) * (1 + rank) for rank in range(2)]
+    mine = matrices[0] if distributed.get_rank() == 0 else matrices[1].mT.contiguous().mT
+    processes = Processes(distributed.group.WORLD)
+    mean = processes.mean(mine)
+    processes.close()
+    return mean, torch.stack(matrices).mean(0)
 
 
 def is_due(optimizer: Any, p: Tensor) -> bool:
@@ -206,6 +252,7 @@ def in_processes(forked: Forked, size: int, run: Run, folder: Path) -> dict[str,
 
 def main(folder: str, settings: str) -> None:
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", TORCHS_OWN, DeprecationWarning)
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     try:

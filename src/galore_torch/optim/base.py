@@ -21,6 +21,7 @@ from galore_torch.engine.sharding import local_grad
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
+from galore_torch.optim.left_behind import left_behind
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.param_groups import PLACE
 from galore_torch.optim.quantize import refuse_replaced
@@ -62,6 +63,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     row: ClassVar[Recipe]
     fixed: ClassVar[dict[str, Any]] = {"capturable": False, "differentiable": False}  # settings with one value only
+    _has_stepped = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
@@ -198,6 +200,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             refuse_replaced(group["params"])
         for attachment in self.attachments:
             attachment.check()
+        if not (self._has_stepped or self.attachments) and (said := left_behind(p for group in self.param_groups for p in group["params"])):
+            warnings.warn(said, stacklevel=_callers_level())
+        self._has_stepped = True
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):

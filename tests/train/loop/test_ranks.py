@@ -113,12 +113,16 @@ def test_sigterm_to_one_stops_all_and_the_run_goes_on_bit_equal(make_config: Mak
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    ("killed", "optimizer"),
+    [(0, "galore_adamw_per_layer"), (1, "galore_adamw_per_layer"), pytest.param(1, "qgalore_adamw8bit", marks=pytest.mark.slow)],
+)
 def test_a_killed_process_ends_the_run_and_a_restart_gives_the_uninterrupted_one(
-    killed: int, make_config: Make, tmp_path: Path, forked: Forked
+    killed: int, optimizer: str, make_config: Make, tmp_path: Path, forked: Forked
 ) -> None:
-    """kill -9: the others hear of it in their next exchange, say so in a line, and leave the last checkpoint as it was."""
-    settings = {"num_training_steps": 30, "batch_size": 2, "optimizer": "galore_adamw_per_layer", "save_every": 5}
+    """kill -9: the others hear of it in their next exchange, say so in a line, and leave the last checkpoint as it was. Also of INT8
+    weights, which are then the same bits."""
+    settings = {"num_training_steps": 30, "batch_size": 2, "optimizer": optimizer, "save_every": 5}
     forked.together(2, words(make_config(**settings, save_dir=str(tmp_path / "whole"))))
     codes, said = forked.wait()
     assert codes == [0, 0], said

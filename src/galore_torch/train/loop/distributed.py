@@ -35,9 +35,13 @@ class Ranks:
             return loss
         from torch.nn.parallel import DistributedDataParallel
 
+        from galore_torch.ops.int8_weight import Int8Weight
+
         devices = [self.local] if self.device == "cuda" else None
+        # Handing the first process's weights on rounds INT8 ones anew. They are the same in all: of one seed, file or checkpoint.
+        is_int8 = any(isinstance(p, Int8Weight) for p in loss.parameters())
         # Buckets that are the gradients: no second copy of them.
-        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True, init_sync=not is_int8)
 
     def averaging(self, wrapped: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward pass: whether they end in the average; the last of a step's do."""
