@@ -72,7 +72,7 @@ def test_published_flags_are_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_setting_has_a_flag_and_a_help_text() -> None:
     for item in fields(PretrainConfig):
-        if item.name not in ("given", "processes", "remarks", "throwaway"):
+        if item.name not in ("given", "machine", "processes", "remarks", "throwaway"):
             assert item.metadata["help"]
 
 

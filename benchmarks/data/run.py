@@ -29,6 +29,7 @@ from galore_torch.train.data.loader import Batches, TokenData, load_data
 from galore_torch.train.data.readers import stdlib_documents
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.result import RunResult
+from galore_torch.train.loop.tasks import task_for
 from galore_torch.train.loop.trainer import _Loop
 from galore_torch.train.model.loss import counted
 from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
@@ -76,7 +77,9 @@ class Training:
     def of(cls, config: PretrainConfig, data: TokenData) -> Training:
         model, lr = model_for(config, data), optimizer_spec("galore_adamw").default_lr
         optimizer = build_optimizer("galore_adamw", model, lr=lr, settings=config.optimizer_settings)
-        loop = _Loop(config, model, optimizer, data, "cpu", RunResult("galore_adamw", lr), io.StringIO(), Nobody(), folder=Path())
+        task, result = task_for(config, data), RunResult("galore_adamw", lr)
+        own_loss = task.loss(model).train()
+        loop = _Loop(config, model, optimizer, data, task, own_loss, "cpu", result, io.StringIO(), Nobody(), folder=Path())
         return cls(loop, data.batches(config))
 
     def turn(self) -> None:

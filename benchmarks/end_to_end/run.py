@@ -31,6 +31,7 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import Batches, TokenData
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.result import RunResult
+from galore_torch.train.loop.tasks import task_for
 from galore_torch.train.loop.trainer import _attached, _Loop
 from galore_torch.train.model.llama import PRESETS
 from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
@@ -69,8 +70,11 @@ class Run:
             lr = optimizer_spec(name).default_lr
             optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
             attached = _attached(config, name, model, optimizer)
+        task = task_for(config, data)
         loop = _Loop(
-            config, model, optimizer, data, device, RunResult(name, lr), io.StringIO(), Nobody(), folder=Path(), fused=attached.__enter__()
+            *(config, model, optimizer, data, task, task.loss(model).train(), device, RunResult(name, lr), io.StringIO(), Nobody()),
+            folder=Path(),
+            fused=attached.__enter__(),
         )
         return cls(loop, data.batches(config))
 

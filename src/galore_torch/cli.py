@@ -16,6 +16,7 @@ from galore_torch.train.commands.ready import check_ready
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.finetune import METHODS, FinetuneConfig
 from galore_torch.train.config.flags import add_flags, config_from
+from galore_torch.train.config.parallel import PARALLEL
 from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.loop.distributed import launched
@@ -96,11 +97,11 @@ def _add_pretrain(commands: Any) -> None:
 
 def _pretrain(arguments: dict[str, Any], words: Sequence[str]) -> int:
     """``words``: those that the arguments were read from, for the processes that --nproc starts."""
-    started = launched().size
-    config: PretrainConfig = config_from(arguments, started)
+    here = launched()
+    config: PretrainConfig = config_from(arguments, here.size, machine=here.machine)
     _need("pretrain", _TRAIN_EXTRA)
     check_ready(config)
-    if config.processes > started:
+    if config.processes > here.size:
         return launch(words, config.processes)
     from galore_torch.train.commands.pretrain import pretrain
 
@@ -128,9 +129,10 @@ def _add_finetune(commands: Any) -> None:
 def _finetune(arguments: dict[str, Any], words: Sequence[str]) -> int:
     """``words``: as of `_pretrain`."""
     _need("finetune", _SCORES_EXTRA)
-    config = config_from(arguments, launched().size, FinetuneConfig)
+    here = launched()
+    config = config_from(arguments, here.size, FinetuneConfig, here.machine)
     check_ready(config)
-    if config.processes > launched().size:
+    if config.processes > here.size:
         return launch(words, config.processes)
     from galore_torch.train.commands.finetune import finetune
 
@@ -334,7 +336,8 @@ def _add_plan(commands: Any) -> None:
         help="recompute activations in the backward pass",
     )
     plan.add_argument("--world_size", type=int, metavar="N", help="processes of data-parallel training (default: 1)")
-    plan.add_argument("--parallel", choices=("ddp", "fsdp"), help="each holds everything, or they share it by fully_shard (default: ddp)")
+    plan.add_argument("--parallel", choices=PARALLEL, help="what each holds, as of galore pretrain (default: ddp)")
+    plan.add_argument("--nproc", type=int, metavar="N", help="of these, processes on one machine, which hsdp asks for (default: all)")
     plan.add_argument("-o", "--output", metavar="FILE", help="write the best recipe here, for galore pretrain --config")
     plan.add_argument("--compare", action="store_true", help="optimizers side by side: a table and a picture")
     plan.add_argument("--sweep", choices=("rank",), help="the same run at several ranks: a table and a picture")

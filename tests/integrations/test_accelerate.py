@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from integrations.accelerate_loop import train
+from integrations.accelerate_loop import train, train_by_trainer
 from integrations.compare import compare
 from support.hf_runs import difference, llama
 
@@ -67,6 +67,26 @@ def test_one_process(feature: str, tmp_path: Path, adamw: Any, record: Any) -> N
     own, shared = WAYS[feature]
     models = [train(tmp_path, resume=resume, **own, **shared) for resume in (False, True)]
     compare(record, feature, *models, adamw(**shared))
+
+
+OURS = ["GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor"]
+FSDP2: dict[str, tuple[list[str], str]] = {"": (OURS, "AdamW"), "trainer": (["galore_adamw", *OURS], "adamw_torch")}
+
+
+@pytest.mark.parametrize("by", FSDP2)
+def test_fsdp2(by: str, tmp_path: Path, record: Any) -> None:
+    """Two processes, fsdp_version 2: one process with the whole batch, each process with the same weights, and a resume to the bit."""
+    names, adamw_name = FSDP2[by]
+    ways = [{"optimizer": name, "fsdp": True} | ({by: True} if by else {}) for name in (*names, adamw_name)]
+    runs = iter(two_processes(tmp_path, [{**way, "resume": resume} for way in ways for resume in (False, True)]))
+    found = {way["optimizer"]: pair for way, *pair in zip(ways, runs, runs, strict=True)}
+    (adamw, _), _ = found.pop(adamw_name)
+    for name, (straight, again) in found.items():
+        alone = (train_by_trainer if by else train)(tmp_path / "alone", name)
+        assert difference(*straight) == difference(*again) == 0.0
+        assert difference(straight[0], llama()) > 20 * difference(straight[0], alone)
+        title = {"framework": ("Hugging Face Trainer", "transformers")} if by else {}
+        compare(record, f"two processes, FSDP2, `{name}`", straight[0], again[0], adamw, **title)
 
 
 def test_two_processes(tmp_path: Path, adamw: Any, record: Any) -> None:

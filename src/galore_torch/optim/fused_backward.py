@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from galore_torch.choices import one_of
 from galore_torch.engine.recipe import check_kept
-from galore_torch.engine.sharding import place_of
+from galore_torch.engine.sharding import local, place_of
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.averaging import Averaging
 from galore_torch.optim.base import LowRankOptimizer
@@ -46,7 +46,9 @@ class FusedBackward:
         self._averaging: Averaging | None = None  # where a DistributedDataParallel has left the gradients of projected weights to us
         self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
         self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
-        self.look: Callable[[Tensor], None] | None = None  # called with each R of a linear layer before it updates its weight
+        self.look: Callable[[Tensor], None] | None = (
+            None  # called with each R of a linear layer, and part of a gradient, before it is used up
+        )
         self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
         hook = _Hook(weakref.ref(self))
         self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]
@@ -129,6 +131,8 @@ class FusedBackward:
                 self._averaging.arrived(p, "plain", (None, grad), waits)
             return  # the wrapper's own stay until the step: their mean comes at the end of the backward pass
         updates = self.mode in UPDATING and layer is None  # the rest of its gradient may still be on its way
+        if updates and self.look is not None and place_of(p) is not None:  # which no tensor hook sees
+            self.look(local(p.grad))
         act = optimizer.update_parameter if updates else optimizer.compress_gradient
         act(p, optimizer.group_of(p))
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from galore_torch.train.checkpoint import storage
-from galore_torch.train.checkpoint.resume import check_identity, find_starts, identity
+from galore_torch.train.checkpoint.identity import check_identity, identity
+from galore_torch.train.checkpoint.resume import find_starts
 from galore_torch.train.checkpoint.storage import checkpoints_in
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import load_data

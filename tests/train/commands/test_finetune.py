@@ -373,10 +373,12 @@ def test_short_runs_tell_a_good_rate_from_bad_ones(make: Make) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, forked: Forked) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_the_whole_batch(parallel: str, tmp_path: Path, forked: Forked) -> None:
     """Each takes every second example of a batch: the same losses and scores; the last batch of an epoch has one for each."""
     words = ["finetune", "--model_name_or_path", tasks.bert(tmp_path / "bert"), "--task_name", "mrpc", "--device", "cpu", "--lora_r", "4"]
     words += ["--data_dir", tasks.glue(tmp_path / "glue", train=34), "--learning_rate", "1e-3", "--num_train_epochs", "2"]
+    words += ["--parallel", parallel]
     forked.together(2, [*words, "--batch_size", "4", "--output_dir", str(tmp_path / "two")])
     assert cli.main([*words, "--batch_size", "8", "--gradients", "full", "--output_dir", str(tmp_path / "one")]) == 0
     codes, said = forked.wait()

@@ -109,10 +109,34 @@ def test_any_batch_can_be_gone_on_from(streamed: Make, pad: bool) -> None:
     stream = data.batches(config)
     states = [stream.state() for _ in zip(range(60), iter(stream.__next__, None), strict=False)]
     stream.close()
-    assert len({state["epoch"] for state in states}) == 4 if pad else 3
-    assert states[0] == json.loads(json.dumps(states[0]))
+    assert len({state[0]["epoch"] for state in states}) == (4 if pad else 3)
+    assert states[0][0] == json.loads(json.dumps(states[0][0]))
     for at in (0, 1, 7, 17, 30, 45, 59):
         assert equal(drawn(data, replace(config, workers=at % 3), 4, states[at]), whole[at + 1 : at + 5])
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(("began", "later"), [(2, 1), (1, 2), (2, 4), (4, 2), (2, 3), (3, 2), (4, 6)])
+def test_another_number_of_processes_goes_on_with_the_rows_of_each_step(streamed: Make, began: int, later: int, pad: bool) -> None:
+    """12 rows a step, 6 steps. Oracle: the processes that began, never stopped; from step to step, rank after rank, row after row."""
+
+    def steps(processes: int, count: int, lanes: Any = None) -> tuple[list[Tensor], dict[int, Any]]:
+        config = streamed(pad_documents=pad, max_length=32, batch_size=12 // processes, processes=processes, workers=processes % 2)
+        found, known = [], {}
+        for rank in range(processes):
+            stream = data.batches(config, lanes, rank)
+            found.append(torch.stack([torch.cat(next(stream), dim=1) for _ in range(count)]))
+            known |= stream.state()
+            stream.close()
+        return list(torch.stack(found, dim=2).flatten(1, 2)), known  # (step, row of the run, place)
+
+    data = load_data(streamed(pad_documents=pad, max_length=32))
+    whole, end = steps(began, 6)
+    first, lanes = steps(began, 2)
+    middle, lanes = steps(later, 2, lanes)
+    last, lanes = steps(began, 2, lanes)
+    assert all(torch.equal(mine, other) for mine, other in zip([*first, *middle, *last], whole, strict=True))
+    assert lanes == end
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -127,7 +151,7 @@ def test_every_document_is_trained_on_once_a_pass_over_ranks_and_threads(streame
         epoch = 0
         while True:
             _, targets = next(stream)
-            state = stream.state()
+            (state,) = stream.state().values()
             if state["epoch"] == 2:
                 break
             kept = targets[targets != IGNORED]

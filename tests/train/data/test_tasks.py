@@ -122,9 +122,9 @@ def test_padding_changes_no_answer(family: str, make: Make, tmp_path: Path) -> N
     loss = LabelLoss(load_classifier(model, ("0", "1")).eval(), regression=False)
     loss.model.config.pad_token_id = data.tokenizer.fast.pad_token_id
     assert data.tokenizer.fast.pad_token_id is not None
-    together = loss.logits(data.train.batch([0, 1])[0])
+    together = loss(data.train.batch([0, 1])[0])
     for row in (0, 1):
-        torch.testing.assert_close(loss.logits(data.train.batch([row])[0])[0], together[row])
+        torch.testing.assert_close(loss(data.train.batch([row])[0])[0], together[row])
 
 
 def test_long_pairs_are_cut_to_the_length(make: Make) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.engine import inductor
-from galore_torch.train.checkpoint.resume import identity
+from galore_torch.train.checkpoint.identity import identity
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError

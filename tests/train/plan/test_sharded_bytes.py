@@ -38,8 +38,11 @@ def test_the_command_says_what_is_shared(capsys: pytest.CaptureFixture[str]) -> 
     assert "of the first of 8 processes, which share weights" in capsys.readouterr().out
     assert cli.main([*words, "--memory", "1GB"]) == 1
     assert "does not fit" in capsys.readouterr().out
+    replicas = ["plan", "--model", "7b", "--world_size", "32", "--nproc", "8", "--parallel", "hsdp"]
+    assert cli.main(replicas) == 0
+    assert "of the first of 8 processes, which share weights" in capsys.readouterr().out
     for more, message in (
-        (["--optimizer", "galore_adamw_per_layer"], "does not train under fully_shard"),
+        (["--optimizer", "qgalore_adamw8bit"], "does not train under --parallel fsdp"),
         (["--compare"], "leave it out, or --parallel fsdp"),
     ):
         assert cli.main([*words, *more]) == 2

@@ -1,8 +1,9 @@
-"""What a run needs to go on as if it had never stopped: what is saved, what has to match, where to start.
+"""What a run needs to go on as if it had never stopped: what is saved, and where to start.
 
 A checkpoint holds, beside the weights and tokenizer that `AutoModelForCausalLM` and `AutoTokenizer` load:
 optimizer.safetensors and .json, trainer.json (position, counters, random generators, settings), and the metrics so far. Weights held as
-INT8 are in the first file as ordinary numbers, and as they are in int8.safetensors and .json.
+INT8 are in the first file as ordinary numbers, and as they are in int8.safetensors and .json. A run whose processes hold parts of the
+weights has those, and all tensors of the optimizer, in distributed/ (parts.py).
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ import base64
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_torch import __version__
+from galore_torch.train.checkpoint import parts
 from galore_torch.train.checkpoint.lock import LOCK
-from galore_torch.train.checkpoint.storage import checkpoints_in, load_tree, newest_whole, save_tree, step_of, verify
+from galore_torch.train.checkpoint.storage import TRAINER, checkpoints_in, load_tree, newest_whole, read_trainer, save_tree, step_of, verify
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.settings import PUBLISHED
-from galore_torch.train.data.loader import Data
+from galore_torch.train.data.sampler import Lanes
 from galore_torch.train.errors import UserError
-from galore_torch.train.model.pretrained import hf_architecture
-from galore_torch.train.optimizers.registry import optimizer_spec, own_settings, unused_flags
 
 if TYPE_CHECKING:
     import torch
@@ -31,97 +30,8 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 TRACKED = "trackers.json"  # the names of this run at the services it is sent to
-TRAINER = "trainer.json"
 BEST = "best"  # the folder of the checkpoint whose score was the best
-_OPTIMIZER, _INT8 = "optimizer", "int8"
-# Settings that a resumed run may change: they move no weight. All of the group "run" are such, too.
-_FREE = frozenset({"device", "activation_checkpointing", "workers", "find_lr"})
-# Settings that say what another one of these settings holds.
-_SAME = frozenset({"gradient_accumulation", "max_train_tokens"})
-# Settings that are compared by what they amount to.
-_AMOUNT = frozenset(
-    {
-        *("model_config", "vocab_size", "data", "eval_data", "tokenizer", "text_field", "optimizer", "compare", "lr"),
-        *("data_dir", "train_file", "validation_file"),
-    }
-)
-
-
-def identity(config: PretrainConfig, name: str, lr: float, data: Data) -> dict[str, Any]:
-    """Everything that decides the weights of a run, by flag, as JSON has it.
-
-    Text in memory counts by its tokens, streamed text by its name: the names and sizes of its files.
-    """
-    settings: dict[str, Any] = {"processes": config.processes}  # first: batches differ with it
-    settings |= {
-        item.name: getattr(config, item.name)
-        for item in fields(config)
-        if item.metadata.get("group") not in (None, "run", "processes", PUBLISHED) and item.name not in _FREE | _AMOUNT | _SAME
-    }
-    settings |= {
-        "optimizer": name,
-        "lr": lr,
-        "dtype": config.torch_dtype,
-        "rank": config.resolved_rank,
-        "total_batch_size": config.sequences_per_update,
-        "warmup_steps": config.warmup,
-        "gradients": config.gradients_of(name),
-        "model_config": asdict(config.shape) | {"vocab_size": data.vocab_size},
-        "data": data.fingerprint,
-    }
-    settings |= {key: value for key, value in config.optimizer_settings.items() if key.startswith("lora_")}
-    return dict(json.loads(json.dumps(settings)))
-
-
-def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any]) -> None:
-    """Refuse to continue a run under settings that would have made it another run.
-
-    Compared is what they amount to: a default that is given by name is no change, nor what the optimizer does not use.
-    """
-    saved, name = read_trainer(checkpoint)["identity"], ours["optimizer"]
-    derived = config.derived_steps | own_settings(name, config.dtype)
-    unused, defaults = unused_flags(name, ours), {item.name: item.default for item in fields(config)}
-    defaults["gradients"] = "project" if optimizer_spec(name).per_layer else "full"  # before there was the setting
-    for flag, value in ours.items():
-        was = saved.get(flag, defaults.get(flag, value))  # a setting younger than the checkpoint had its default
-        if flag in unused or was == value or _settled(was, flag, derived) == _settled(value, flag, derived):
-            continue
-        if flag == "gradients" and not (config.deferred and "full" in (was, value)):
-            continue  # the same numbers but for rounding; not where whole gradients are clipped, or averaged before a basis is found
-        if flag == "data":
-            raise UserError(
-                f"--data gives {value}, but {checkpoint} was trained on {was}; give the same text, --eval_data and --tokenizer, "
-                "or start a new run without --resume"
-            )
-        if flag == "hf_model" and value and was:
-            _check_architecture(checkpoint, value)
-            continue
-        if flag == "processes":
-            raise UserError(
-                f"{checkpoint} was written by {was} processes, each with its own place in the text, and {value} run now; "
-                f"give --nproc {was} or torchrun --nproc_per_node {was}, or start a new run without --resume"
-            )
-        if flag == "model_config":
-            part = next(key for key in value if value[key] != was.get(key))
-            flag, was, value = f"model_config ({part})", was.get(part), value[part]
-        raise UserError(
-            f"--{flag} is {value}, but {was} in {checkpoint}, which would change the run; give {was}, or start a new run without --resume"
-        )
-
-
-def _settled(value: Any, flag: str, derived: dict[str, Any]) -> Any:
-    return derived.get(flag) if value is None else value
-
-
-def _check_architecture(checkpoint: Path, name: str) -> None:
-    """Refuse an --hf_model of other layers than the checkpoint's. Where it lies is free: the weights are the checkpoint's."""
-    theirs, ours = hf_architecture(str(checkpoint)), hf_architecture(name)
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"--hf_model {name} has {key} {ours.get(key)}, but {theirs.get(key)} in {checkpoint}; give the model that the run "
-                "began with, or start a new run without --resume"
-            )
+_WEIGHTS, _OPTIMIZER, _INT8 = "model.safetensors", "optimizer", "int8"
 
 
 @dataclass(frozen=True)
@@ -190,15 +100,36 @@ def run_folder(folder: Path, config: PretrainConfig, run_name: str) -> Path:
 def fill(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Any, trainer: dict[str, Any], metrics: Path, device: str
 ) -> None:
-    """Write the files of a checkpoint; `trainer` is what the loop wants back, plain values only."""
-    save_weights(model, folder, max_shard_size="100TB", **_own_names(model))  # one file, which `restore` reads
-    if coded := _int8_weights(model):
-        save_tree(folder / _INT8, {name: weight.stored for name, weight in coded.items()})
+    """Write the files of a checkpoint; `trainer` is what the loop wants back, plain values only.
+
+    Of a model that is cut the other processes call `fill_parts` meanwhile.
+    """
+    if parts.is_cut(model):
+        _save_description(model, folder)
+        save_tree(folder / _OPTIMIZER, parts.without_tensors(optimizer.state_dict()))
+        fill_parts(folder, model, optimizer)
+    else:
+        save_weights(model, folder, max_shard_size="100TB", **_own_names(model))  # one file, which `restore` reads
+        if coded := _int8_weights(model):
+            save_tree(folder / _INT8, {name: weight.stored for name, weight in coded.items()})
+        save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     tokenizer.save_pretrained(folder)
-    save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     shutil.copyfile(metrics, folder / METRICS)
     record = trainer | {"random": _random_state(device), "made_with": made_with(device)}
     (folder / TRAINER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def fill_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write what this process holds of a model that is cut; all processes together, into one folder."""
+    parts.save_parts(folder, model, optimizer.state_dict())
+
+
+def _save_description(model: Any, folder: Path) -> None:
+    """What the model is, without its weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _own_names(model: Any) -> dict[str, bool]:
@@ -209,10 +140,13 @@ def _own_names(model: Any) -> dict[str, bool]:
     return {"save_original_format": False} if knows else {}
 
 
-def save_weights(model: Any, folder: Path, **options: Any) -> None:
-    """The model as transformers saves it, INT8 weights as floating ones. Those are decoded on the way to the host: a GPU holds one more."""
+def save_weights(model: Any, folder: Path, *, whole: Any = None, **options: Any) -> None:
+    """The model as transformers saves it, INT8 weights as floating ones. Those are decoded on the way to the host: a GPU holds one more.
+
+    `whole`: the state_dict of a model that is cut, put together.
+    """
     decoded = {name: weight.dequantize().cpu() for name, weight in _int8_weights(model).items()}
-    model.save_pretrained(folder, state_dict=model.state_dict() | decoded if decoded else None, **options)
+    model.save_pretrained(folder, state_dict=whole or (model.state_dict() | decoded if decoded else None), **options)
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: Path) -> list[dict[str, Any]]:
@@ -220,19 +154,31 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
     Rows that a killed run wrote after its checkpoint are gone with that: the resumed run writes them again.
     """
-    from safetensors.torch import load_model
-
-    load_model(model, checkpoint / "model.safetensors")
-    if coded := _int8_weights(model):
-        for name, stored in load_tree(checkpoint / _INT8).items():
-            for held, saved in zip(coded[name].stored, stored, strict=True):
-                held.copy_(saved)
-    _load_optimizer(optimizer, load_tree(checkpoint / _OPTIMIZER))
+    state = load_tree(checkpoint / _OPTIMIZER)
+    if parts.has_parts(checkpoint):
+        parts.load_weights(checkpoint, model)
+        state = parts.load_state(checkpoint, state, optimizer)
+    elif parts.is_cut(model):
+        parts.cut_weights(checkpoint / _WEIGHTS, model)
+        state = parts.cut_state(state, optimizer)
+    else:
+        _load_whole(checkpoint, model)
+    _load_optimizer(optimizer, state)
     _set_random_state(read_trainer(checkpoint)["random"])
     partial = metrics.with_suffix(".tmp")
     shutil.copyfile(checkpoint / METRICS, partial)
     partial.replace(metrics)
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _load_whole(checkpoint: Path, model: nn.Module) -> None:
+    from safetensors.torch import load_model
+
+    load_model(model, checkpoint / _WEIGHTS)
+    if coded := _int8_weights(model):
+        for name, stored in load_tree(checkpoint / _INT8).items():
+            for held, saved in zip(coded[name].stored, stored, strict=True):
+                held.copy_(saved)
 
 
 def _int8_weights(model: nn.Module) -> dict[str, Any]:
@@ -242,16 +188,12 @@ def _int8_weights(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Int8Weight)}
 
 
-def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")))
-
-
-def read_position(checkpoint: Path, rank: int) -> dict[str, int]:
-    """Where process `rank` goes on in the text, as the `state` of its batches."""
+def read_position(checkpoint: Path) -> Lanes:
+    """Where the lanes of the text go on, as the `state` of batches says it."""
     trainer = read_trainer(checkpoint)
     if "positions" not in trainer:  # of an older version, which read all text into memory
-        return {"sequences_drawn": trainer["sequences_drawn"]}
-    return dict(trainer["positions"][rank])
+        return {0: {"sequences_drawn": trainer["sequences_drawn"]}}
+    return dict(enumerate(trainer["positions"]))
 
 
 def made_with(device: str) -> dict[str, Any]:

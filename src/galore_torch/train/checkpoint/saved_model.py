@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.checkpoint.resume import METRICS, TRAINER, read_trainer
-from galore_torch.train.checkpoint.storage import MANIFEST, newest_whole, verify
+from galore_torch.train.checkpoint.parts import has_parts
+from galore_torch.train.checkpoint.parts import load_weights as load_parts
+from galore_torch.train.checkpoint.resume import METRICS
+from galore_torch.train.checkpoint.storage import MANIFEST, TRAINER, newest_whole, read_trainer, verify
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import finish
 from galore_torch.train.model.pretrained import quiet_transformers
@@ -86,8 +88,8 @@ def load_weights(folder: Path, *, classifiers: bool = False) -> Any:
     quiet_transformers()
     try:
         trained = read_trainer(folder)["identity"] if (folder / TRAINER).is_file() else None
-        if trained is not None and optimizer_spec(trained["optimizer"]).home == _BASELINES:
-            return _multiplied_out(folder, trained)
+        if trained is not None and (has_parts(folder) or optimizer_spec(trained["optimizer"]).home == _BASELINES):
+            return _put_together(folder, trained)
         # The name of this argument before transformers 5 too; "auto" is the dtype in config.json.
         model, found = _auto_class(folder, classifiers).from_pretrained(
             folder, torch_dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -128,8 +130,9 @@ def _auto_class(folder: Path, classifiers: bool) -> Any:
     return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
-def _multiplied_out(checkpoint: Path, trained: dict[str, Any]) -> Any:
-    """The model of a baseline's checkpoint: its layers are changed as they were for training, filled, and changed back."""
+def _put_together(checkpoint: Path, trained: dict[str, Any]) -> Any:
+    """The model of a checkpoint that transformers cannot read: one in parts, or a baseline's, whose layers are changed as they were for
+    training, filled, and changed back."""
     from safetensors.torch import load_model
     from transformers import AutoConfig, GenerationConfig
 
@@ -139,6 +142,9 @@ def _multiplied_out(checkpoint: Path, trained: dict[str, Any]) -> Any:
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     finish(model, dtype=trained["dtype"], activation_checkpointing=False)
+    if has_parts(checkpoint):
+        load_parts(checkpoint, model)
+        return model.eval()
     build_optimizer(trained["optimizer"], model, lr=trained["lr"], settings=trained)  # also changes the layers
     load_model(model, checkpoint / "model.safetensors")
     return to_dense(model).eval()

@@ -21,6 +21,7 @@ from galore_torch.train.errors import UserError
 
 FORMAT, VERSION = "galore-torch checkpoint", 1
 MANIFEST = "manifest.json"
+TRAINER = "trainer.json"  # what the loop wants back
 _TEMPORARY = ".tmp-"
 _GO_ON = "go on from the last checkpoint with --resume auto"
 _BLOCK = 1 << 20  # bytes hashed at once
@@ -117,6 +118,10 @@ def plain_failures(what: str, where: Path, cure: str = _GO_ON) -> Iterator[None]
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{what} cannot be written to {where}: {reason}; make room or fix the folder, then {cure}") from error
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")))
 
 
 # --- trees of tensors -----------------------------------------------------------------------------------------------------

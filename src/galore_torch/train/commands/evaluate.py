@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.checkpoint.resume import TRAINER, read_trainer
 from galore_torch.train.checkpoint.saved_model import is_of_run, load_weights, weights_folder
+from galore_torch.train.checkpoint.storage import TRAINER, read_trainer
 from galore_torch.train.config.bounds import check_choice, check_number
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import DTYPES

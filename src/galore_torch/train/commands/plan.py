@@ -10,7 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from galore_torch.train.config.bounds import check_number
 from galore_torch.train.config.config import PretrainConfig
+from galore_torch.train.config.parallel import mesh_shape
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.gpus import GPUS, find_gpu
 from galore_torch.train.model.known_models import KNOWN_MODELS, did_you_mean, known_model
@@ -54,13 +56,13 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
     world_size = arguments.get("world_size", 1)
     if world_size < 1:
         raise UserError(f"--world_size {world_size} is out of bounds: give a number of processes of at least 1")
-    shards = world_size if arguments.get("parallel") == "fsdp" else 1
+    parallel, shards = arguments.get("parallel", "ddp"), _shards(arguments, world_size)
     budget = _budget(arguments)
     device = arguments.get("device", "cuda")
     given = _model(arguments["model"]) | {name: arguments[name] for name in _SETTINGS if name in arguments}
     if "hf_model" in given:
         quiet_transformers()
-    given["dtype"] = given.get("dtype", _DEFAULTS["dtype"])
+    given |= {"dtype": given.get("dtype", _DEFAULTS["dtype"]), "parallel": parallel}
     name = given.get("optimizer", "").lower()
     given |= ({"optimizer": name} if name else {}) | ({"cycle_length": _CYCLE} if name == "relora" else {})
     if "targets" in given:
@@ -74,7 +76,7 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
             f"--{other} {arguments[other]} has no effect with --compare, which has optimizers of its own; leave one of them out"
         )
     if shards > 1 and (flag := next((flag for flag in ("compare", "sweep", "output") if arguments.get(flag)), None)):
-        raise UserError(f"--{flag} plans whole parameters; leave it out, or --parallel fsdp")
+        raise UserError(f"--{flag} plans whole parameters; leave it out, or --parallel {parallel}")
     if arguments.get("compare") or arguments.get("sweep"):
         return _side_by_side(console, arguments, config, device, budget)
     if arguments.get("picture"):
@@ -86,6 +88,15 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
         show_plan(console, found, budget, world_size)
         return EXIT_FITS if budget is None or found.needed <= budget.bytes else EXIT_DOES_NOT_FIT
     return _for_a_card(console, arguments, given, config, device, budget, world_size)
+
+
+def _shards(arguments: Mapping[str, Any], world_size: int) -> int:
+    """The processes that share a weight."""
+    machine = arguments.get("nproc")
+    check_number("nproc", machine, at_least=1, at_most=world_size)
+    if machine is not None and arguments.get("parallel") != "hsdp":
+        raise UserError(f"--nproc {machine} has no effect without --parallel hsdp, whose replicas are machines; leave it out")
+    return (1, *mesh_shape(arguments.get("parallel", "ddp"), world_size, machine or world_size))[-1]
 
 
 def _budget(arguments: Mapping[str, Any]) -> Budget | None:

@@ -16,14 +16,14 @@ from typing import TypeVar
 from rich.console import Console
 from rich.markup import escape
 
+from galore_torch.train.checkpoint.identity import check_identity, identity
 from galore_torch.train.checkpoint.lock import run_lock
+from galore_torch.train.checkpoint.parts import whole_weights
 from galore_torch.train.checkpoint.resume import (
     METRICS,
     Starts,
-    check_identity,
     differences,
     find_starts,
-    identity,
     run_folder,
     save_weights,
 )
@@ -74,7 +74,7 @@ def run_all(config: Config, load: Load[Config], console: Console | None) -> int:
     device = pick_device(config.device)
     try:
         with ExitStack() as held:
-            ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device))
+            ranks = held.enter_context(joined(launched() if config.processes > 1 else ALONE, device, bool(config.mesh)))
             return _run_all(config, load, held.enter_context(_place_to_speak(ranks, console)), device, ranks, held)
     except LostPeer as lost:
         print(f"galore: {lost}", file=sys.stderr, flush=True)
@@ -250,8 +250,11 @@ def _one_run(
     after = 0 if start is None else step_of(start)
     with tracked(config.tracker if ranks.leads else (), display, folder, settings, display.warn, after) as watcher:
         result, model = train(config, name, lr, data, folder, watcher, start, ranks)
-    if ranks.leads and result.status in ("finished", "interrupted"):
-        save_weights(to_dense(model), folder / "model")
+    if result.status not in ("finished", "interrupted"):
+        return result
+    whole = whole_weights(model, keep=ranks.leads) if ranks.sharded else None
+    if ranks.leads:
+        save_weights(to_dense(model), folder / "model", whole=whole)
         data.tokenizer.fast.save_pretrained(folder / "model")
     return result
 

@@ -10,7 +10,7 @@ from galore_torch.train.config.compare import check_contenders
 from galore_torch.train.config.settings import TRACKERS, Settings
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import model_folder
-from galore_torch.train.optimizers.registry import optimizer_spec
+from galore_torch.train.optimizers.registry import check_shardable, optimizer_spec
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class PretrainConfig(Settings):
         """Give the settings that follow from others their value, so that every reader sees numbers."""
         if self.nproc is not None and self.processes == 1:  # no launcher has started any
             object.__setattr__(self, "processes", self.nproc)
+            object.__setattr__(self, "machine", self.nproc)
+        object.__setattr__(self, "machine", self.machine or self.processes)
         if self.hf_model is not None:
             if self.hf_model.startswith(("/", "./", "../")) and not Path(self.hf_model).exists():
                 raise UserError(f"--hf_model {self.hf_model} does not exist; give a folder with a model, or a name on the hub")
@@ -128,7 +130,10 @@ class PretrainConfig(Settings):
                 f"--nproc {self.nproc} starts processes, and a launcher has started {self.processes} already: leave --nproc out, or the "
                 "launcher"
             )
-        for name, _ in self.contenders if self.processes > 1 else ():
+        assert len(self.mesh) < 3, "asked for what it refuses"
+        for name, _ in self.contenders if self.sharded else ():
+            check_shardable(name, self.parallel, deferred=self.deferred)
+        for name, _ in self.contenders if self.processes > 1 and not self.sharded else ():
             if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank:
                 raise UserError(
                     f"{name} frees each whole gradient in the backward pass, and {self.processes} processes keep theirs until they are "
@@ -136,6 +141,12 @@ class PretrainConfig(Settings):
                 )
 
     def _check_gradients(self) -> None:
+        for name, _ in self.contenders if self.sharded and self.gradients else ():
+            if optimizer_spec(name).low_rank and self.gradients != self.gradients_of(name):
+                raise UserError(
+                    f"--gradients {self.gradients} under --parallel {self.parallel}: a process has the whole gradient of its own text "
+                    f"alone, and of all text its rows, which {name} projects; leave --gradients out, or choose --parallel ddp"
+                )
         for name, _ in self.contenders if self.gradients == "full" else ():
             if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank:
                 raise UserError(

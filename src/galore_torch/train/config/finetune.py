@@ -41,6 +41,7 @@ class FinetuneConfig(PretrainConfig):
     """Settings of one `galore finetune` call; construction settles and checks them."""
 
     command: ClassVar[str] = "finetune"
+    sorts_batches: ClassVar[bool] = True
     left_out: ClassVar[frozenset[str]] = frozenset(
         {
             *("model_config", "vocab_size", "data", "eval_data", "text_field", "stream", "pad_documents", "workers"),

@@ -47,12 +47,13 @@ def config_from(
     arguments: Mapping[str, Any],
     processes: int = 1,
     kind: type[Config] = PretrainConfig,  # type: ignore[assignment]
+    machine: int = 0,
 ) -> Config:
-    """The settings of the file that --config names, where it is given, under those of the flags; for so many processes."""
+    """The settings of the file that --config names, where it is given, under those of the flags; for so many processes, here and in all."""
     flags = dict(arguments)
     path = flags.pop("config", None)
     if path is None:
-        return kind(**flags, given=frozenset(flags), processes=processes)
+        return kind(**flags, given=frozenset(flags), processes=processes, machine=machine)
     known = kind.settings()
     raw = _read(path, known, kind.command)
     values = {key: _value(path, known[key], value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
@@ -67,7 +68,7 @@ def config_from(
         remarks += [f"{', '.join(names)}: {path} says {key}, which has no effect there" for key in sorted(unused)]
     # The record of a run holds every setting, most of which nobody typed.
     given = flags.keys() if "resolved" in raw else values.keys() | flags.keys()
-    return kind(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes)
+    return kind(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes, machine=machine)
 
 
 def _shortened(path: str, values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from galore_torch.train.config.compare import contenders, run_names
 from galore_torch.train.config.declare import PUBLISHED
 from galore_torch.train.config.declare import published as _published
 from galore_torch.train.config.declare import setting as _setting
+from galore_torch.train.config.parallel import PARALLEL, mesh_shape
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.llama import DEMO_VOCAB, ModelShape, model_shape, preset_name
 from galore_torch.train.model.pretrained import HFShape, hf_shape
@@ -40,6 +41,7 @@ class Settings:
 
     command: ClassVar[str] = "pretrain"
     left_out: ClassVar[frozenset[str]] = frozenset()  # settings that a command built on these does not have
+    sorts_batches: ClassVar[bool] = False  # whether which sequences are trained on together depends on how many a batch has
 
     # -- model
     model_config: str = _setting("demo", "model", "preset (demo, 9m ... 7b, llama3-8b), a LLaMA config.json or its folder")
@@ -157,7 +159,11 @@ class Settings:
         None, "processes", "processes to start on this machine, which train together; torchrun starts its own (default: one)", at_least=1
     )
     parallel: str = _setting(
-        "ddp", "processes", "what each process holds: ddp, the whole model and a share of every batch", choices=("ddp",)
+        "ddp",
+        "processes",
+        "what each process holds beside its share of every batch: ddp, the whole model; fsdp, a part of every weight and of its optimizer "
+        "state; hsdp, as fsdp within a machine, and machines are replicas",
+        choices=PARALLEL,
     )
     # -- run
     eval_every: int = _setting(100, "run", "steps between evaluations, 0: before and after only", at_least=0)
@@ -189,6 +195,8 @@ class Settings:
     throwaway: bool = field(default=False, repr=False)
     # Processes that train together, one a rank: the launcher's to say.
     processes: int = field(default=1, repr=False)
+    # Of these on one machine, 0: all. The launcher's to say, too.
+    machine: int = field(default=0, repr=False)
     # Names the user typed; they must not be ignored by the optimizer.
     given: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -215,6 +223,8 @@ class Settings:
             for name in dict(self.contenders)
             if (unused := unused_flags(name, self.given))
         ]
+        if self.parallel != "ddp" and self.processes == 1:
+            notes.append(f"--parallel {self.parallel}: one process holds all of the model; it trains as several would")
         if self.deferred:
             notes += [
                 f"{name} keeps whole gradients under accumulation or clipping, as there is no low-rank form of them to keep"
@@ -296,7 +306,27 @@ class Settings:
 
     def gradients_of(self, optimizer: str) -> str:
         """--gradients of one optimizer, settled: direct, project or full."""
-        return settled_gradients(optimizer, self.gradients)
+        return settled_gradients(optimizer, self.gradients, self.sharded)
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """Sizes of the device mesh that cuts the model, () where each process holds all of it."""
+        return mesh_shape(self.parallel, self.processes, self.machine) if self.processes > 1 else ()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of every weight; one process that holds all trains alike, so that runs can move."""
+        return self.parallel != "ddp"
+
+    @property
+    def resolved_proj_type(self) -> str:
+        """Of rows that are shared out the basis lies on the columns, whichever side is the short one."""
+        return "right" if self.sharded and self.proj_type == "std" else self.proj_type
+
+    @property
+    def shards(self) -> int:
+        """The parts into which a weight is cut."""
+        return (1, *self.mesh)[-1]
 
     @property
     def warmup(self) -> int:
@@ -327,7 +357,7 @@ class Settings:
         """What `build_optimizer` takes beside the name and the learning rate."""
         low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "state_codec", "basis_codec")
         names = (*low_rank, "weight_decay", "beta1", "cycle_length")
-        return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names}
+        return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names} | {"proj_type": self.resolved_proj_type}
 
     @property
     def torch_dtype(self) -> str:

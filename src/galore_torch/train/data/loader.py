@@ -16,7 +16,7 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import is_hub_name
 from galore_torch.train.data.packing import inputs_and_targets
 from galore_torch.train.data.readers import file_documents, stdlib_documents, text_files
-from galore_torch.train.data.sampler import HELD_OUT_EVERY, Documents, Place, held_out
+from galore_torch.train.data.sampler import HELD_OUT_EVERY, Documents, Lanes, Place, held_out
 from galore_torch.train.data.sources import FileSource, HubSource, Source, hub_source
 from galore_torch.train.data.streaming import StreamedBatches
 from galore_torch.train.data.tokenize import check_enough, choose_tokenizer, tokenised
@@ -62,12 +62,11 @@ class TokenData:
         """What was read, for config.json."""
         return {"train_tokens_read": counted(self.train), "held_out_tokens_read": counted(self.held_out)}
 
-    def batches(self, config: PretrainConfig, state: dict[str, int] | None = None, rank: int = 0) -> Batches:
-        """The training batches of one of config.processes ranks, from their beginning or from a `state` of theirs."""
+    def batches(self, config: PretrainConfig, lanes: Lanes | None = None, rank: int = 0) -> Batches:
+        """The training batches of one of config.processes ranks, from their beginning or from where all lanes are."""
         if self.source is None:
-            return WindowBatches(self.train, config, state, rank)
-        documents = Documents(self.source, config.seed, self.split, rank, config.processes)
-        return StreamedBatches(documents, self.tokenizer, config, state)
+            return WindowBatches(self.train, config, lanes, rank)
+        return StreamedBatches(Documents(self.source, config.seed, self.split), self.tokenizer, config, lanes, rank)
 
 
 class Data(Protocol):
@@ -83,15 +82,15 @@ class Data(Protocol):
     def fingerprint(self) -> str: ...
     def amount(self, config: Any) -> str: ...
     def record(self) -> dict[str, Any]: ...
-    def batches(self, config: Any, state: dict[str, int] | None = None, rank: int = 0) -> Batches: ...
+    def batches(self, config: Any, lanes: Lanes | None = None, rank: int = 0) -> Batches: ...
 
 
 class Batches(Protocol):
     """Endless (inputs, targets): of a text each (batch_size, max_length) int64, of a task as `Sequences.batch` has them."""
 
     def __next__(self) -> tuple[Any, Tensor]: ...
-    def state(self) -> dict[str, int]:
-        """Whole numbers that say which batch comes next."""
+    def state(self) -> Lanes:
+        """Whole numbers that say which batch comes next, of the lanes that this process reads; of one lane where all read the same."""
 
     def close(self) -> None:
         """No batch is asked for any more."""
@@ -100,8 +99,8 @@ class Batches(Protocol):
 class WindowBatches:
     """`batches` of tokens in memory; `sequences_drawn` counts those of all ranks."""
 
-    def __init__(self, tokens: Tensor, config: PretrainConfig, state: dict[str, int] | None, rank: int) -> None:
-        self._drawn = (state or {}).get("sequences_drawn", 0)
+    def __init__(self, tokens: Tensor, config: PretrainConfig, lanes: Lanes | None, rank: int) -> None:
+        self._drawn = lanes[0]["sequences_drawn"] if lanes else 0
         self._at_once = config.batch_size * config.processes
         self._batches = batches(tokens, config.max_length, config.batch_size, config.seed, self._drawn, rank, config.processes)
 
@@ -109,8 +108,8 @@ class WindowBatches:
         self._drawn += self._at_once
         return next(self._batches)
 
-    def state(self) -> dict[str, int]:
-        return {"sequences_drawn": self._drawn}
+    def state(self) -> Lanes:
+        return {0: {"sequences_drawn": self._drawn}}
 
     def close(self) -> None:
         pass

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from galore_torch.train.data.sources import Source
 from galore_torch.train.errors import UserError
 
+Lanes = dict[int, dict[str, int]]  # by number, where each lane of a text is: a lane has the documents of one rank of the run's start
 HELD_OUT_EVERY = 20  # one document in 20 is held out where there is no --eval_data
 _BLOCK = 1000  # documents that are shuffled among themselves; the published run's buffer
 

@@ -17,6 +17,8 @@ from galore_torch.train.model.loss import IGNORED
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
+    from galore_torch.train.data.sampler import Lanes
+
 _POOL = 32  # batches whose examples are sorted by length together
 
 
@@ -84,12 +86,10 @@ class BucketedBatches:
     one of its batches may be smaller. With several processes that one takes further examples of the pass, so that none is without.
     """
 
-    def __init__(
-        self, examples: Sequences, batch_size: int, seed: int, state: dict[str, int] | None = None, rank: int = 0, ranks: int = 1
-    ) -> None:
+    def __init__(self, examples: Sequences, batch_size: int, seed: int, lanes: Lanes | None = None, rank: int = 0, ranks: int = 1) -> None:
         self._examples, self._at_once, self._seed = examples, batch_size * ranks, seed
         self._rank, self._ranks = rank, ranks
-        self._drawn = (state or {}).get("batches_drawn", 0)
+        self._drawn = lanes[0]["batches_drawn"] if lanes else 0
         self._epoch = -1
         self._order: list[list[int]] = []
 
@@ -100,9 +100,9 @@ class BucketedBatches:
         self._drawn += 1
         return self._examples.batch(self._order[index][self._rank :: self._ranks])
 
-    def state(self) -> dict[str, int]:
-        """Where the next batch begins."""
-        return {"batches_drawn": self._drawn}
+    def state(self) -> Lanes:
+        """Where the next batch begins, the same in all processes."""
+        return {0: {"batches_drawn": self._drawn}}
 
     def close(self) -> None:
         pass

@@ -15,6 +15,7 @@ from galore_torch.train.data.answers import answer, label_names, some, targets_o
 from galore_torch.train.data.glue import GLUE, glue_rows
 from galore_torch.train.data.loader import Batches
 from galore_torch.train.data.readers import encodable
+from galore_torch.train.data.sampler import Lanes
 from galore_torch.train.data.sequences import BucketedBatches, Sequences
 from galore_torch.train.data.tables import Row, table_rows
 from galore_torch.train.data.tokenizer import TextTokenizer, load_tokenizer
@@ -43,9 +44,9 @@ class TaskData:
         """What decides the training batches, wherever the files lie."""
         return f"{len(self.train)} examples, sha256 {self.train.digest}"
 
-    def batches(self, config: FinetuneConfig, state: dict[str, int] | None = None, rank: int = 0) -> Batches:
-        """The training batches of one of config.processes ranks, from their beginning or from a `state` of theirs."""
-        return BucketedBatches(self.train, config.batch_size, config.seed, state, rank, config.processes)
+    def batches(self, config: FinetuneConfig, lanes: Lanes | None = None, rank: int = 0) -> Batches:
+        """The training batches of one of config.processes ranks, from their beginning or from where they are."""
+        return BucketedBatches(self.train, config.batch_size, config.seed, lanes, rank, config.processes)
 
     def amount(self, config: FinetuneConfig) -> str:
         """How much there is, in words."""

@@ -39,7 +39,7 @@ def held_out_answers(
             for inputs, targets in batches:
                 if should_stop():
                     return None
-                logits = loss.logits(inputs.to(device)).cpu()
+                logits = loss(inputs.to(device)).cpu()
                 total += loss.of_logits(logits, targets).item()
                 predicted.append(logits[:, 0] if loss.regression else logits.argmax(1))
                 answers.append(targets)
@@ -74,7 +74,9 @@ def _each_batch(
             for inputs, targets in windows:
                 if should_stop():
                     return None
-                found.append((loss(inputs.to(device), targets.to(device)).item(), counted(targets)))
+                total, count = loss(inputs.to(device), targets.to(device)).item(), counted(targets)
+                if count:  # else a forward pass for the others' sake
+                    found.append((total, count))
     finally:
         loss.train(was_training)
     return None if should_stop() else found

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from galore_torch.train.optimizers.registry import state_bytes
+from galore_torch.train.optimizers.registry import state_bytes, stored_parts
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class Probe:
         for parameter in self._names:
             if (attachment := attachment_of(parameter)) is not None:
                 parameter.register_hook(self._look_at)
-                attachment.look = self._look_at  # of layers that make no such gradient
+                attachment.look = self._look_at  # of layers that make no such gradient, and of parts of weights
 
     def begin(self) -> None:
         """Which refreshes are due. Before the first forward pass, for per-layer updates refresh inside the backward pass."""
@@ -56,19 +56,19 @@ class Probe:
             return
         from torch.autograd.graph import saved_tensors_hooks
 
-        own = {tensor.untyped_storage().data_ptr() for tensor in self._weights()}
-        kept: dict[int, int] = {}
+        kept: dict[int, Any] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            for part in _stored(tensor):
+            for part in stored_parts(tensor):
                 storage = part.untyped_storage()
-                if storage.data_ptr() not in own:
-                    kept[storage.data_ptr()] = storage.nbytes()
+                kept[storage.data_ptr()] = storage
             return tensor.detach()  # a node that held its own output would never be freed
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
-        self._memory["activations"] = sum(kept.values())
+        # Of a model that is cut: its layers' whole weights are gone by now, and those outside of them are weights as long as they stay.
+        own = {tensor.untyped_storage().data_ptr() for tensor in self._weights()}
+        self._memory["activations"] = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
 
     def gradient_norm(self) -> dict[str, float]:
         """{"grad_norm": the 2-norm of all gradients}; {} where updates inside the backward pass have consumed them, NaN if one was bad."""
@@ -79,7 +79,7 @@ class Probe:
         gradients = self._gradients()
         if any(isinstance(grad, ConsumedGrad) for grad in gradients):
             return {} if self._finite is None or bool(self._finite) else {"grad_norm": math.nan}
-        return {"grad_norm": get_total_norm(gradients).item()}
+        return {"grad_norm": as_number(get_total_norm(gradients))}
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Probe:
 
     def _weights(self) -> list[Tensor]:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return [part for tensor in tensors for part in _stored(tensor)]
+        return [part for tensor in tensors for part in stored_parts(tensor)]
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._names if p.grad is not None]
@@ -179,13 +179,10 @@ class _Matrix(NamedTuple):
         return round(share.mean().item(), 6)
 
 
-def _stored(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold its memory: a weight in INT8, or another of several parts, has no storage of its own."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+def as_number(norm: Tensor) -> float:
+    """A norm, which is a sum over processes where gradients are parts: all of them ask for it."""
+    whole: Any = norm
+    return float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
 
 
 def _is_stand_in(grad: Tensor) -> bool:
@@ -200,4 +197,4 @@ def _held_bytes(grad: Tensor) -> int:
 
     if isinstance(grad, LowRankGrad):
         return grad.low.nbytes
-    return 0 if _is_stand_in(grad) else grad.nbytes
+    return 0 if _is_stand_in(grad) else sum(part.nbytes for part in stored_parts(grad))

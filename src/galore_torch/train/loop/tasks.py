@@ -71,7 +71,8 @@ class Pretraining:
         return None
 
     def _windows(self, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
-        return windows_in_order(self.data.held_out, self.config.max_length, self.config.batch_size, ranks.rank, ranks.size)
+        batches = windows_in_order(self.data.held_out, self.config.max_length, self.config.batch_size, ranks.rank, ranks.size)
+        return ranks.in_step(batches) if ranks.sharded else batches
 
     def _legacy(self, loss: TokenLoss, place: Place) -> dict[str, float] | None:
         """The published script's figure, under names of its own."""

@@ -9,28 +9,31 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
-from galore_torch.train.checkpoint.resume import BEST, METRICS, fill, identity, read_position, read_trainer, restore
-from galore_torch.train.checkpoint.storage import plain_failures, write_checkpoint
+from galore_torch.engine.sharding import local
+from galore_torch.train.checkpoint.identity import identity
+from galore_torch.train.checkpoint.resume import BEST, METRICS, fill, fill_parts, read_position, restore
+from galore_torch.train.checkpoint.storage import plain_failures, read_trainer, write_checkpoint
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import Batches, Data
+from galore_torch.train.data.sampler import Lanes
 from galore_torch.train.device import memory_mb, pick_device
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.build import model_for
 from galore_torch.train.loop.distributed import ALONE, Ranks
-from galore_torch.train.loop.probe import Probe
+from galore_torch.train.loop.probe import Probe, as_number
 from galore_torch.train.loop.result import RunResult
-from galore_torch.train.loop.tasks import Place, task_for
+from galore_torch.train.loop.sharded import as_parts, shard
+from galore_torch.train.loop.tasks import Place, Task, task_for
 from galore_torch.train.loop.watcher import Watcher
 from galore_torch.train.model.compile import compile_layers, compiled_so_far
 from galore_torch.train.model.flops import flops_per_token, peak_flops
-from galore_torch.train.model.loss import counted
+from galore_torch.train.model.loss import counted, places
 from galore_torch.train.optimizers.registry import (
     adamw_state_bytes,
     build_optimizer,
@@ -66,7 +69,11 @@ def train(
     UserError where the folder cannot be written or the text not be read on; the checkpoints made before stand.
     """
     device = pick_device(config.device)
-    model = model_for(config, data).to(device)
+    model, task = model_for(config, data), task_for(config, data)
+    model = model if ranks.sharded else model.to(device)  # a whole one that is to be cut may be too large for a device
+    own_loss = task.loss(model).train()  # a loaded model comes in eval mode
+    if ranks.sharded:
+        shard(own_loss, model, config.mesh, device)
     result = RunResult(name, lr, parameters=sum(p.numel() for p in model.parameters()))
     result.adamw_state_bytes = adamw_state_bytes(model)
     with warnings.catch_warnings():
@@ -82,8 +89,8 @@ def train(
             _attached(config, name, model, optimizer) as fused,
         ):
             warnings.filterwarnings("ignore", message=".*its gradient is made in full")  # `_Loop.tell_of_layers_left` says so
-            loop = _Loop(config, model, optimizer, data, device, result, metrics, watcher, folder, ranks, fused)
-            loop.position = None if start is None else read_position(start, ranks.rank)
+            loop = _Loop(config, model, optimizer, data, task, own_loss, device, result, metrics, watcher, folder, ranks, fused)
+            loop.position = None if start is None else read_position(start)
             loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
             try:
                 loop.run()
@@ -94,6 +101,7 @@ def train(
                     loop.save()
                 raise
             loop.save()
+    as_parts(own_loss)
     return result, model
 
 
@@ -111,6 +119,8 @@ class _Loop:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     data: Data
+    task: Task
+    own_loss: Any  # of the task
     device: str
     result: RunResult
     metrics: IO[str]
@@ -120,11 +130,9 @@ class _Loop:
     fused: FusedBackward | None = None
     saved: int = -1  # the step of the last checkpoint
     starting: bool = True  # no step has been made since the start
-    position: dict[str, int] | None = None  # in the text, behind the last step
+    position: Lanes | None = None  # in the text, behind the last step
 
     def __post_init__(self) -> None:
-        self.task = task_for(self.config, self.data)
-        self.own_loss = self.task.loss(self.model).train()  # a loaded model comes in eval mode
         if self.own_loss.whole_because:
             self.watcher.warn(f"all logits of a forward pass exist at once, for {self.own_loss.whole_because}")
         if self.config.compile:
@@ -199,7 +207,7 @@ class _Loop:
             result.timed_tokens += tokens
             result.timed_seconds += seconds
             row["tokens_per_s"] = round(tokens / seconds, 1)
-            row |= self.speed(sum(_places(inputs) for inputs, _ in parts) / seconds)
+            row |= self.speed(sum(places(inputs) for inputs, _ in parts) / seconds)
         self.starting = False
         row |= {} if bad else self.probe.finish()
         row |= memory_mb(self.device)
@@ -265,7 +273,7 @@ class _Loop:
         import torch
 
         if self.config.grad_clipping > 0:
-            return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping).item()}
+            return {"grad_norm": as_number(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clipping))}
         return self.probe.gradient_norm()
 
     def evaluation_is_due(self) -> bool:
@@ -279,7 +287,8 @@ class _Loop:
         result = self.result
         start = time.perf_counter()
         last = result.steps == self.config.num_training_steps
-        found = self.task.evaluate(self.own_loss, Place(self.device, self.ranks, self.watcher.should_stop, last))
+        should_stop = self.ranks.together(self.watcher.should_stop)
+        found = self.task.evaluate(self.own_loss, Place(self.device, self.ranks, should_stop, last))
         if found is None:
             return  # a resumed run makes up for it
         if not math.isfinite(found["eval_loss"]):
@@ -293,8 +302,8 @@ class _Loop:
         row = {"step": result.steps, **found, **timed}
         self.write(row)
         self.watcher.evaluated(row)
-        if result.best is not None and result.best[0] == result.steps:
-            self.write_checkpoint(BEST, 1, self.ranks.every(self.position or {}))
+        if self.ranks.any(result.best is not None and result.best[0] == result.steps):
+            self.write_checkpoint(BEST, 1)
 
     def not_finite(self, what: str) -> NonFiniteLoss:
         return NonFiniteLoss(f"{what}; lower the lr (now {self.result.lr:g}), raise --warmup_steps, or set --grad_clipping 1.0")
@@ -302,38 +311,40 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint, but no second one of a step, and none of weights that are not finite: those push out good ones."""
         config, result = self.config, self.result
-        positions = self.ranks.every(self.position or {})  # asked of all ranks before any of them may return
-        if config.throwaway or result.steps == self.saved or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        as_parts(self.own_loss)
+        broken = not all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        if config.throwaway or self.ranks.any(result.steps == self.saved or broken):
             return
         self.saved = result.steps
-        self.write_checkpoint("checkpoints", config.keep + result.skipped_in_a_row, positions)  # doubtful ones push out none
+        self.write_checkpoint("checkpoints", config.keep + result.skipped_in_a_row)  # doubtful ones push out none
 
-    def write_checkpoint(self, folder: str, keep: int, positions: list[dict[str, int]]) -> None:
-        """All of the run as it is now, in a folder of its own in `folder`, which keeps the newest `keep` of them."""
-        config, result = self.config, self.result
-        if not self.ranks.leads:
+    def write_checkpoint(self, folder: str, keep: int) -> None:
+        """All of the run as it is now, in a folder of its own in `folder`, which keeps the newest `keep` of them; all processes call it."""
+        config, result, ranks = self.config, self.result, self.ranks
+        as_parts(self.own_loss)
+        lanes: Lanes = {lane: place for part in ranks.every(self.position or {}) for lane, place in part.items()}
+        if not ranks.leads:
+            if ranks.sharded:
+                place = Path(ranks.from_first())
+                with plain_failures(f"the checkpoint of step {result.steps}", place.parent):
+                    fill_parts(place, self.model, self.optimizer)
             return
         trainer = result.record() | {
-            "positions": positions,
+            "positions": [place for _, place in sorted(lanes.items())],
             "sequences_drawn": result.steps * config.sequences_per_update,
             "last_lr": self.optimizer.param_groups[0]["lr"],
             "identity": identity(config, result.optimizer, result.lr, self.data),
         }
-        write_checkpoint(
-            self.folder / folder,
-            result.steps,
-            lambda place: fill(place, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device),
-            keep,
-        )
+
+        def fill_all(place: Path) -> None:
+            if ranks.sharded:
+                ranks.from_first(str(place.resolve()))
+            fill(place, self.model, self.optimizer, self.data.tokenizer.fast, trainer, self.folder / METRICS, self.device)
+
+        write_checkpoint(self.folder / folder, result.steps, fill_all, keep)
 
     def write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN. Flushed at once: what a killed run has measured is on disk.
         finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
-
-
-def _places(inputs: Any) -> int:
-    """How many tokens a forward pass computes, padding too."""
-    ids: Tensor = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
-    return ids.numel()

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from galore_torch.train.errors import UserError
+from galore_torch.train.model.layers import layers_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,10 +37,7 @@ def compile_layers(model: nn.Module) -> None:
 
     What surrounds them stays as it is: embedding, head, loss, recomputation of activations, hooks on gradients.
     """
-    from torch import nn
-
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=len, default=())
+    layers = layers_of(model)
     if not layers:
         raise UserError(f"--compile finds no list of layers in {type(model).__name__}; leave it out")
     # Dynamo asks every input for a gradient and hears this of those that have none.

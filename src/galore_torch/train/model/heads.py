@@ -92,20 +92,20 @@ class LabelLoss(nn.Module):
         self.model, self.regression = model, regression
         self._takes = set(inspect.signature(model.forward).parameters)
 
-    def forward(self, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """`inputs`: (B, L) of each name that the tokenizer gives; `targets` (B,): classes as int64, or numbers as float32."""
-        return self.of_logits(self.logits(inputs), targets)
+    def forward(self, inputs: Mapping[str, Tensor], targets: Tensor | None = None) -> Tensor:
+        """`inputs`: (B, L) of each name that the tokenizer gives; `targets` (B,): classes as int64, or numbers as float32.
+
+        Without targets the logits: (B, classes), or (B, 1) for regression, float32 for narrower weights too.
+        """
+        logits: Tensor = self.model(**{name: value for name, value in inputs.items() if name in self._takes}).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if targets is None else self.of_logits(logits, targets)
 
     def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The same of logits that are there."""
         if self.regression:
             return (logits[:, 0] - targets).square().sum()
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(B, classes), or (B, 1) for regression, float32 for narrower weights too."""
-        logits: Tensor = self.model(**{name: value for name, value in inputs.items() if name in self._takes}).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def tokens(self, inputs: Mapping[str, Tensor], targets: Tensor) -> int:
         """How many tokens are read, padding left out."""

@@ -120,3 +120,8 @@ def _why_not_linear(model: nn.Module, head: nn.Module | None) -> str:
 def counted(targets: Tensor) -> int:
     """How many targets count."""
     return int((targets != IGNORED).sum())
+
+
+def places(inputs: Tensor | Mapping[str, Tensor]) -> int:
+    """How many tokens a forward pass computes, padding too."""
+    return (inputs["input_ids"] if isinstance(inputs, Mapping) else inputs).numel()

@@ -14,7 +14,7 @@ from galore_torch.train.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from galore_torch import FusedBackward
 
@@ -44,6 +44,17 @@ class OptimizerSpec:
     def quantized(self) -> bool:
         """Whether the layers' matrices are held as INT8."""
         return self.class_name == "QGaLoreAdamW8bit"
+
+    @property
+    def why_not_sharded(self) -> str:
+        """Why it cannot train a model that `fully_shard` has cut, and the cure; "" where it can."""
+        if self.quantized:
+            return "weights held as INT8 are not cut; choose galore_adamw8bit"
+        if self.home == _BASELINES:
+            return "it exchanges layers of the model, which are cut before there is an optimizer; choose adamw, or --parallel ddp"
+        if self.home == "transformers.optimization":
+            return "transformers' class takes whole weights alone; choose galore_adafactor, or --parallel ddp"
+        return ""
 
 
 def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS) -> OptimizerSpec:
@@ -92,6 +103,18 @@ def optimizer_spec(name: str) -> OptimizerSpec:
         raise UserError(
             f"optimizer {name!r} is not known; {did_you_mean(name, OPTIMIZERS)}choose one of: {', '.join(OPTIMIZERS)}"
         ) from None
+
+
+def check_shardable(name: str, parallel: str, *, deferred: bool) -> None:
+    """UserError where the optimizer `name` cannot train a model that `fully_shard` has cut, or not with `deferred` gradients."""
+    spec = optimizer_spec(name)
+    if why := spec.why_not_sharded:
+        raise UserError(f"{name} does not train under --parallel {parallel}: {why}")
+    if spec.per_layer and deferred:
+        raise UserError(
+            f"{name} under --parallel {parallel} updates each part of a weight as soon as its gradient has been shared out, so a step has "
+            f"one forward pass and no clipping; choose {name.removesuffix('_per_layer')}, whose gradients are parts too"
+        )
 
 
 def unused_flags(name: str, given: Iterable[str]) -> list[str]:
@@ -182,9 +205,17 @@ def own_settings(name: str, dtype: str) -> dict[str, Any]:
     return own
 
 
-def settled_gradients(name: str, gradients: str | None) -> str:
-    """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`."""
-    return gradients or "direct" if optimizer_spec(name).low_rank else "full"
+def settled_gradients(name: str, gradients: str | None, sharded: bool = False) -> str:
+    """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`; `sharded`: `fully_shard` has cut the model.
+
+    Of a cut weight a process gets its part of the mean gradient: whole rows, which are kept until the step or used up at once.
+    """
+    spec = optimizer_spec(name)
+    if not spec.low_rank:
+        return "full"
+    if sharded:
+        return "project" if spec.per_layer else "full"
+    return gradients or "direct"
 
 
 def backward_mode(name: str, gradients: str, *, deferred: bool) -> str | None:
@@ -217,15 +248,16 @@ def fused_pass(
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of memory that the optimizer's state holds: each storage once, whole, views or not."""
+    """Bytes of memory that the optimizer's state holds in this process: each storage once, whole, views or not."""
     import torch
 
     storages: dict[tuple[str, int], int] = {}
 
     def visit(value: object) -> None:
         if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[(str(value.device), storage.data_ptr())] = storage.nbytes()
+            for part in stored_parts(value):
+                storage = part.untyped_storage()
+                storages[(str(part.device), storage.data_ptr())] = storage.nbytes()
         elif isinstance(value, Mapping):
             for item in value.values():
                 visit(item)
@@ -237,8 +269,18 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
+def stored_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors of this process that hold its memory: a weight in INT8, or one cut between processes, has no storage of its own."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    from galore_torch.engine.sharding import local
+
+    own: Any = local(tensor)
+    return [getattr(own, name) for name in own.__tensor_flatten__()[0]] if is_traceable_wrapper_subclass(own) else [own]
+
+
 def adamw_state_bytes(model: nn.Module) -> int:
-    """Measured bytes of torch.optim.AdamW's state for `model`.
+    """Measured bytes of torch.optim.AdamW's state for what this process holds of `model`.
 
     One parameter at a time: a zero stand-in takes one real step, its state is measured and freed,
     so the comparison never needs more memory than the largest parameter.

@@ -9,7 +9,7 @@ from typing import Any
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import ModelShape, build_model, model_shape
-from galore_torch.train.optimizers.registry import as_targets, optimizer_spec, settled_gradients
+from galore_torch.train.optimizers.registry import as_targets, check_shardable, optimizer_spec, settled_gradients
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 
 # What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
@@ -77,22 +77,21 @@ class Plan:
 
 
 def plan_request(
-    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, shards: int = 1
+    config: PretrainConfig, *, device: str, optimizer: str | None = None, vocab_size: int | None = None, shards: int | None = None
 ) -> PlanRequest:
     """The memory side of a config, for its first optimizer or for another.
 
-    ``shards``: how many processes share every parameter, as under `fully_shard`, with whole gradients unless --gradients says more.
-    UserError for an optimizer that cannot train so.
+    ``shards``: how many processes share every parameter, as under `fully_shard`; None: as many as those of the config. UserError for an
+    optimizer that cannot train so.
     """
     from galore_torch.train.model.loss import settled_chunk
 
     name = (optimizer or config.contenders[0][0]).lower()
     targets = as_targets(config.targets) if optimizer_spec(name).low_rank else None
     sizes = config.sizes(targets, vocab_size)
-    if shards > 1 and (optimizer_spec(name).per_layer or optimizer_spec(name).quantized):
-        raise UserError(
-            f"{name} does not train under fully_shard, which keeps shards of floating weights and gradients: choose galore_adamw8bit"
-        )
+    shards = config.shards if shards is None else shards
+    if shards > 1:
+        check_shardable(name, "fsdp", deferred=config.deferred)
     return PlanRequest(
         sizes=sizes,
         optimizer=name,
@@ -108,7 +107,7 @@ def plan_request(
         model=config.hf_model or config.model_config,
         pretrained=config.hf_model is not None,
         targets=targets,
-        gradients=settled_gradients(name, config.gradients or ("full" if shards > 1 else None)),
+        gradients=settled_gradients(name, config.gradients, config.sharded or shards > 1),
         shards=shards,
     )
 
