@@ -23,6 +23,9 @@ from torch.testing._internal.common_utils import TestCase, parametrize
 import galore_torch
 from support.optimizer_infos import CLASSES, INFOS, assert_same, inputs_of, model, set_grads, train
 
+# torch's contract steps without a gradient on purpose, which this package warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:none of the .* has a gradient at the first step")
+
 
 class TestTorchContractSteps(TestCase):
     @parametrize("contiguous", [True, False])

@@ -46,9 +46,8 @@ class FusedBackward:
         self._averaging: Averaging | None = None  # where a DistributedDataParallel has left the gradients of projected weights to us
         self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
         self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
-        self.look: Callable[[Tensor], None] | None = (
-            None  # called with each R of a linear layer, and part of a gradient, before it is used up
-        )
+        # Called with each R of a linear layer, and with each part of a gradient, before it is used up.
+        self.look: Callable[[Tensor], None] | None = None
         self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
         hook = _Hook(weakref.ref(self))
         self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]

@@ -97,7 +97,7 @@ def test_matrices_left_out_at_the_start_are_one_note(
     assert code == 0
     assert said.count("made in full and then projected") == 1
     assert "note: the gradients of 1 matrices are made in full and then projected" in said
-    assert "alone: model.embed_tokens.weight = lm_head.weight" in said
+    assert "(sparse): model.embed_tokens.weight = lm_head.weight" in said
     assert reduced
     assert not [warning for warning in recwarn if "made in full" in str(warning.message)]
 
