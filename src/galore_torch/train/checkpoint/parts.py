@@ -1,7 +1,7 @@
 """Weights and optimizer state that lie in parts in several processes: into a checkpoint, and back on any number of processes.
 
 torch.distributed.checkpoint writes each part once, into distributed/, and cuts anew what it reads. All processes of a run call these
-functions together. Its index of the files is a pickle: go on from checkpoints that you trust.
+functions together. The files are safetensors: its other format keeps an index that is a pickle.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_torch.engine.sharding import local, place_of, unwrap
+from galore_torch.train.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,23 @@ if TYPE_CHECKING:
 
 PARTS = "distributed"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+def formats() -> tuple[type[Any], type[Any]]:
+    """The writer and the reader of torch.distributed.checkpoint that write and read safetensors.
+
+    Raises:
+        UserError: this torch has none.
+    """
+    try:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+    except ImportError as error:
+        import torch
+
+        raise UserError(
+            f"--parallel fsdp and hsdp need a newer torch than {torch.__version__}: update it, or use --parallel ddp"
+        ) from error
+    return HuggingFaceStorageWriter, HuggingFaceStorageReader
 
 
 def has_parts(checkpoint: Path) -> bool:
@@ -37,7 +55,8 @@ def save_parts(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
     tensors = {_MODEL + name: tensor for name, tensor in _weights(model).items()}
     for index, entry in state["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in entry.items() if _is_tensor(value)}
-    _as_it_was(lambda: dcp.save(tensors, checkpoint_id=folder / PARTS, no_dist=not _has_processes()))
+    writer = formats()[0](str(folder / PARTS), save_distributed=True)
+    _as_it_was(lambda: dcp.save(tensors, storage_writer=writer, no_dist=not _has_processes()))
 
 
 def without_tensors(state: dict[str, Any]) -> dict[str, Any]:
@@ -53,9 +72,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def load_state(checkpoint: Path, plain: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state_dict that `plain` was left of, cut as the parameters of `optimizer`; tensors that it holds already are filled in place."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    known: dict[str, Any] = FileSystemReader(checkpoint / PARTS).read_metadata().state_dict_metadata
+    known: dict[str, Any] = formats()[1](str(checkpoint / PARTS)).read_metadata().state_dict_metadata
     held: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     targets: dict[str, Tensor] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -122,7 +139,8 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, own: Any, p: Tensor) -> An
 def _load(checkpoint: Path, targets: dict[str, Tensor]) -> None:
     from torch.distributed import checkpoint as dcp
 
-    _as_it_was(lambda: dcp.load(targets, checkpoint_id=checkpoint / PARTS, no_dist=not _has_processes()))
+    reader = formats()[1](str(checkpoint / PARTS))
+    _as_it_was(lambda: dcp.load(targets, storage_reader=reader, no_dist=not _has_processes()))
 
 
 def _as_it_was(act: Callable[[], Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from galore_torch.train.checkpoint.parts import formats
 from galore_torch.train.model.layers import layers_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def shard(loss: nn.Module, model: nn.Module, mesh: tuple[int, ...], device: str)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    formats()  # refused here, hours before the first checkpoint
     devices = init_device_mesh(device, mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
     for layer in layers_of(model):
         fully_shard(layer, mesh=devices)
