@@ -133,11 +133,11 @@ def test_what_saving_takes_is_measured(tmp_path: Path, forked: Forked) -> None:
 
 @pytest.mark.slow
 def test_the_table_of_architectures_says_what_is_refused_and_why(tmp_path: Path, forked: Forked) -> None:
-    words = ["--architectures", "mixtral", "--optimizers", "galore_adamw", "muon", "--output", str(tmp_path / "page.md")]
+    words = ["--architectures", "mixtral", "--optimizers", "galore_adamw", "lora", "--output", str(tmp_path / "page.md")]
     printed = run("architectures/run.py", *words, forked=forked, folder=tmp_path)
     assert "| mixtral | yes | [1], [2] |" in printed
     page = (tmp_path / "page.md").read_text(encoding="utf-8").strip()
-    assert "muon: --optimizer muon takes matrices; some weights of this model are stacks of them, which" in page
+    assert "lora: lora and relora put adapters beside linear layers; some weights of this model are outside of them" in page
     assert page in printed
 
 

@@ -135,10 +135,14 @@ def test_bytes_a_parameter_are_those_of_the_shapes() -> None:
         "`QGaLoreAdamW8bit`": [f"Q-GaLore, r = n/{share} 8-bit moments, 4-bit basis; int8 weights" for share in (4, 8)],
         "`GaLoreAdamW`": ("GaLore, r = n/4 fp32 moments", "GaLore, r = n/8 fp32 moments"),
         "beside: APOLLO": ("APOLLO, r = n/4 moments in bfloat16", "APOLLO, r = n/8 moments in bfloat16"),
-        "AdamW fp32, bf16, 8-bit, 4-bit": [f"AdamW {how} moments" for how in ("fp32", "bf16", "8-bit", "4-bit")],
-        "Muon; Adafactor without momentum": (
-            "Muon a momentum in bfloat16; AdamW outside of the layers",
+        "AdamW fp32, bf16, 8-bit, 4-bit; Adafactor without momentum": [
+            *(f"AdamW {how} moments" for how in ("fp32", "bf16", "8-bit", "4-bit")),
             "Adafactor rows and columns, no first moment",
+        ],
+        "`GaLoreMuon`": (
+            "GaLoreMuon, r = n/4 8-bit momentum, bf16 basis",
+            "GaLoreMuon, r = n/8 8-bit momentum, bf16 basis",
+            "Muon 8-bit momentum; 8-bit AdamW outside of the layers",
         ),
     }.items():
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {row} |")]

@@ -149,7 +149,7 @@ def test_a_stacked_layer_is_adam_of_each_matrix_in_one_shared_basis(perplexity: 
     parts = [plain.model.layers[0].self_attn.get_submodule(name).weight.detach().clone() for name in ("q_proj", "k_proj", "v_proj")]
     first, second = ([torch.zeros(D, RANK) for _ in parts] for _ in range(2))
     for step in (1, 2, 3):
-        perplexity.loss(stacked, inputs, targets).backward()
+        stacked(input_ids=inputs, labels=inputs, shift_labels=targets).loss.backward()
         gradients = layer.grad.clone().split(D)
         matrices.step()
         basis = matrices.state[layer]["basis"]
@@ -196,7 +196,7 @@ def test_the_table_is_made_of_the_lines_and_a_second_call_runs_nothing(
 
     tokens, lines = tmp_path / "tokens.safetensors", tmp_path / "results.jsonl"
     save_file({"train": TOKENS, "held_out": TOKENS[:100].clone()}, tokens)
-    results = perplexity.Results(task, tokens, lines, 1e-2)
+    results = perplexity.results_of(task, tokens, lines, 1e-2)
     tuned = {"std": (1e-2, [1e-2]), "right": (2e-2, [1e-2, 2e-2])}
     for seed in (0, 1):
         for name, (lr, _) in tuned.items():
@@ -205,7 +205,7 @@ def test_the_table_is_made_of_the_lines_and_a_second_call_runs_nothing(
     assert [(row["variant"], row["seed"]) for row in written] == [("std", 0), ("right", 0), ("std", 1), ("right", 1)]
 
     monkeypatch.setattr(perplexity, "measure", None)
-    again = perplexity.Results(task, tokens, lines, 1e-2)
+    again = perplexity.results_of(task, tokens, lines, 1e-2)
     rows = perplexity.report(again, ["std", "right"], [0, 1], tuned).splitlines()
     means = {name: sum(math.exp(row["result"]["loss"]) for row in written if row["variant"] == name) / 2 for name in tuned}
     assert rows[2].startswith(f"| std (short side) | 0.01 (0.01) | {means['std']:.2f} |")
@@ -213,7 +213,7 @@ def test_the_table_is_made_of_the_lines_and_a_second_call_runs_nothing(
     loss = [row["result"]["loss"] for row in written]
     assert rows[7].startswith(f"| right - std | {(loss[1] - loss[0] + loss[3] - loss[2]) / 2:+.4f} |")
     with pytest.raises(TypeError):  # another task is another run
-        perplexity.Results(replace(task, steps=7), tokens, lines, 1e-2).run("std", 0, 1e-2)
+        perplexity.results_of(replace(task, steps=7), tokens, lines, 1e-2).run("std", 0, 1e-2)
 
 
 def test_variants_of_a_seed_begin_with_the_same_weights_and_end_apart(perplexity: ModuleType, task: Any) -> None:

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrain"))
 from contest import Task, held_out_loss
 from curves import picture, report
 from report import heading, progress
-from run import TUNING_SEED, saved_tokens
 from small_llama import add_data_arguments, loss
+from tuning import TUNING_SEED, saved_tokens
 
 from galore_torch import GaLoreAdamW, galore_param_groups
 from galore_torch.engine.layout import ParamView

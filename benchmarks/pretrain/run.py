@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contest import METHODS, Run, Task
-from small_llama import add_data_arguments, text
+from small_llama import add_data_arguments
 from table import Score, picture, report
+from tuning import TUNING_SEED, best_on_grid, saved_tokens
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "pretrain"
-TUNING_SEED = 1000
 GRID = tuple(round(digit * 10.0**exponent, 9) for exponent in range(-5, 1) for digit in (1, 2, 3, 5))
 # Where the search over the grid begins: a good guess saves runs and changes nothing else.
 START = {
@@ -93,42 +89,15 @@ class Contest:
         return json.dumps([task, row["run"], row["tokens"]], sort_keys=True)
 
 
-def best_on_grid(loss: Callable[[float], float], start: float, grid: tuple[float, ...] = GRID) -> tuple[float, list[float]]:
-    """(the best value, those tried): from `start` along the grid until both neighbours of the best are worse, or the grid ends."""
-    tried: dict[int, float] = {}
-
-    def at(i: int) -> float:
-        if i not in tried:
-            value = loss(grid[i])
-            tried[i] = value if math.isfinite(value) else math.inf
-        return tried[i]
-
-    best = grid.index(start)
-    while True:
-        around = [i for i in (best, best + 1, best - 1) if 0 <= i < len(grid)]
-        lowest = min(around, key=at)  # of equal ones the first, so the search ends
-        if lowest == best:
-            return grid[best], [grid[i] for i in sorted(tried)]
-        best = lowest
-
-
-def saved_tokens(arguments: argparse.Namespace, task: Task) -> Path:
-    """All of the text as tokens, in a file named after them, for the runs to read."""
-    from safetensors.torch import save_file
-
-    settings = {"vocab_size": task.vocab, "max_length": task.length, "eval_tokens": task.eval_tokens}
-    _, data = text(arguments, num_training_steps=arguments.most_tokens // task.length, batch_size=1, **settings)
-    path = arguments.results.parent / f"{data.fingerprint[:16]}-{len(data.held_out)}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"train": data.train.to(torch.int32), "held_out": data.held_out.to(torch.int32)}, path)
-    return path
-
-
 def compete(contest: Contest, methods: list[str], seeds: list[int], lr: float | None, rest_lr: float | None) -> list[Score]:
     """Tune what is not given, then train every seed."""
     rest_tried: list[float] = []
     if rest_lr is None:
-        rest_lr, rest_tried = best_on_grid(lambda value: contest.run("adamw", TUNING_SEED, MATRICES_BEFORE, value)["loss"], REST_START)
+
+        def with_adamw(value: float) -> float:
+            return float(contest.run("adamw", TUNING_SEED, MATRICES_BEFORE, value)["loss"])
+
+        rest_lr, rest_tried = best_on_grid(with_adamw, REST_START, GRID)
     scores = []
     for method in methods:
         tuned, tried = (0.0 if method == "frozen" else lr), []
@@ -137,7 +106,7 @@ def compete(contest: Contest, methods: list[str], seeds: list[int], lr: float | 
             def loss(value: float, method: str = method) -> float:
                 return float(contest.run(method, TUNING_SEED, value, rest_lr)["loss"])
 
-            tuned, tried = best_on_grid(loss, START[method])
+            tuned, tried = best_on_grid(loss, START[method], GRID)
         scores.append(Score(method, tuned, tried, rest_lr, rest_tried))
     for seed in seeds:
         for score in scores:

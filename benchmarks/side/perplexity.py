@@ -11,7 +11,6 @@ call that was interrupted goes on where it stopped. The text and the sizes of "6
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -28,19 +27,17 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrain"))
 from contest import Task, held_out_loss
-from report import heading, progress, table
-from run import PRESETS, TUNING_SEED, best_on_grid, saved_tokens
-from small_llama import add_data_arguments, loss
+from paired_runs import GRID, Results, paired, train
+from report import heading, table
+from run import PRESETS
+from small_llama import add_data_arguments
+from tuning import TUNING_SEED, best_on_grid, saved_tokens
 
 from galore_torch import GaLoreAdamW, galore_param_groups
-from galore_torch.train.data.loader import batches
 from galore_torch.train.optimizers.registry import state_bytes
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "side"
 SMALL = replace(PRESETS["small"], hidden=192, inner=512, layers=4, heads=4, rank=48, steps=600)
-# Half octaves: with whole ones, two variants whose best rates lie elsewhere between would differ by more than their seeds do.
-GRID = tuple(round(0.01 * 2 ** (step / 2), 5) for step in range(-12, 9))
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 5 %, of 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Variant:
     label: str
     side: str | None
     shared: bool = False
-    start: float = GRID[12]  # where the search for a learning rate begins
+    start: float = 0.01  # where the search for a learning rate begins
 
 
 VARIANTS = {
@@ -62,7 +59,7 @@ VARIANTS = {
     "reverse_std": Variant("reverse_std (long side)", "reverse_std"),
     "shared": Variant("right, one basis for q, k, v and one for gate, up", "right", shared=True),
     "left": Variant("left (output side)", "left"),
-    "adamw": Variant("full-rank AdamW", None, start=GRID[6]),
+    "adamw": Variant("full-rank AdamW", None, start=0.00125),
 }
 DEFAULT = ("std", "right", "reverse_std", "shared")
 PAIRS = (("right", "std"), ("reverse_std", "std"), ("left", "std"), ("shared", "std"), ("shared", "right"), ("reverse_std", "right"))
@@ -118,60 +115,18 @@ def measure(task: Task, variant: Variant, seed: int, lr: float, rest_lr: float, 
     if variant.shared:
         stack(model)
     built = optimizers(model, task, variant, lr, rest_lr)
-    stream = batches(data["train"], task.length, task.batch, seed)
-    for step in range(task.steps):
-        for optimizer, peak in zip(built, (lr, rest_lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * task.lr_factor(step, "")
-        inputs, targets = (whole.to(task.device) for whole in next(stream))
-        for some_inputs, some_targets in zip(inputs.split(task.micro), targets.split(task.micro), strict=True):
-            (loss(model, some_inputs, some_targets) * (len(some_inputs) / task.batch)).backward()
-        for optimizer in built:
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % 50 == 0:
-            progress(f"{variant.label}, seed {seed}, lr {lr:g}: {step} of {task.steps}")
-    progress("")
+    train(task, model, dict(zip(built, (lr, rest_lr), strict=True)), seed, data["train"], f"{variant.label}, lr {lr:g}")
     trained = round(time.perf_counter() - start, 1)
     return {"loss": held_out_loss(model, task, data["held_out"]), "state": state_bytes(built[0]), "seconds": trained}
 
 
-class Results:
-    """Runs of one task and text; those of earlier calls are read from the file."""
+def results_of(task: Task, tokens: Path, file: Path, rest_lr: float) -> Results:
+    """The runs in `file`, and new ones, of a task on the text in `tokens`."""
+    from safetensors.torch import load_file
 
-    def __init__(self, task: Task, tokens: Path, file: Path, rest_lr: float):
-        from safetensors.torch import load_file
-
-        self.task, self.file, self.rest_lr, self.data = task, file, rest_lr, load_file(tokens)
-        self.common = {"task": asdict(task), "tokens": tokens.name, "rest_lr": rest_lr}
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self.done = {self._key(row): row["result"] for row in map(json.loads, lines)}
-
-    def run(self, name: str, seed: int, lr: float) -> dict[str, Any]:
-        row: dict[str, Any] = {**self.common, "variant": name, "seed": seed, "lr": lr}
-        key = self._key(row)
-        if key not in self.done:
-            row["result"] = measure(self.task, VARIANTS[name], seed, lr, self.rest_lr, self.data)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            self.done[key] = row["result"]
-            print(f"{name} seed {seed} lr {lr:g}: {row['result']}", file=sys.stderr, flush=True)
-        return self.done[key]
-
-    def loss(self, name: str, seed: int, lr: float) -> float:
-        return float(self.run(name, seed, lr)["loss"])
-
-    @staticmethod
-    def _key(row: dict[str, Any]) -> str:
-        return json.dumps({key: value for key, value in row.items() if key != "result"}, sort_keys=True)
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float, float]:
-    """(mean, standard deviation, t, half of the 95 % interval) of the differences first - second of at least two seeds."""
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean, deviation = statistics.mean(differences), statistics.stdev(differences)
-    error = deviation / math.sqrt(len(differences))
-    return mean, deviation, mean / error if error else math.inf, T_95[min(len(differences) - 1, len(T_95)) - 1] * error
+    data = load_file(tokens)
+    common = {"task": asdict(task), "tokens": tokens.name, "rest_lr": rest_lr}
+    return Results(file, common, lambda name, seed, lr: measure(task, VARIANTS[name], seed, lr, rest_lr, data))
 
 
 def report(results: Results, names: Sequence[str], seeds: Sequence[int], tuned: dict[str, tuple[float, list[float]]]) -> str:
@@ -226,7 +181,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     task = {"small": SMALL, "60m": PRESETS["60m"]}[arguments.preset]
     task = replace(task, **{name: value for name in asdict(task) if (value := getattr(arguments, name, None)) is not None})
-    results = Results(task, saved_tokens(arguments, task), arguments.results, arguments.rest_lr)
+    results = results_of(task, saved_tokens(arguments, task), arguments.results, arguments.rest_lr)
     tuned: dict[str, tuple[float, list[float]]] = {}
     for name in arguments.variants:
 

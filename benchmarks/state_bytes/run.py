@@ -46,7 +46,9 @@ def rows(model: str, dtype: str) -> Iterator[Row]:
     # torchao's AdamW4bit: two codes a byte and an fp32 scale a block of 128, of each moment.
     yield "AdamW", "4-bit moments", added_up(sizes, lambda part: 2 * (0.5 + 4 / 128) * part.shape[0] * part.shape[1], 2 * (0.5 + 4 / 128))
     yield "Adafactor", "rows and columns, no first moment", by_package("adafactor", model, dtype, 1)
-    yield "Muon", f"a momentum in {dtype}; AdamW outside of the layers", by_package("muon", model, dtype, 1)
+    yield "Muon", "8-bit momentum; 8-bit AdamW outside of the layers", by_package("muon", model, dtype, 1)
+    for share in SHARES:
+        yield f"GaLoreMuon, r = n/{share}", "8-bit momentum, bf16 basis", by_package("galore_muon", model, dtype, width // share)
     for share in SHARES:
         # arXiv 2412.05270, table 1: 2 n r + 2; the projection is drawn again from a seed. Its moments have the gradient's dtype.
         rank = width // share

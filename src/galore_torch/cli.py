@@ -17,7 +17,7 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.finetune import METHODS, FinetuneConfig
 from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.config.parallel import PARALLEL
-from galore_torch.train.config.recipes import copy_recipe, list_recipes, recipe_names, show_recipe
+from galore_torch.train.config.recipes import copy_recipe, list_methods, list_recipes, recipe_names, show_recipe
 from galore_torch.train.errors import UserError, did_you_mean
 from galore_torch.train.loop.distributed import launched
 from galore_torch.train.loop.launch import launch
@@ -147,6 +147,8 @@ def _add_recipes(commands: Any) -> None:
     recipes.set_defaults(run=lambda _: _say(list_recipes()))
     actions = recipes.add_subparsers(metavar="ACTION", parser_class=_Parser)
     actions.add_parser("list", help="all of them (what `galore recipes` alone does)")
+    methods = actions.add_parser("methods", help="the methods of low-rank training by their names of --optimizer, and their papers")
+    methods.set_defaults(run=lambda _: _say(list_methods()))
     show = actions.add_parser("show", help="print one")
     show.add_argument("name", help=", ".join(recipe_names()))
     show.set_defaults(run=lambda arguments: _say(show_recipe(arguments["name"])))

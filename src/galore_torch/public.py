@@ -10,12 +10,15 @@ from galore_torch.optim.galore import GaLoreAdafactor as GaLoreAdafactor
 from galore_torch.optim.galore import GaLoreAdagrad as GaLoreAdagrad
 from galore_torch.optim.galore import GaLoreAdamW as GaLoreAdamW
 from galore_torch.optim.galore import GaLoreAdamW8bit as GaLoreAdamW8bit
+from galore_torch.optim.galore import GaLoreMuon as GaLoreMuon
 from galore_torch.optim.galore import GaLoreSGD as GaLoreSGD
 from galore_torch.optim.galore import QGaLoreAdamW8bit as QGaLoreAdamW8bit
 from galore_torch.optim.galore import TensorGaLoreAdamW as TensorGaLoreAdamW
+from galore_torch.optim.half_life import beta2_of_half_life as beta2_of_half_life
 from galore_torch.optim.hf_trainer import LayerwiseMixin as LayerwiseMixin
 from galore_torch.optim.low_rank_hook import LowRankHookState as LowRankHookState
 from galore_torch.optim.low_rank_hook import low_rank_hook as low_rank_hook
+from galore_torch.optim.methods import low_rank_optimizer as low_rank_optimizer
 from galore_torch.optim.param_groups import galore_param_groups as galore_param_groups
 from galore_torch.optim.quantize import dequantize_linears as dequantize_linears
 from galore_torch.optim.quantize import quantize_linears as quantize_linears

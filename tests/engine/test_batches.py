@@ -64,6 +64,8 @@ def test_experts_train_as_separate_matrices(rule: str, proj_type: str) -> None:
 @pytest.mark.parametrize("projector", [name for name, row in PROJECTORS.items() if row.find is not None and row.modes is None])
 @pytest.mark.parametrize("transport", ["rotate", "reset", "keep"])
 def test_every_projector_and_transport(projector: str, transport: str) -> None:
+    if transport == "rotate" and PROJECTORS[projector].overlap is None:
+        pytest.skip("moments do not turn between bases that are not orthonormal")
     make, hyper = RULES["adamw"]
     together, apart = trained(make, gradients(8), projector=projector, transport=transport, **hyper)
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)

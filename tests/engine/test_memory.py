@@ -23,6 +23,7 @@ CLASSES: dict[str, Any] = {
     "adafactor": g.GaLoreAdafactor,
     "adagrad": g.GaLoreAdagrad,
     "sgd": lambda p, **k: g.GaLoreSGD(p, momentum=0.9, **k),
+    "muon": g.GaLoreMuon,
     "rmsprop": lambda p, **k: g.GaLore(torch.optim.RMSprop, p, **k),
 }
 
@@ -38,6 +39,10 @@ def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
 def test_state_bytes_equal_state_spec_before_and_after_training(name: str, proj_type: str, codec: str, dtype: torch.dtype) -> None:
     if name == "rmsprop" and codec != "fp32":
         pytest.skip("a torch.optim class keeps its own state")
+    if proj_type == "full" and name == "muon":
+        pytest.skip("of one side alone")
+    if codec == "mulaw4" and name != "muon":
+        pytest.skip("too coarse for moments that are divided by or added up")
     params = parameters(dtype)
     optimizer = CLASSES[name](
         params, lr=1e-3, rank=8, proj_type=proj_type, state_codec=codec, basis_codec="bf16", min_8bit_size=100, update_proj_gap=2

@@ -23,7 +23,7 @@ from galore_torch.ops import native, twins
 from galore_torch.slots.projectors import PROJECTORS
 
 ROADS = ["native", "inductor"]
-each_recovery = pytest.mark.parametrize("recovery", ["project_back", "foam"])
+each_recovery = pytest.mark.parametrize("recovery", ["project_back", "foam", "fold"])
 
 
 @pytest.fixture(autouse=True)

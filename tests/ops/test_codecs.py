@@ -12,13 +12,11 @@ from galore_torch.ops.codecs import (
     StoredTensor,
     TensorSpec,
     block_length,
-    levels,
-    nearest_codes,
     noise,
     shard_block,
     stochastic_round,
-    zero_code,
 )
+from galore_torch.ops.levels import code_table, levels, nearest_codes, zero_code
 
 CPU = torch.device("cpu")
 
@@ -42,7 +40,7 @@ def test_dynamic_map_has_256_ascending_levels_over_seven_decades(signed: bool) -
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_level_is_its_own_nearest_code(signed: bool) -> None:
     table = levels(signed, CPU)
-    assert torch.equal(nearest_codes(table, signed).long(), torch.arange(256))
+    assert torch.equal(nearest_codes(table, code_table(signed, CPU)).long(), torch.arange(256))
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -50,7 +48,7 @@ def test_codes_are_nearest_within_the_tables_resolution(signed: bool) -> None:
     """Oracle: brute force over all levels; the table cells are 2^-7 wide, so it may lose as much."""
     table = levels(signed, CPU)
     x = torch.cat([torch.rand(5000), 10 ** (-7 * torch.rand(5000))]) * (torch.randint(0, 2, (10000,)) * 2 - 1 if signed else 1)
-    distance = (table[nearest_codes(x, signed).long()] - x).abs()
+    distance = (table[nearest_codes(x, code_table(signed, CPU)).long()] - x).abs()
     best = (table - x.unsqueeze(1)).abs().amin(1)
     slack = best + x.abs() * 2**-7
     if not signed:  # positive values below half the first level round up on purpose
@@ -60,7 +58,7 @@ def test_codes_are_nearest_within_the_tables_resolution(signed: bool) -> None:
 
 def test_a_positive_second_moment_is_never_stored_as_zero() -> None:
     x = torch.tensor([0.0, 1e-30, 1e-12, 1e-8, 1.0])
-    assert (levels(False, CPU)[nearest_codes(x, False).long()] > 0).tolist() == [False, True, True, True, True]
+    assert (levels(False, CPU)[nearest_codes(x, code_table(False, CPU)).long()] > 0).tolist() == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("shape", [(300, 64), (1009, 5), (7, 513), (512, 16), (4, 1376), (6, 5461), (3, 5)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from galore_torch.optim.methods import METHODS
 from support.sharded import Cut, Run, adafactor_rate, parameters, redundancy_free, sharded_late, weights
 from support.world import World
 
@@ -89,6 +90,7 @@ def test_meshes_of_four(mesh: tuple[int, ...], plan: bool, worlds: dict[int, Wor
     assert_same_training(worlds[4], run)
 
 
+MUON: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "state_codec": "fp32", "basis_codec": "fp32"}
 ROWS_AND_COLUMNS: dict[str, Run] = {
     **{name: Run(keys={"projector": name, **RIGHT}) for name in PROJECTORS},
     "full rank": Run(keys={"rank": None}),
@@ -101,8 +103,16 @@ ROWS_AND_COLUMNS: dict[str, Run] = {
     "adamw": Run("AdamW", {"lr": 0.01, "weight_decay": 0.1}, RIGHT),
     "fira": Run(keys={"recovery": "fira", **RIGHT}),
     "error feedback": Run(keys={"carry": "error_feedback", **RIGHT}),
+    **{
+        name: Run(keys={**method.settings, **RIGHT, **({"random_after": 8} if name == "golore" else {})})
+        for name, method in METHODS.items()
+        if name not in ("fira", "foam", "fold", "frugal")
+    },
     "adaptive gap": Run(keys={"gap_range": (2, 20), "update_proj_gap": 5, **RIGHT}),
     "int4 basis": Run(keys={"basis_codec": "int4", **RIGHT}),
+    "muon": Run("GaLoreMuon", {"lr": 0.01, "weight_decay": 0.1, "state_codec": "fp32"}, {"rank": "full", "update_proj_gap": 1}),
+    "muon in a subspace": Run("GaLoreMuon", MUON, {"update_proj_gap": 1, **RIGHT}),
+    "a basis that follows Adam's moment": Run(keys={"projector": "momentum", "update_proj_gap": 1, **RIGHT}),
 }
 
 
@@ -113,7 +123,7 @@ def test_every_class_and_row_equals_one_process(name: str, size: int, worlds: di
 
 
 @pytest.mark.parametrize("size", BOTH)
-@pytest.mark.parametrize("recovery", ["project_back", "foam"])
+@pytest.mark.parametrize("recovery", ["project_back", "foam", "fold"])
 def test_block_means_equal_one_process(recovery: str, size: int, worlds: dict[int, World]) -> None:
     run = Run(mesh=(size,), keys={"projector": "block_mean", "recovery": recovery, "update_proj_gap": 200})
     assert_same_steps(worlds[size], run, (Cut((16, 12)), Cut((25, 20))))
@@ -134,6 +144,46 @@ OTHER_CUTS: dict[str, tuple[Cut, ...]] = {
 def test_every_cut_equals_one_process(name: str, optimizer: str, size: int, worlds: dict[int, World]) -> None:
     side = {"proj_type": "left"} if name == "columns" else {}  # what "std" is where processes hold columns
     assert_same_steps(worlds[size], Run(optimizer, {"lr": 0.01}, side, mesh=(size,)), OTHER_CUTS[name])
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("rank", ["full", 2])
+@pytest.mark.parametrize("name", OTHER_CUTS)
+def test_every_cut_of_muon_equals_one_process(name: str, rank: Any, size: int, worlds: dict[int, World]) -> None:
+    """Each process puts the matrix together for its orthogonalisation."""
+    settings = {key: value for key, value in MUON.items() if rank != "full" or key != "basis_codec"}
+    side = {"proj_type": "left"} if name == "columns" and rank != "full" else {}
+    assert_same_steps(
+        worlds[size], Run("GaLoreMuon", settings, {"rank": rank, "update_proj_gap": 1, **side}, mesh=(size,)), OTHER_CUTS[name]
+    )
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)])
+def test_muon_with_rows_and_columns_cut_works_in_a_subspace_and_is_refused_at_full_rank(
+    mesh: tuple[int, ...], worlds: dict[int, World]
+) -> None:
+    cuts = (Cut((9, 14), (0, 1)), Cut((14, 9), (0, 1)), Cut((12, 10), (1, 0)))
+    assert_same_steps(worlds[2], Run("GaLoreMuon", MUON, {"update_proj_gap": 1}, mesh=mesh), cuts)
+    whole = Run("GaLoreMuon", {"lr": 0.01}, {"rank": "full", "update_proj_gap": 1}, mesh=mesh, steps=range(1))
+    with pytest.raises(ValueError, match=r"\(9, 14\) are both shared among processes, .*rank='full' .*: give it a rank below 9"):
+        worlds[2].run(parameters, whole, cuts)
+
+
+@pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("codec", ["int8", "mulaw4"])
+def test_codes_of_muon_have_the_blocks_of_one_process(codec: str, size: int, worlds: dict[int, World]) -> None:
+    run = Run(
+        "GaLoreMuon",
+        {"lr": 0.01, "min_8bit_size": 1, "state_codec": codec},
+        {"rank": "full", "update_proj_gap": 1},
+        steps=range(12),
+        dtype=torch.float64,
+    )
+    cut, alone = Cut((128, 20)), Cut((128, 20), (None, 0))
+    (found, _), *others = worlds[size].run(parameters, replace(run, mesh=(size,)), (cut,))
+    (expected, _), *_ = worlds[size].run(parameters, replace(run, mesh=(size, 1)), (alone,))
+    assert_close(found, expected, rtol=0.0, atol=1e-9)
+    assert all(torch.equal(found[0], other[0]) for other, _ in others)
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])

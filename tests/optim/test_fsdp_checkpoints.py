@@ -21,6 +21,10 @@ RUNS: dict[str, Run] = {
     "int8, int4": Run("QGaLoreAdamW8bit", {"lr": 0.01, "min_8bit_size": 128}, RIGHT),
     "bf16": Run(keys={**RIGHT, "state_codec": "bf16", "basis_codec": "bf16"}),
     "adafactor": Run("GaLoreAdafactor", {"lr": 0.01, "beta1": 0.9}, RIGHT),
+    "muon, four bits": Run(
+        "GaLoreMuon", {"lr": 0.01, "min_8bit_size": 128, "state_codec": "mulaw4"}, {"rank": "full", "update_proj_gap": 1}
+    ),
+    "muon in a subspace": Run("GaLoreMuon", {"lr": 0.01, "min_8bit_size": 128}, {**RIGHT, "update_proj_gap": 1}),
     "fira, error feedback": Run(keys={**RIGHT, "recovery": "fira", "carry": "error_feedback"}),
 }
 BEFORE, AFTER = range(6), range(6, 12)  # a refresh of each basis on both sides

@@ -294,3 +294,44 @@ def test_a_convolutional_model_hears_that_little_of_it_is_projected() -> None:
     with pytest.warns(UserWarning, match="no layer of Sequential|1 of 3 matrices") as notes:
         galore_param_groups(model, 2)
     assert [str(note.message)[:31] for note in notes] == ["no layer of Sequential is named", "1 of 3 matrices, 9 % of the bod"]
+
+
+class Named(nn.Module):
+    """One block with a query, a value and a down projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Module()
+        for name in ("q_proj", "v_proj", "down_proj"):
+            setattr(block, name, nn.Linear(32, 32, bias=False))
+        self.layers = nn.ModuleList([block])
+
+
+def test_rank_factors_move_rank_between_layers_and_the_first_pattern_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = galore_param_groups(Named(), 8, rank_factors={"q_proj": 0.5, "down|q": 2.0}, show=True)
+    assert {name: group["rank"] for group in groups for name, _ in group["params"]} == {
+        "layers.0.q_proj.weight": 4,
+        "layers.0.v_proj.weight": 8,
+        "layers.0.down_proj.weight": 16,
+    }
+    assert [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[1:]] == ["rank 4", "rank 8", "rank 16"]
+    fractions = galore_param_groups(Named(), 0.25, rank_factors={"down": 2})
+    assert sorted(group["rank"] for group in fractions) == [0.25, 0.5]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    assert sorted(optimizer.state[p]["basis"].shape[1] for p in optimizer.state) == [4, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("rank", "factors", "words"),
+    [
+        (8, {"k_proj": 0.5}, "'k_proj' matches none of the projected layers"),
+        (8, {"proj": 0.5, "q_proj": 2}, "'q_proj' matches none .* that no pattern before it has matched"),
+        (8, {"q_proj": 0}, "makes no rank of rank=8"),
+        (8, {"q_proj": "half"}, "makes no rank of rank=8"),
+        (0.5, {"q_proj": 2}, "makes no rank of rank=0.5"),
+        ("full", {"q_proj": 2}, "makes no rank of rank='full'"),
+    ],
+)
+def test_rank_factors_that_cannot_be_are_refused(rank: Any, factors: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        galore_param_groups(Named(), rank, rank_factors=factors)

@@ -36,7 +36,7 @@ SIGNATURES: dict[type[Optimizer], list[str]] = {
         *["scale_parameter", "relative_step", "warmup_init"],
     ],
 }
-GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}  # as every README of 1.0 has it
+GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}  # as every README of 1.0 has it, and the defaults
 PUBLISHED = list(SIGNATURES)
 
 
@@ -305,8 +305,9 @@ def test_groups_of_model_families(config: str, model: str, kwargs: dict[str, Any
     assert all(p.dim() == 2 for _, p in projected["params"])
     assert not [n for n in names if "embed" in n or "norm" in n.lower() or "head" in n or n.startswith("pooler")]
     assert sorted(names + [name for name, _ in rest["params"]]) == sorted(name for name, _ in net.named_parameters())
-    assert {k: projected[k] for k in projected if k != "params"} == {**GALORE, "rank": 4, "transport": "keep"}
+    assert {k: projected[k] for k in projected if k != "params"} == {"rank": 4, "proj_type": "std", "transport": "keep"}
     optimizer = GaLoreAdamW([rest, projected], lr=0.01)
+    assert {k: optimizer.param_groups[1][k] for k in [*GALORE, "transport"]} == {**GALORE, "rank": 4, "transport": "keep"}
     assert sum("basis" in state for state in optimizer.state.values()) == expected
     ids = torch.arange(8).view(1, 8)
     output = net(input_ids=ids)

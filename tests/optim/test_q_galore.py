@@ -17,8 +17,9 @@ from galore_torch.engine import inductor
 from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.step import _first_seed
 from galore_torch.ops import write
-from galore_torch.ops.codecs import levels, noise
+from galore_torch.ops.codecs import noise
 from galore_torch.ops.int8_weight import Int8Weight, row_parts
+from galore_torch.ops.levels import levels
 from galore_torch.optim.low_rank_grad import LowRankGrad
 from references.galore import QGaLoreReference, best_subspace
 from support.q_galore_models import X, loss, model, optimizer_of, same, train

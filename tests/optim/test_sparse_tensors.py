@@ -304,7 +304,8 @@ def test_the_communication_hook_sends_such_a_gradient_whole() -> None:
         ({"sparse_scale": 0.5, "tensor": True}, r"sparse_scale=0\.5 has no effect without sparse"),
         ({"sparse": 0.05, "sparse_scale": 0.0, "tensor": True}, r"sparse_scale=0\.0 is not a finite number above 0"),
         ({"projector": "tucker_sparse"}, "projector='tucker_sparse' keeps single elements: say which share"),
-        ({"sparse": 0.05, "tensor": True, "recovery": "fira"}, "recovery='fira' is for one projected side"),
+        ({"sparse": 0.05, "tensor": True, "recovery": "fira"}, "recovery='fira' is for projected sides"),
+        ({"sparse": 0.05, "tensor": True, "transport": "predict"}, "transport='predict' has no rule for the single elements"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], text: str) -> None:

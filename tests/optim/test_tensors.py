@@ -412,8 +412,8 @@ def test_the_gap_adapts_to_the_mean_overlap_of_all_modes() -> None:
         ({"tensor": True, "projector": "svd"}, "projector='svd' has no effect with tensor=True"),
         ({"tensor": True, "proj_type": "left"}, "proj_type='left' has no effect with tensor=True"),
         ({"tensor": True, "batch_dims": 1}, "batch_dims=1 has no effect with tensor=True"),
-        ({"tensor": True, "recovery": "fira"}, "recovery='fira' is for one projected side"),
-        ({"tensor": "auto", "recovery": "foam", "projector": "block_mean"}, "recovery='foam' is for one projected side"),
+        ({"tensor": True, "recovery": "fira"}, "recovery='fira' is for projected sides"),
+        ({"tensor": "auto", "recovery": "foam", "projector": "block_mean"}, "recovery='foam' is for projected sides"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], text: str) -> None:

@@ -13,7 +13,7 @@ from galore_torch.slots.transport import TRANSPORTS
 def moved(name: str, C: dict[int, torch.Tensor], value: torch.Tensor, kind: str, mean_over: int | None = None) -> torch.Tensor:
     """One moment across a change of basis; a moment that the row does not name stays."""
     moments = {"moment": Moment(kind, mean_over)}  # type: ignore[arg-type]
-    return dict(TRANSPORTS[name].apply(C, {"moment": value}, moments, {})).get("moment", value)
+    return dict(TRANSPORTS[name].apply(C, {"moment": value}, moments, {}, 1)).get("moment", value)
 
 
 def basis(m: int, r: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from galore_torch.choices import PROJ_TYPES, one_of
+from galore_torch.choices import FULL, PROJ_TYPES, one_of
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_slots, takes_tensors
 from galore_torch.slots.projectors import PROJECTORS
 
@@ -19,11 +19,11 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
     """Refuse a parameter group that cannot work: ValueError with the value, the bound and the cure."""
     rank, gap, scale = group["rank"], group["update_proj_gap"], group["scale"]
     many = isinstance(rank, list | tuple) and all(r is None or _is_count(r) for r in rank)
-    if not (rank is None or many or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
+    if not (rank in (None, FULL) or many or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
         raise ValueError(
             f"rank={rank!r} is not a rank: give a whole number from 1 (such as 128), a fraction of the short side between 0 and 1 "
-            "(such as 0.25; of a tensor's elements), a list with a number or None for each dimension of a tensor, or None to train the "
-            "group at full rank"
+            "(such as 0.25; of a tensor's elements), a list with a number or None for each dimension of a tensor, 'full' for GaLoreMuon "
+            "without a projection, or None to train the group at full rank"
         )
     one_of("projector", group["projector"], PROJECTORS)
     if many and not takes_tensors(group):
@@ -159,6 +159,8 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
             raise ValueError(f"betas={betas!r} must be a pair of numbers, such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
             _within(f"beta parameter at index {i}", beta, (0.0, 1.0), "in [0, 1)")
+        if "momentum" in group:  # of a rule that has Adam for the rest
+            _within("momentum", group["momentum"], (0.0, 1.0), "in [0, 1), such as 0.95")
     if "clip_threshold" in group:  # Adafactor
         if not _is_pair(group["eps"]):
             raise ValueError(f"eps={group['eps']!r} must be a pair of numbers, such as (1e-30, 1e-3)")

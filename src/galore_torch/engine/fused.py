@@ -21,12 +21,12 @@ from galore_torch.engine.inductor import call, has_compiler, is_disabled, pays
 from galore_torch.engine.sharding import local
 from galore_torch.ops import write
 from galore_torch.ops.chunks import chunk_elements, parts
-from galore_torch.ops.codecs import Seed, StoredTensor, matrix_shape, noise
+from galore_torch.ops.codecs import CODED, Seed, StoredTensor, matrix_shape, noise
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.rules import Group, Numbers, Rule
 
 WORTHWHILE = 1 << 15  # elements from which a region is compiled unless the group says otherwise, once that `pays`
-INT8 = 4  # a pass over int8 moments takes so many times as long, where it is not compiled
+CODES = 4  # a pass over int8 moments takes so many times as long, where it is not compiled
 
 Values = Mapping[str, Tensor]  # the storage tensors of moments, by state key
 
@@ -75,8 +75,8 @@ def fuses(weight: Tensor, elements: int, group: Group, step: int) -> bool:
 def _paid(weight: Tensor, elements: int, group: Group, step: int) -> bool:
     """Parameters of one shape share one compiled function, and are counted where their number decides."""
     device, params = weight.device.type, group.get("params", [weight])
-    if group["state_codec"] == "int8":
-        elements *= INT8
+    if group["state_codec"] in CODED:
+        elements *= CODES
     if pays(device, elements, step) or not pays(device, elements, step * len(params)):
         return pays(device, elements, step)
     return pays(device, elements, step * sum(local(p).shape == weight.shape for p in params))
@@ -176,16 +176,17 @@ def _views(region: FusedStep, state: Values, rows: slice | None) -> Values:
 
 
 def _row_chunks(region: FusedStep, low: Tensor, fuse: bool, weight: Tensor) -> Iterator[slice | None]:
-    """Slices of the first axis, that fit the cache and cut no int8 block of a moment or the weight; None for everything at once.
+    """Slices of the first axis, that fit the cache and cut no block of codes of a moment or the weight; None for everything at once.
 
-    A compiled pass has no temporaries to keep in the cache, but for int8: the maximum of a block is known after a first pass.
+    A compiled pass has no temporaries to keep in the cache, but for codes: the maximum of a block is known after a first pass.
     """
     limit = chunk_elements(low.device)
-    whole = fuse and all(stored.codec != "int8" for stored in region.moments)
+    whole = fuse and all(stored.codec not in CODED for stored in region.moments)
+    whole = whole or not all(stored.has_rows for stored in region.moments)
     if whole or not region.rule.elementwise or low.numel() <= limit:
         yield None
         return
-    unit = math.lcm(write.row_unit(weight), *(stored.block for stored in region.moments if stored.codec == "int8" and stored.axis == 0))
+    unit = math.lcm(write.row_unit(weight), *(stored.block for stored in region.moments if stored.codec in CODED and stored.axis == 0))
     for units in parts(-(-low.shape[0] // unit), limit // (unit * low[0].numel())):
         yield slice(units.start * unit, min(units.stop * unit, low.shape[0]))
 

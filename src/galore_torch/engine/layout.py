@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from galore_torch.choices import FULL
 from galore_torch.engine.sharding import Place, Placed, local, place_of
-from galore_torch.ops.codecs import StoredTensor, TensorSpec, shard_block
+from galore_torch.ops.codecs import CODED, StoredTensor, TensorSpec, shard_block
 from galore_torch.ops.sharded import Part
-from galore_torch.slots.carry import CARRIES
-from galore_torch.slots.projectors import PROJECTORS, Projector, Stored
+from galore_torch.slots.projectors import PROJECTORS, Bases, Projector, Stored
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import Moment, Rule
 from galore_torch.slots.sparse_tucker import SET, count
@@ -43,7 +43,8 @@ class Layout:
     """How one parameter is seen by the engine.
 
     ``view``: (rows, columns), or (matrices, rows, columns) for a batch such as the weights of experts; the shape itself at full rank, and
-    for a projector that takes tensors with all of their axes.
+    for a projector that takes tensors with all of their axes. A recovery of whole matrices sees one that its rank does not shorten with
+    the projector "identity" and the length of an axis for its rank.
     ``ranks``: projected axis of the view, counted from its end: -2 = rows and -1 = columns -> rank; empty at full rank. 0 -> how many
     single elements stand beside the core, for a projector that keeps some.
     ``scaled``: whether the group's scale applies; it does to a matrix whose rank turned out not to be smaller.
@@ -176,7 +177,19 @@ def view_of(p: Tensor, state: State, group: Group, rule: AnyRule) -> ParamView:
     layout = _layout_at(weight, group, place)
     if layout.projector != group["projector"]:
         group = {**group, "projector": layout.projector}
-    return ParamView(weight, state, group, rule, layout, place)
+    return ParamView(weight, state, group, rule_of(layout, rule), layout, place)
+
+
+def rule_of(layout: Layout, rule: AnyRule) -> AnyRule:
+    """The rule of one parameter of an optimizer whose rule is ``rule``: one for matrices has another for the rest."""
+    return rule.rest if isinstance(rule, Rule) and rule.rest and not layout.ranks else rule
+
+
+def bases_of(view: ParamView) -> Bases:
+    """The bases as they are for products with the part of the matrix that is here."""
+    bases = {axis: stored.read(view.state) for axis, stored in view.layout.bases.items()}
+    parts = {axis: view.part(axis) for axis in bases} if view.place else {}
+    return bases | {axis: part.of(bases[axis], -2) for axis, part in parts.items() if part}
 
 
 def layout_of(p: Tensor, group: Group) -> Layout:
@@ -194,7 +207,8 @@ def make_layout(shape: tuple[int, ...], dtype: torch.dtype, group: Group, placed
     """
     rank = tuple(group["rank"]) if isinstance(group["rank"], list) else group["rank"]
     keys = rank, group["proj_type"], group["projector"], group["basis_codec"]
-    return _make_layout(shape, dtype, keys, (group["batch_dims"], group["tensor"], group["sparse"]), placed)
+    seen_as = group["batch_dims"], group["tensor"], group["sparse"], RECOVERIES[group["recovery"]].whole
+    return _make_layout(shape, dtype, keys, seen_as, placed)
 
 
 @lru_cache(maxsize=4096)
@@ -202,7 +216,7 @@ def _make_layout(
     shape: tuple[int, ...], dtype: torch.dtype, keys: tuple[Any, ...], seen_as: tuple[Any, ...], placed: Placed | None
 ) -> Layout:
     rank, proj_type, projector, codec = keys
-    batch_dims, tensor, sparse = seen_as
+    batch_dims, tensor, sparse, unshortened = seen_as
     if codec == "weight":
         codec = "bf16" if dtype.itemsize == 2 else "fp32"
     full = placed.shape if placed else shape
@@ -230,6 +244,8 @@ def _make_layout(
             "weights train at full rank"
         )
     resolved = fits(whole, rank, row.axes)
+    if resolved is None and scaled and unshortened:
+        resolved, projector, row = max(whole), "identity", PROJECTORS["identity"]
     cuts = () if placed is None or resolved is None else _cut_axes(placed, leading)
     axes = () if resolved is None else _free_axes(whole, proj_type, projector, cuts)
     found = {axis: row.fit(whole[axis], resolved) for axis in axes if resolved is not None}
@@ -289,11 +305,16 @@ def _free_axes(whole: tuple[int, ...], proj_type: str, projector: str, cuts: tup
     free = [axis for axis in (-2, -1) if axis not in shared]
     if not taken or wished == tuple(free):
         return wished
-    follows = row.axes is None and proj_type == "std"
+    follows = row.axes is None and (proj_type == "std" or projector == "identity")
     if free and follows:
         return tuple(free)
     if not free and len(wished) == 1 and row.axes is None and row.find is not None:
         return wished
+    if projector == "identity":
+        raise ValueError(
+            f"the rows and the columns of a parameter of shape {whole} are both shared among processes, and it is to be seen whole, with "
+            f"rank={FULL!r} or one that does not shorten it: give it a rank below {min(whole[-2:])}"
+        )
     name = {-2: "rows", -1: "columns"}
     what = f"projector={projector!r}" if row.axes or (follows and not free) else f"proj_type={proj_type!r}"
     cure = "a projector such as 'power'" + (f" and proj_type='std', which takes the {name[free[0]]} here" if free else " and one side")
@@ -304,12 +325,12 @@ def _free_axes(whole: tuple[int, ...], proj_type: str, projector: str, cuts: tup
     )
 
 
-def fits(view: tuple[int, ...], rank: int | float | None, axes: tuple[int, ...] | None = None) -> int | None:
-    """The rank in use: None when the group has none, for vectors, and where it is not smaller than the matrix.
+def fits(view: tuple[int, ...], rank: int | float | str | None, axes: tuple[int, ...] | None = None) -> int | None:
+    """The rank in use: None when the group has none or that of the matrix, for vectors, and where it is not smaller than the matrix.
 
     A fraction is one of the short side, or of the axes that a projector always takes.
     """
-    if rank is None or len(view) < 2:
+    if rank is None or isinstance(rank, str) or len(view) < 2:  # "full"
         return None
     short = min(view[axis] for axis in axes or (-2, -1))
     rank = max(1, int(rank * short)) if isinstance(rank, float) else rank
@@ -324,12 +345,15 @@ def projected_axes(view: tuple[int, ...], proj_type: str) -> tuple[int, ...]:
 
 
 def stored_moments(layout: Layout, group: Group, rule: Rule) -> tuple[tuple[StoredTensor, Moment], ...]:
-    """How each moment of the rule is stored.
+    """How each moment of the parameter's rule is stored.
 
-    Under ``min_8bit_size`` elements (of one matrix of a batch) int8 gives way to fp32: the bytes are few and the blocks too short.
+    Under ``min_8bit_size`` elements (of one matrix of a batch) codes give way to fp32: the bytes are few and the blocks too short. What
+    four bits are too few for has eight.
     """
+    rule = cast(Rule, rule_of(layout, rule))
     moments = tuple(rule.moments(layout.whole_low_shape, group).items())
-    return _stored_moments(layout, moments, group["state_codec"], group["min_8bit_size"])
+    codec = group["state_codec"] if rule.coarse or group["state_codec"] != "mulaw4" else "int8"
+    return _stored_moments(layout, moments, codec, group["min_8bit_size"])
 
 
 @lru_cache(maxsize=4096)
@@ -340,7 +364,7 @@ def _stored_moments(
     for name, moment in moments:
         shape, whole = moment.shape(layout.low_shape), moment.shape(layout.whole_low_shape)
         small = not shape or prod(whole[len(layout.batch) :]) < min_8bit_size
-        codec = "fp32" if small and state_codec == "int8" else state_codec
+        codec = "fp32" if small and state_codec in CODED else state_codec
         axis = layout.long_axis if len(shape) == len(layout.low_shape) else len(shape) - 1
         dtype = layout.compute_dtype
         if moment.kind == "second" and dtype.is_complex:  # |R|^2
@@ -364,14 +388,31 @@ def carried_moments(view: ParamView) -> dict[str, tuple[StoredTensor, Moment]]:
 
 
 def stored_error(layout: Layout, group: Group) -> StoredTensor | None:
-    """How the carry of a projected parameter is stored; None where there is none."""
-    carry = CARRIES[group["carry"]]
-    return carry.state_spec(layout.view, layout.dtype, layout.compute_dtype) if carry and layout.ranks else None
+    """How the carry of a projected parameter is stored; None where there is none.
+
+    Blocks of codes run along a projected axis, which is whole on every process; in a tensor along the longest. Under ``min_8bit_size``
+    elements (of one matrix of a batch) codes give way to fp32.
+    """
+    if group["carry"] is None or not layout.ranks:
+        return None
+    return _stored_error(layout, group["carry_codec"], group["min_8bit_size"])
+
+
+@lru_cache(maxsize=4096)
+def _stored_error(layout: Layout, codec: str, min_8bit_size: int) -> StoredTensor:
+    if codec == "weight":
+        codec = "bf16" if layout.dtype.itemsize == 2 else "fp32"
+    if codec in ("int8", "int4") and prod(layout.whole[len(layout.batch) :]) < min_8bit_size:
+        codec = "fp32"
+    axis = len(layout.view) + next(iter(layout.ranks))
+    if layout.is_tensor:
+        axis = layout.view.index(max(layout.view))
+    return StoredTensor("error", layout.view, codec, axis, compute_dtype=layout.compute_dtype)
 
 
 def state_spec(layout: Layout, group: Group, rule: AnyRule) -> dict[str, TensorSpec]:
     """Every state tensor of one parameter: key -> shape, dtype, first value. Two Python numbers, step and index, stand beside them."""
-    keys = group["gap_range"] and group["update_proj_gap"], group["recovery"], group["carry"]
+    keys = group["gap_range"] and group["update_proj_gap"], group["recovery"], stored_error(layout, group)
     if isinstance(rule, BaseRule):
         inside = layout.dtype if not layout.ranks else layout.compute_dtype
         inner = rule.spec(layout.one.low_shape, inside, group)
@@ -387,20 +428,18 @@ def _state_spec(layout: Layout, keys: tuple[Any, ...], moments: tuple[tuple[Stor
     return spec
 
 
-def _slots_spec(layout: Layout, first_gap: int | None, recovery: str, carry: str | None) -> dict[str, TensorSpec]:
+def _slots_spec(layout: Layout, first_gap: int | None, recovery: str, error: StoredTensor | None) -> dict[str, TensorSpec]:
     """The state of every slot but the rule's. ``first_gap``: steps to the first refreshes where the gap adapts, else None."""
     if not layout.ranks:
         return {}
     ready = TensorSpec(layout.batch, torch.bool, host=True)
     spec = {} if PROJECTORS[layout.projector].find is None else {"basis_ready": ready}
-    if first_gap:
+    if first_gap and PROJECTORS[layout.projector].find is not None:
         spec |= {"gap": TensorSpec((), torch.int64, first_gap, host=True), "gap_start": TensorSpec((), torch.int64, host=True)}
     for stored in layout.bases.values():
         spec |= stored.spec()
-    spec |= RECOVERIES[recovery].state_spec(layout.batch, layout.compute_dtype)
-    if error := stored_error(layout, {"carry": carry}):
-        spec |= error.spec()
-    return spec
+    spec |= RECOVERIES[recovery].state_spec(layout.view, tuple(layout.ranks), layout.compute_dtype)
+    return spec | error.spec() if error else spec
 
 
 def state_cuts(layout: Layout, group: Group, rule: AnyRule) -> dict[str, tuple[tuple[int, ...], dict[int, int]]]:

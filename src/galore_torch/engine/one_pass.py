@@ -27,9 +27,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     It does it where the group lets a step be compiled. grad: the layout's view; its basis is the one that this step uses.
     """
     weight, state, group, layout, rule = view.weight, view.state, view.group, view.layout, view.rule
-    native, reads = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].reads
-    residual = "moments" in reads
-    if native is None or rule is not RULES["adam"] or (reads and not residual) or not weight.numel():
+    native, residual = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].means
+    if native is None or residual is None or rule is not RULES["adam"] or not weight.numel():
         return False
     if group["carry"] or group["state_codec"] != "fp32" or isinstance(group["lr"], Tensor):
         return False
@@ -59,7 +58,7 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     return True
 
 
-def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numbers: tuple[float, ...], residual: bool) -> bool:
+def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numbers: tuple[float, ...], residual: int) -> bool:
     """`means_pass`, compiled. Whether the gradient is finite, where the host may look; else True, and the pass itself sees to it."""
     is_finite = finite(grad)
     if readable(grad) and not bool(is_finite):
@@ -69,8 +68,8 @@ def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numb
     return True
 
 
-def means_pass(residual: bool, weight: Tensor, grad: Tensor, moments: Any, numbers: Any) -> None:
-    """One step of Adam on the means of neighbours, in place; with the ``residual`` of G in both moments, FOAM's (arXiv 2512.07112).
+def means_pass(residual: int, weight: Tensor, grad: Tensor, moments: Any, numbers: Any) -> None:
+    """One step of Adam on the means of neighbours, in place; ``residual``: what of G is used beside them, as `ops.native.block_means` says.
 
     weight, grad (... x m x n), moments m and v (... x r x c). numbers: those of `AdamStep`, and whether G is finite, 0-d, or
     None where it is.
@@ -84,9 +83,10 @@ def means_pass(residual: bool, weight: Tensor, grad: Tensor, moments: Any, numbe
 
     G, W, (m, v) = blocks(grad) * sign, blocks(weight), (blocks(each) for each in moments)
     mean = G.mean((-3, -1), keepdim=True)
-    new_m, new_v = m + new1 * (mean - m), v + new2 * (mean.square() - v)
     rest = G - mean if residual else torch.zeros_like(mean)
-    update = size * (new_m + rest) / ((new_v + rest.square()).sqrt() + eps)
+    own, shared = (rest.square(), 0.0) if residual == 1 else (0.0, rest.square().mean((-3, -1), keepdim=True))
+    new_m, new_v = m + new1 * (mean - m), v + new2 * (mean.square() + shared - v)
+    update = size * (new_m + rest) / ((new_v + own).sqrt() + eps)
     if is_finite is not None:
         new_m, new_v, update = torch.where(is_finite, new_m, m), torch.where(is_finite, new_v, v), torch.where(is_finite, update, 0.0)
     m.copy_(new_m)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import only_if
-from galore_torch.engine.layout import Group, ParamView, State, carried_moments
+from galore_torch.engine.layout import Group, ParamView, State, bases_of, carried_moments
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.codecs import StoredTensor
 from galore_torch.ops.linalg import measured, readable
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import ShardedMatrix
+from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
-from galore_torch.slots.rules import Moment
+from galore_torch.slots.rules import Moment, Rule
 from galore_torch.slots.sparse_tucker import SET, modes
 from galore_torch.slots.transport import TRANSPORTS
 
@@ -70,7 +73,8 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         grad = _together(view, grad)
     if not isinstance(grad, Tensor) and view.projector.whole:
         grad = grad.dense()
-    is_usable, grad = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
+    is_usable, scaled = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
+    grad = grad if view.projector.follows else scaled  # a moment that is added to it is not scaled
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -122,33 +126,73 @@ def _renew(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, can: Ten
         grad = torch.where(can.view(*layout.batch, 1, 1), grad, 0.0) if isinstance(grad, Tensor) else grad.where(can)
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
-    assert view.projector.find is not None
-    found = view.projector.find(grad.to(layout.compute_dtype), layout.ranks, old, seed)
+    find, overlap = view.projector.find, view.projector.overlap
+    random_from = view.group["random_after"]
+    if random_from is not None and state["step"] >= random_from:
+        find = PROJECTORS["random"].find
+    assert find is not None
+    exact = grad.to(layout.compute_dtype)
+    if view.projector.follows:
+        exact = exact if old is None else _first_moment(view, exact)
+        exact = measured(exact, len(layout.batch))[1] if isinstance(exact, Tensor | ShardedMatrix) else exact.measured()[1]
+    found = find(exact, layout.ranks, old, seed)
+    del exact  # a copy of the whole gradient, where that is of 16 bits
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one
         total = basis.flatten(len(layout.batch)).sum(-1)
         can &= (total - total) == 0
     moments = carried_moments(view) if state["step"] else {}
     stored = (*layout.bases.values(), *(stored for stored, _ in moments.values()))
     with only_if(True if readable(grad) and bool(can.all()) else can, [state[key] for tensor in stored for key in tensor.keys]):
-        C = view.projector.overlap(found, _decoded(view) if old is None else old)
+        C = overlap(found, _decoded(view) if old is None else old) if overlap else {}
         for axis, one in layout.bases.items():
             one.encode(state, found[axis], None)
         _transport(view, C, moments)
     return C
 
 
+def _first_moment(view: ParamView, grad: Any) -> Any:
+    """b G + a P M in full size: the first moment M that this gradient is about to make (`Rule.blend`), in the basis P in use."""
+    _, kept, new = blend_of(view)
+    sign = -1.0 if view.group["maximize"] else 1.0
+    here = (grad.local if isinstance(grad, ShardedMatrix) else grad) * (sign * new)
+    add_momentum(view, here, kept)
+    return replace(grad, local=here) if isinstance(grad, ShardedMatrix) else here
+
+
+def add_momentum(view: ParamView, full: Tensor, factor: float) -> Tensor:
+    """full <- full + factor P M, in place, with the first moment M; full has the view's shape."""
+    view.projector.project_back(WeightUpdate(full, -factor), moments_of(view)[blend_of(view)[0]], bases_of(view))
+    return full
+
+
+def blend_of(view: ParamView) -> tuple[str, float, float]:
+    """(name, a, b) of the rule's first moment, M <- a M + b R."""
+    assert isinstance(view.rule, Rule)
+    assert view.rule.blend is not None
+    return view.rule.blend(view.group)
+
+
 def _decoded(view: ParamView) -> Bases:
     return {axis: stored.decode(view.state) for axis, stored in view.layout.bases.items()}
 
 
-class _Values(Mapping[str, Tensor]):
-    """Moments by name, each decoded when it is looked up: no two in full unless a transport asks for them."""
+class _Values(MutableMapping[str, Tensor]):
+    """Moments by name, each decoded when it is looked up and stored when it is set: no two in full unless somebody asks for them.
 
-    def __init__(self, state: State, stored: Mapping[str, StoredTensor]):
-        self.state, self.stored = state, stored
+    ``seed`` starts the random streams of what is set.
+    """
+
+    def __init__(self, state: State, stored: Mapping[str, StoredTensor], seed: int):
+        self.state, self.stored, self.seeds = state, stored, itertools.count(seed)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.stored[name].decode(self.state)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.stored[name].encode(self.state, value, next(self.seeds))
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a parameter keeps its moments")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -157,29 +201,30 @@ class _Values(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def moments_of(view: ParamView) -> Mapping[str, Tensor]:
-    """The moments that a projection changes, by name, each decoded when it is looked up."""
-    return _Values(view.state, {name: stored for name, (stored, _) in carried_moments(view).items()})
+def moments_of(view: ParamView) -> MutableMapping[str, Tensor]:
+    """The moments that a projection changes, by name, each decoded when it is looked up and stored when it is set."""
+    stored = {name: stored for name, (stored, _) in carried_moments(view).items()}
+    return _Values(view.state, stored, view.state["step"] * STREAMS + STREAMS - 128)
 
 
 def _transport(view: ParamView, C: Overlaps, moments: Mapping[str, tuple[StoredTensor, Moment]]) -> None:
     stored = {name: pair[0] for name, pair in moments.items()}
     kinds = {name: pair[1] for name, pair in moments.items()}
-    seed = view.state["step"] * STREAMS + STREAMS - 64
-    for i, (name, value) in enumerate(_moved(view, C, _Values(view.state, stored), kinds)):
-        stored[name].encode(view.state, value, seed + i)
+    values = _Values(view.state, stored, view.state["step"] * STREAMS + STREAMS - 64)
+    for name, value in _moved(view, C, values, kinds):
+        values[name] = value
 
 
 def _moved(view: ParamView, C: Overlaps, values: Mapping[str, Tensor], kinds: Mapping[str, Moment]) -> Iterator[tuple[str, Tensor]]:
     """What the transport makes of the moments, by name; where R has single elements too, of both parts."""
-    apply, shape = TRANSPORTS[view.group["transport"]].apply, view.layout.core_shape
+    apply, shape, step = TRANSPORTS[view.group["transport"]].apply, view.layout.core_shape, view.state["step"]
     if not view.projector.elements:
-        yield from apply(C, values, kinds, view.group)
+        yield from apply(C, values, kinds, view.group, step)
         return
     core = {name: value[: prod(shape)].view(shape) for name, value in values.items()}
     elements = {name: value[prod(shape) :] for name, value in values.items()}
-    on_core = apply(modes(C), core, kinds, view.group)
-    for (name, value), (_, beside) in zip(on_core, apply({SET: C[SET]}, elements, kinds, view.group), strict=True):
+    on_core = apply(modes(C), core, kinds, view.group, step)
+    for (name, value), (_, beside) in zip(on_core, apply({SET: C[SET]}, elements, kinds, view.group, step), strict=True):
         yield name, torch.cat([value.reshape(-1), beside])
 
 

@@ -7,8 +7,9 @@ The engine allocates nothing that lasts (layout.state_spec sizes the state) and 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine import fused
-from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, state_spec, stored_error, stored_moments
+from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, bases_of, state_spec, stored_error, stored_moments
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.one_pass import in_one_pass
-from galore_torch.engine.refresh import STREAMS, Gradient, moments_of, refresh, refresh_is_due
+from galore_torch.engine.refresh import STREAMS, Gradient, add_momentum, blend_of, moments_of, refresh, refresh_is_due
 from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
-from galore_torch.engine.whole_rules import all_hold, whole_rule
+from galore_torch.engine.whole_rules import all_hold, of_whole, whole_rule
 from galore_torch.ops import write
 from galore_torch.ops.linalg import all_finite, finite
 from galore_torch.ops.outer import OuterProduct
+from galore_torch.ops.sharded import Part
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import Bases
@@ -53,19 +55,28 @@ def step(view: ParamView, grad: Tensor) -> None:
     grad = _as_view(grad, view.layout)
     if carry and error:
         grad = carry.add(grad, error.decode(view.state))
+    lost = None
     if refresh_is_due(view.state, view.group):
+        if carry and carry.momentum and view.state["step"]:
+            lost = add_momentum(view, torch.zeros_like(grad, dtype=view.layout.compute_dtype), 1.0)
         refresh(view, grad)
+        if lost is not None:
+            add_momentum(view, lost, -1.0)
     if in_one_pass(view, grad):
         return
     part = _own_rows(view)
     low = project(view, grad) if part is None else grad[part]  # rows that are only read are not copied
     apply(view, low, grad)
-    if carry and error:
-        is_finite = all_finite(grad)
-        if is_finite is not False:
-            kept = carry.keep(grad, low, partial(project_back, bases=bases_of(view), view=view))
-            with fused.only_if(is_finite, [view.state[key] for key in error.keys]):
-                error.encode(view.state, kept, view.state["step"] * STREAMS + STREAMS - 65)
+    if not (carry and error):
+        return
+    is_finite = all_finite(grad)
+    if is_finite is not False:
+        kept = carry.keep(grad, low, partial(project_back, bases=bases_of(view), view=view))
+        if lost is not None:
+            _, old, new = blend_of(view)
+            kept.add_(lost, alpha=(-1.0 if view.group["maximize"] else 1.0) * old / new)
+        with fused.only_if(is_finite, [view.state[key] for key in error.keys]):
+            error.encode(view.state, kept, view.state["step"] * STREAMS + STREAMS - 65)
 
 
 def compress(view: ParamView, grad: Gradient, first: bool = True) -> Tensor:
@@ -139,13 +150,6 @@ def _as_view(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor if tensor.shape == layout.view else tensor.reshape(layout.view)
 
 
-def bases_of(view: ParamView) -> Bases:
-    """The bases as they are for products with the part of the matrix that is here."""
-    bases = {axis: stored.read(view.state) for axis, stored in view.layout.bases.items()}
-    parts = {axis: view.part(axis) for axis in bases} if view.place else {}
-    return bases | {axis: part.of(bases[axis], -2) for axis, part in parts.items() if part}
-
-
 def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
     """One step of the rule on ``low`` (what `compress` returned) and of the weight, in place.
 
@@ -179,12 +183,19 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
     # NaN or Inf in G reaches R, whatever the basis; of means, whose elements may cancel, G itself is asked where it is there.
     is_finite = all_finite(low if grad is None or not (view.layout.ranks and view.projector.averages) else grad)
-    if view.place and isinstance(view.rule, Rule) and not view.rule.elementwise:  # shards that are seen as one are skipped as one
+    if view.place and _is_seen_whole(view):  # its shards are skipped as one
         is_finite = all_hold(view, is_finite, low)
     if isinstance(view.rule, BaseRule):
         _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:
         _apply_rule(view, low, is_finite, grad, view.rule)
+
+
+def _is_seen_whole(view: ParamView) -> bool:
+    """Whether its step looks at the whole of a matrix, of which processes hold parts."""
+    if not isinstance(view.rule, Rule):
+        return False
+    return not view.rule.elementwise or (bool(view.layout.ranks) and RECOVERIES[view.group["recovery"]].whole)
 
 
 def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Tensor | None, rule: Rule) -> None:
@@ -211,12 +222,12 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
     recovery = RECOVERIES[group["recovery"]]
     update = torch.empty_like(low) if grad is None or recovery.reads or group["carry"] else low
     fused.step(region, inputs, fuse, update)
-    if "moments" not in recovery.reads and (isinstance(late, Tensor) or recovery.reads):  # a row that reads moments makes its own update
+    if not recovery.remakes and (isinstance(late, Tensor) or recovery.reads):
         update.mul_(late)
     else:
         scale = scale * late
     seed = next(inputs.seeds) if seed is not None else None
-    seen = Known(low, grad, lr, is_finite, inputs.numbers)
+    seen = Known(low, grad, lr if recovery.remakes else lr * late, is_finite, inputs.numbers)
     _recover(view, WeightUpdate(weight, scale, decay_factor, seed), update, seen)
 
 
@@ -251,16 +262,26 @@ def _recover(view: ParamView, change: WeightUpdate, update: Tensor, known: Known
         raise ValueError(f"recovery={group['recovery']!r} reads the full gradient, which is not kept here: see engine.recipe.check_kept")
     compiled = not write.fits_gemm(view.weight) and fused.fuses(view.weight, view.weight.numel(), group, view.state["step"])
     subtract = fused.subtract if compiled else write.subtract
-    back = partial(project_back, bases=bases_of(view), view=view)
+    bases = cache(partial(bases_of, view))  # decoded where they are asked for, once
+
+    def back(change: WeightUpdate, low: Tensor) -> None:
+        project_back(change, low, bases(), view)
+
     read = (low if "low" in recovery.reads else None), (grad if "grad" in recovery.reads else None)
     with write.viewed(view.weight, layout.view) as matrix:
         change = WeightUpdate(matrix, change.scale, change.decay_factor, change.seed, subtract)
-        seen = Seen(back, tuple(layout.ranks), *read, lr, view.state, -1.0 if group["maximize"] else 1.0)
+        sign = -1.0 if group["maximize"] else 1.0
+        seen = Seen(back, tuple(layout.ranks), layout.whole, *read, lr, view.state, sign, numbers=numbers, is_finite=is_finite)
         if parts := view.parts:
-            seen = replace(seen, total=lambda tensor: reduce(lambda sum, part: part.total(sum), parts, tensor))
+            along = [part for axis in layout.ranks if (part := view.part(axis))]
+            seen = replace(seen, total=partial(_added_up, parts), along=partial(_added_up, along), of_whole=partial(of_whole, view))
         if "moments" in recovery.reads:
-            seen = replace(seen, moments=moments_of(view), numbers=numbers, is_finite=is_finite)
+            seen = replace(seen, moments=moments_of(view))
         recovery.apply(change, update, seen)
+
+
+def _added_up(parts: Sequence[Part], tensor: Tensor) -> Tensor:
+    return reduce(lambda sum, part: part.total(sum), parts, tensor)
 
 
 def _apply_base(view: ParamView, low: Tensor, rule: BaseRule) -> None:

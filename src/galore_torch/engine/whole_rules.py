@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from galore_torch.engine.layout import AnyRule, Cut, Group, Layout, ParamView
 from galore_torch.ops.linalg import readable
+from galore_torch.ops.sharded import ShardedMatrix
 from galore_torch.slots.rules import Moments, Numbers, Rule
 from galore_torch.slots.torch_rule import BaseRule
 
@@ -24,6 +26,11 @@ def check_shared(layout: Layout, group: Group, rule: AnyRule) -> None:
             f"base={rule.base.__name__} looks at whole matrices, and a parameter of shape {layout.whole} is cut between "
             f"{math.prod(cut.ways for cut in layout.cuts)} processes: use a class whose elements move by themselves, such as "
             "torch.optim.AdamW, or one of this package, such as GaLoreAdafactor"
+        )
+    if group["carry"] and group["carry_codec"] in ("int8", "int4") and any(layout.cut(axis) for axis in layout.ranks):
+        raise ValueError(
+            f"carry_codec={group['carry_codec']!r} has blocks along the projected side, which processes share in a parameter of shape "
+            f"{layout.whole} that is cut along both: use carry_codec='bf16'"
         )
     if layout.batch and layout.cut(0) and group["gap_range"] is not None:
         raise ValueError(
@@ -62,6 +69,14 @@ def _whole(view: ParamView, local: Tensor, shape: tuple[int, ...], cuts: tuple[C
     """A DTensor of ``shape`` around what is here of a tensor, which is cut at its axes."""
     assert view.place is not None
     return view.place.wrap(local, shape, {cut.dim: cut.axis for cut in cuts})
+
+
+def of_whole(view: ParamView, function: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+    """This process' part of the function of a whole matrix, of which it holds ``part``: every process makes all of it."""
+    rows, columns = view.part(-2), view.part(-1)
+    found = function(ShardedMatrix(part, rows, columns).dense())
+    found = rows.of(found, -2) if rows else found
+    return columns.of(found, -1) if columns else found
 
 
 def all_hold(view: ParamView, condition: Tensor | bool, like: Tensor) -> Tensor | bool:

@@ -1,5 +1,6 @@
-// Adam on the means of neighbours in one fp32 matrix; with the residual, FOAM's step (arXiv 2512.07112), what the means leave of G is put
-// into both moments. The plain road, slots/recovery.py, is its oracle. G is read twice, once to see that it is finite; W and the moments are moved once.
+// Adam on the means of neighbours in one fp32 matrix, alone or with what the means leave of G: in both moments (FOAM, arXiv 2512.07112), or in
+// the first one, with one denominator a block. The plain road, slots/recovery.py, is its oracle. G is read twice, once to see that it is
+// finite; W and the moments are moved once.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +14,8 @@
 #endif
 
 namespace {
+
+enum Residual { NONE, IN_BOTH, IN_FIRST };
 
 constexpr int64_t CHUNK = 512;  // elements of a row's blocks worked on at a time: with their moments in full they stay in the L1 cache
 
@@ -95,6 +98,34 @@ inline float squares(const float* __restrict x, int64_t n) {
   return total;
 }
 
+// to[k] = factor times the sum over j of from[j n + k] squared
+template <int B>
+inline void mean_squares_of_rows(float* __restrict to, const float* __restrict from, int64_t n, float factor) {
+  for (int64_t k = 0; k < n; ++k) {
+    float sum = 0;
+    for (int j = 0; j < B; ++j) sum += from[j * n + k] * from[j * n + k];
+    to[k] = sum * factor;
+  }
+}
+
+inline void squared(float* __restrict to, const float* __restrict from, int64_t n) { for (int64_t i = 0; i < n; ++i) to[i] = from[i] * from[i]; }
+
+// mean becomes m - mean, and square, the mean square of a block, what its update is divided by, over the step size
+inline void move_block_moments(float* __restrict m, float* __restrict v, float* __restrict mean, float* __restrict square, int64_t n, Step s) {
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] += s.new1 * (mean[i] - m[i]);
+    v[i] += s.new2 * (square[i] - v[i]);
+    mean[i] = m[i] - mean[i];
+    square[i] = s.size / (std::sqrt(v[i]) + s.eps);
+  }
+}
+
+// shift and factor in full size
+inline void move_weight_by_blocks(float* __restrict w, const float* __restrict g, const float* __restrict shift, const float* __restrict factor,
+                                  int64_t n, Step s) {
+  for (int64_t i = 0; i < n; ++i) w[i] = s.decay * w[i] - factor[i] * (s.sign * g[i] + shift[i]);
+}
+
 inline void move_moments(float* __restrict m, float* __restrict v, const float* __restrict mean, int64_t n, Step s) {
   for (int64_t i = 0; i < n; ++i) {
     m[i] += s.new1 * (mean[i] - m[i]);
@@ -120,9 +151,9 @@ inline void updates_of_means(float* __restrict to, const float* __restrict m, co
   for (int64_t i = 0; i < n; ++i) to[i] = s.size * m[i] / (std::sqrt(v[i]) + s.eps);
 }
 
-struct Matrix { float *w; const float* g; float *m, *v, *means; int64_t rows, columns; };  // rows and columns of the means
+struct Matrix { float *w; const float* g; float *m, *v, *means, *squares; int64_t rows, columns; };  // rows and columns of the means
 
-template <int B, bool RESIDUAL>
+template <int B, int RESIDUAL>
 bool neighbours_in_a_row(Matrix a, Step s, int threads) {
   const int64_t count = a.rows * a.columns, part = CHUNK / B, parts = (count + part - 1) / part;
   float total = 0;
@@ -135,8 +166,19 @@ bool neighbours_in_a_row(Matrix a, Step s, int threads) {
     const int64_t at = p * part, n = std::min(part, count - at);
     sums_in_row<B>(mean, a.g + at * B, n);
     scaled(mean, n, s.sign / B);
+    if constexpr (RESIDUAL == IN_FIRST) {
+      float square[CHUNK / B];
+      squared(v_in_full, a.g + at * B, n * B);
+      sums_in_row<B>(square, v_in_full, n);
+      scaled(square, n, 1.0f / B);
+      move_block_moments(a.m + at, a.v + at, mean, square, n, s);
+      spread<B>(mean_in_full, mean, n);
+      spread<B>(v_in_full, square, n);
+      move_weight_by_blocks(a.w + at * B, a.g + at * B, mean_in_full, v_in_full, n * B, s);
+      continue;
+    }
     move_moments(a.m + at, a.v + at, mean, n, s);
-    if constexpr (!RESIDUAL) {
+    if constexpr (RESIDUAL == NONE) {
       updates_of_means(mean, a.m + at, a.v + at, n, s);
       spread<B>(mean_in_full, mean, n);
       move_weight_by_means(a.w + at * B, mean_in_full, n * B, s);
@@ -150,7 +192,7 @@ bool neighbours_in_a_row(Matrix a, Step s, int threads) {
   return true;
 }
 
-template <int B, bool RESIDUAL>
+template <int B, int RESIDUAL>
 bool neighbours_in_a_column(Matrix a, Step s, int threads) {
   const int64_t n = a.columns;
   float total = 0;
@@ -163,8 +205,15 @@ bool neighbours_in_a_column(Matrix a, Step s, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < a.rows; ++i) {
     float *m = a.m + i * n, *v = a.v + i * n;
+    if constexpr (RESIDUAL == IN_FIRST) {
+      float* square = a.squares + i * n;
+      mean_squares_of_rows<B>(square, a.g + i * B * n, n, 1.0f / B);
+      move_block_moments(m, v, a.means + i * n, square, n, s);
+      for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight_by_blocks(a.w + row * n, a.g + row * n, a.means + i * n, square, n, s);
+      continue;
+    }
     move_moments(m, v, a.means + i * n, n, s);
-    if constexpr (!RESIDUAL) {
+    if constexpr (RESIDUAL == NONE) {
       updates_of_means(a.means + i * n, m, v, n, s);
       for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight_by_means(a.w + row * n, a.means + i * n, n, s);
       continue;
@@ -176,17 +225,21 @@ bool neighbours_in_a_column(Matrix a, Step s, int threads) {
 
 }  // namespace
 
-// One step, in place, on w (rows tall x columns wide) with g; m, v and the scratch `means` are rows x columns. One of tall and wide is 1.
+// One step, in place, on w (rows tall x columns wide) with g; m and v are rows x columns, the scratch `means` twice that (once but for
+// IN_FIRST). One of tall and wide is 1.
 // 1: done; 0: g is not finite, and nothing was changed; -1: no code for these blocks.
 extern "C" int galore_block_means(float* w, const float* g, float* m, float* v, float* means, int64_t rows, int64_t columns, int64_t tall,
                                   int64_t wide, float new1, float new2, float size, float eps, float decay, float sign, int residual,
                                   int threads) {
-  const Matrix a{w, g, m, v, means, rows, columns};
+  const Matrix a{w, g, m, v, means, means + rows * columns, rows, columns};
   const Step s{new1, new2, size, eps, decay, sign};
-#define BLOCKS(B)                                                                                                                \
-  if (wide == B && tall == 1) return residual ? neighbours_in_a_row<B, true>(a, s, threads) : neighbours_in_a_row<B, false>(a, s, threads); \
-  if (tall == B && wide == 1)                                                                                                    \
-    return residual ? neighbours_in_a_column<B, true>(a, s, threads) : neighbours_in_a_column<B, false>(a, s, threads);
-  BLOCKS(2) BLOCKS(4) BLOCKS(8) BLOCKS(16) BLOCKS(32)
+#define BLOCKS(B, RESIDUAL)                                                                      \
+  if (wide == B && tall == 1) return neighbours_in_a_row<B, RESIDUAL>(a, s, threads);             \
+  if (tall == B && wide == 1) return neighbours_in_a_column<B, RESIDUAL>(a, s, threads);
+#define RESIDUALS(B)                                                                             \
+  if (residual == NONE) { BLOCKS(B, NONE) }                                                       \
+  if (residual == IN_BOTH) { BLOCKS(B, IN_BOTH) }                                                 \
+  if (residual == IN_FIRST) { BLOCKS(B, IN_FIRST) }
+  RESIDUALS(2) RESIDUALS(4) RESIDUALS(8) RESIDUALS(16) RESIDUALS(32)
   return -1;
 }

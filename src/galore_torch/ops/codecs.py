@@ -5,6 +5,7 @@ imaginary parts, as two tensors side by side:
     fp32   the value itself (fp64 for fp64 parameters)
     bf16   2 bytes an element, stochastically rounded so that small changes survive on average
     int8   1 byte an element and one fp32 scale a block: the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861)
+    mulaw4 half a byte an element and one fp32 scale a shorter block: 16 levels of a mu-law, for a momentum
     int4   half a byte an element, and a bf16 scale and offset a block: 16 even steps (Q-GaLore, arXiv 2407.08296), for bases
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from galore_torch.ops import affine
 from galore_torch.ops.chunks import chunk_elements, parts
+from galore_torch.ops.levels import code_table, levels, look_up, mulaw_codes, mulaw_levels, nearest_codes, zero_code
 from galore_torch.ops.linalg import as_real
 
 Seed = int | tuple[Tensor, Tensor]  # of stochastic rounding: a number, or the `noise` that it makes
 BLOCK = 256  # elements that share one scale (arXiv 2110.02861 used 2048; bitsandbytes and Q-GaLore use 256)
+CODED = ("int8", "mulaw4")  # codecs of moments that are codes of levels, with a scale for each block
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that int8 blocks run along.
+    """How one value of ``shape`` is stored: the state key, the codec, and the axis (from 0) that blocks of codes run along.
 
     The axis is the long one, so that a block stays inside one singular direction. ``signed`` is False for second moments;
     ``compute_dtype`` is the arithmetic dtype (fp32 or fp64, or complex); ``fill`` >= 0 is the first value. ``unit``: elements that share
@@ -67,7 +70,7 @@ class StoredTensor:
     @property
     def block(self) -> int:
         """Elements of ``axis`` that share one scale."""
-        return self.unit or block_length(self.shape[self.axis])
+        return self.unit or (short_block if self.codec == "mulaw4" else block_length)(self.shape[self.axis])
 
     @cached_property
     def pair(self) -> StoredTensor | None:
@@ -79,14 +82,14 @@ class StoredTensor:
     @property
     def keys(self) -> tuple[str, ...]:
         """The state keys of the storage tensors."""
-        suffixes = {"int8": ("_codes", "_scale"), "int4": ("_codes", "_scale", "_offset")}.get(self.codec, ("",))
+        suffixes = {**dict.fromkeys(CODED, ("_codes", "_scale")), "int4": ("_codes", "_scale", "_offset")}.get(self.codec, ("",))
         return tuple(self.name + suffix for suffix in suffixes)
 
     def spec(self) -> dict[str, TensorSpec]:
         """The storage tensors: the one place where their sizes are written."""
         if self.pair:
             return self.pair.spec()
-        if self.codec not in ("int8", "int4"):
+        if self.codec not in (*CODED, "int4"):
             return {self.name: TensorSpec(self.shape, self.compute_dtype if self.codec == "fp32" else torch.bfloat16, self.fill)}
         blocks = -(-self.shape[self.axis] // self.block)
         scale_shape = (*self.shape[: self.axis], blocks, *self.shape[self.axis + 1 :])
@@ -98,27 +101,50 @@ class StoredTensor:
                 f"{self.name}_scale": TensorSpec(scale_shape, torch.bfloat16),
                 f"{self.name}_offset": TensorSpec(scale_shape, torch.bfloat16),
             }
-        code = 255 if self.fill else zero_code(self.signed)
+        code = 0 if self.codec == "mulaw4" else 255 if self.fill else zero_code(self.signed)
         return {
-            f"{self.name}_codes": TensorSpec(self.shape, torch.uint8, float(code)),
+            f"{self.name}_codes": TensorSpec(self._packed(blocks), torch.uint8, float(code)),
             f"{self.name}_scale": TensorSpec(scale_shape, torch.float32, self.fill),
         }
 
+    def _packed(self, blocks: int) -> tuple[int, ...]:
+        """Shape of the codes: in four bits, two to a byte within each block."""
+        if self.codec != "mulaw4":
+            return self.shape
+        assert self.signed
+        assert not self.fill
+        return (*self.shape[: self.axis], blocks * -(-self.block // 2), *self.shape[self.axis + 1 :])
+
+    def fits(self, codes: Tensor) -> bool:
+        """Whether these may be codes of this value, in blocks of some length."""
+        others = [axis for axis in range(len(self.shape)) if axis != self.axis or self.codec == "int8"]
+        return codes.dim() == len(self.shape) and all(codes.shape[axis] == self.shape[axis] for axis in others)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether `rows` works: not where pairs of codes run along the first axis and the last block is not full."""
+        return self.codec != "int4" and not (self.codec == "mulaw4" and self.axis == 0 and bool(self.shape[0] % self.block))
+
     def rows(self, state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        """Views of the storage tensors at some indices of the first axis; int8 blocks along it must not be cut. Not for int4."""
-        assert self.codec != "int4"
-        if self.codec != "int8":
+        """Views of the storage tensors at some indices of the first axis; blocks of codes along it must not be cut."""
+        assert self.has_rows
+        if self.codec not in CODED:
             return {self.name: state[self.name][rows]}
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
         if self.axis > 0:
             return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[rows]}
         assert rows.start % self.block == 0
         blocks = slice(rows.start // self.block, -(-rows.stop // self.block))
+        if self.codec == "mulaw4":
+            half = -(-self.block // 2)
+            rows = slice(blocks.start * half, blocks.stop * half)
         return {f"{self.name}_codes": codes[rows], f"{self.name}_scale": scale[blocks]}
 
     def tables(self, device: torch.device) -> tuple[Tensor, ...]:
-        """What `decode` and `encode` look up, on ``device``: for int8 the levels and their codes, else nothing."""
-        return (levels(self.signed, device), _code_table(self.signed, device)) if self.codec == "int8" else ()
+        """What `decode` and `encode` look up, on ``device``: for codes the levels and a table of their codes, else nothing."""
+        if self.codec == "mulaw4":
+            return mulaw_levels(device), mulaw_codes(device)
+        return (levels(self.signed, device), code_table(self.signed, device)) if self.codec == "int8" else ()
 
     def decode(self, state: Mapping[str, Tensor], tables: tuple[Tensor, ...] | None = None) -> Tensor:
         """The real value. For fp32 it is the stored tensor itself; every change ends with `encode`.
@@ -129,15 +155,17 @@ class StoredTensor:
             return torch.view_as_complex(self.pair.decode(state, tables).contiguous())
         if self.codec == "int4":
             return self._decode4(*(state[key] for key in self.keys))
-        if self.codec != "int8":
+        if self.codec not in CODED:
             return state[self.name].to(self.compute_dtype)
         if not prod(self.shape):  # an empty shard
             return state[f"{self.name}_codes"].to(self.compute_dtype)
         codes, scale = state[f"{self.name}_codes"], state[f"{self.name}_scale"]
-        table = (self.tables(codes.device) if tables is None else tables)[0]
-        blocks = _blocked(_look_up(table, codes.int()), self.axis, self.block)
+        table, length = (self.tables(codes.device) if tables is None else tables)[0], codes.shape[self.axis]
+        if self.codec == "mulaw4":  # maybe of some `rows`, of whole blocks
+            codes, length = self._unpacked(codes), min(self.shape[self.axis], scale.shape[self.axis] * self.block)
+        blocks = _blocked(look_up(table, codes.int()), self.axis, self.block)
         blocks = blocks.mul_(scale.unsqueeze(self.axis + 1))
-        return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, codes.shape[self.axis]).to(self.compute_dtype)
+        return blocks.flatten(self.axis, self.axis + 1).narrow(self.axis, 0, length).to(self.compute_dtype)
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """The value for one product, which converts it anyway: as `decode`, but bf16 stays what it is."""
@@ -150,12 +178,15 @@ class StoredTensor:
         if self.pair:
             self.pair.encode(state, as_real(value), seed, tables)
             return
-        if self.codec == "int8":
+        if self.codec in CODED:
             blocks = _blocked(value.float(), self.axis, self.block)
             scale = blocks.abs().amax(self.axis + 1)
             normed = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(self.axis + 1)
-            codes = nearest_codes(normed, self.signed, None if tables is None else tables[1]).flatten(self.axis, self.axis + 1)
-            state[f"{self.name}_codes"].copy_(codes.narrow(self.axis, 0, value.shape[self.axis]))
+            codes = nearest_codes(normed, (self.tables(value.device) if tables is None else tables)[1])
+            if self.codec == "mulaw4":
+                codes = self._pairs(codes)
+            codes = codes.flatten(self.axis, self.axis + 1)
+            state[f"{self.name}_codes"].copy_(codes if self.codec == "mulaw4" else codes.narrow(self.axis, 0, value.shape[self.axis]))
             state[f"{self.name}_scale"].copy_(scale)
         elif self.codec == "int4":
             for key, tensor in zip(self.keys, self._encode4(value.float()), strict=True):
@@ -165,13 +196,25 @@ class StoredTensor:
         elif value is not state[self.name]:
             state[self.name].copy_(value)
 
+    def _pairs(self, codes: Tensor) -> Tensor:
+        """Codes of four bits (..., blocks, block, ...) as bytes: the first half of a block in the low bits, the second in the high ones."""
+        axis = self.axis + 1
+        halves = _blocked(codes, axis, -(-codes.shape[axis] // 2))  # (..., blocks, 2, half, ...)
+        return halves.select(axis, 0) | (halves.select(axis, halves.shape[axis] - 1) << 4)
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        """Codes of whole blocks along the axis, from bytes."""
+        pairs = packed.unflatten(self.axis, (-1, -(-self.block // 2)))
+        codes = torch.cat([pairs & 15, pairs >> 4], dim=self.axis + 1).narrow(self.axis + 1, 0, self.block)
+        return codes.flatten(self.axis, self.axis + 1)
+
     def in_own_blocks(self, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """int8 codes and scales of the same value in blocks of another length: exact where those hold a whole number of ours.
+        """Codes and scales of the same value in blocks of another length: exact where those hold a whole number of ours.
 
         Raises ValueError for a number of blocks that no world makes.
         """
         length, axis, blocks = self.shape[self.axis], self.axis, scale.shape[self.axis]
-        lengths = (block_length(length), *(shard_block(length, ways) for ways in range(1, 1 + WORLDS)))
+        lengths = (replace(self, unit=0).block, *(shard_block(length, ways) for ways in range(1, 1 + WORLDS)))
         there = next((size for size in lengths if -(-length // size) == blocks), None)
         if there is None:
             raise ValueError(
@@ -181,6 +224,9 @@ class StoredTensor:
         keys = f"{self.name}_codes", f"{self.name}_scale"
         if there % self.block == 0:
             finer = scale.repeat_interleave(there // self.block, axis).narrow(axis, 0, -(-length // self.block))
+            if self.codec == "mulaw4":
+                plain = replace(self, unit=there)._unpacked(codes).narrow(axis, 0, length)
+                codes = self._pairs(_blocked(plain, axis, self.block)).flatten(axis, axis + 1)
             return dict(zip(keys, (codes, finer), strict=True))
         out = {key: spec.allocate(codes.device) for key, spec in self.spec().items()}
         self.encode(out, replace(self, unit=there).decode(dict(zip(keys, (codes, scale), strict=True))), None)
@@ -203,7 +249,7 @@ class StoredTensor:
         return blocks.flatten(axis, axis + 1).narrow(axis, 0, length).to(self.compute_dtype)
 
 
-# --- int8: the dynamic map ------------------------------------------------------------------------------------------------
+# --- blocks of codes -------------------------------------------------------------------------------------------------------
 
 
 def block_length(length: int) -> int:
@@ -212,6 +258,17 @@ def block_length(length: int) -> int:
         return max(length, 1)
     best = max(d for d in range(1, BLOCK + 1) if length % d == 0)
     return best if best >= 64 else BLOCK
+
+
+def short_block(length: int) -> int:
+    """Elements a block of four bits: the largest divisor of ``length`` from 32 to 64, an even one first; 64 where there is none.
+
+    64 is what `shard_block` makes of most axes that are cut, so that worlds read each other's codes.
+    """
+    if length <= SHARED:
+        return max(length, 1)
+    divisors = [size for size in range(32, SHARED + 1) if length % size == 0]
+    return max(divisors, key=lambda size: (size % 2 == 0, size), default=SHARED)
 
 
 WORLD, SHARED, WORLDS = 8, 64, 1024  # processes whose blocks are one's own; the most elements a block; processes that are looked for
@@ -229,55 +286,6 @@ def shard_block(length: int, ways: int) -> int:
         if power >= 16 and shard % power == 0:
             return power
     return max((d for d in range(16, BLOCK + 1) if shard % d == 0), default=shard)
-
-
-@cache
-def levels(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of the dynamic map, ascending, in [-1, 1] (signed) or [0, 1].
-
-    Seven decades below 1; decade k (10^(k-7) to 10^(k-6), k = 0..6) holds the midpoints of 2^k equal cells (twice as many
-    when no sign is stored): most levels where values are large, and still seven orders of magnitude of range.
-    """
-    positive = []
-    for k in range(7):
-        cells = 2**k if signed else 2 ** (k + 1)
-        positive += [10.0 ** (k - 6) * (0.1 + 0.9 * (i + 0.5) / cells) for i in range(cells)]
-    negative = [-x for x in positive] if signed else []
-    return torch.tensor(sorted([*negative, 0.0, *positive, 1.0]), dtype=torch.float32, device=device)
-
-
-@cache
-def zero_code(signed: bool) -> int:
-    """The code whose value is 0."""
-    return int((levels(signed, torch.device("cpu")) == 0).nonzero())
-
-
-@cache
-def _code_table(signed: bool, device: torch.device) -> Tensor:
-    """uint8 (65536,): the nearest level for each upper half of an fp32 number, taken at the middle of its cell.
-
-    A table look-up replaces a binary search. It is the nearest level but for values within 2^-8 of a midpoint. A positive
-    second moment is never stored as zero: dividing by its root would explode.
-    """
-    pattern = torch.arange(65536, dtype=torch.int64, device="cpu")
-    bits = (pattern << 16) | 0x8000
-    value = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32).nan_to_num(0.0).clamp(-1.0 if signed else 0.0, 1.0)
-    table = levels(signed, torch.device("cpu"))
-    codes = torch.bucketize(value, (table[1:] + table[:-1]) / 2)
-    if not signed:
-        codes = torch.where((value > 0) & (pattern > 0), codes.clamp_min(zero_code(signed) + 1), codes)
-    return codes.to(torch.uint8).to(device)
-
-
-def nearest_codes(normed: Tensor, signed: bool, table: Tensor | None = None) -> Tensor:
-    """Codes (uint8) of fp32 values in [-1, 1]. ``table``: that of their codes, where the caller has it."""
-    upper = (normed.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-    return _look_up(_code_table(signed, normed.device) if table is None else table, upper)
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index] for indices that are in bounds: compiled code does not check them, which costs as much as the rest."""
-    return torch.ops.aten._unsafe_index(table, [index])
 
 
 def _blocked(value: Tensor, axis: int, block: int) -> Tensor:
@@ -310,7 +318,7 @@ def _new_noise(rows: int, columns: int, seed: int, device: torch.device) -> tupl
     if rows + columns > min(KEPT, chunk_elements(device)):
         return _hash16(rows, 2 * seed, device).unsqueeze(1), _hash16(columns, 2 * seed + 1, device)
     counted = _counters(max(rows, columns), device)  # both in one go: of so few numbers the calls cost more than the numbers
-    a_b = _finalise(torch.cat([counted[:rows] + _start(2 * seed), counted[:columns] + _start(2 * seed + 1)])).to(torch.int32)
+    a_b = hashed16(torch.cat([counted[:rows] + _start(2 * seed), counted[:columns] + _start(2 * seed + 1)])).to(torch.int32)
     return a_b[:rows].unsqueeze(1), a_b[rows:]
 
 
@@ -350,7 +358,7 @@ def _hash16(count: int, seed: int, device: torch.device) -> Tensor:
     """``count`` uniform 16-bit numbers (int32): a multiply-xorshift finaliser over a counter, as in counter-based generators."""
     out = torch.empty(count, dtype=torch.int32, device=device)
     for some in parts(count, chunk_elements(device)):  # int64 inside: four times the size, and more than once
-        out[some] = _finalise(torch.arange(some.start, some.stop, device=device).mul_(0x9E3779B1).add_(_start(seed)))
+        out[some] = hashed16(torch.arange(some.start, some.stop, device=device).mul_(0x9E3779B1).add_(_start(seed)))
     return out
 
 
@@ -363,8 +371,8 @@ def _start(seed: int) -> int:
     return (seed * 0x85EBCA6B) % MASK
 
 
-def _finalise(x: Tensor) -> Tensor:
-    """Sixteen well mixed bits of each int64, in place."""
+def hashed16(x: Tensor) -> Tensor:
+    """Sixteen well mixed bits of each int64, in place: a multiply-xorshift finaliser, as in counter-based generators."""
     x.bitwise_and_(MASK)
     x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(MASK)
     x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(MASK)

@@ -229,6 +229,12 @@ def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     return torch.where(turned, -found, found)
 
 
+def followed(A_MN: Tensor, start_MR: Tensor) -> Tensor:
+    """`power_step` that draws no direction anew: QR of A A^H start (m x r), for a basis that follows A at every step or every few."""
+    small = unit(start_MR.mH @ A_MN)  # (r, m) @ (m, n)
+    return orthonormalize((small @ A_MN.mH).mH)  # (r, n) @ (n, m), transposed
+
+
 def sharp_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     """`power_step` that spares no direction: 8 random ones come on top, and Rayleigh-Ritz on A A^H keeps the best r of all (m x r).
 
@@ -238,6 +244,20 @@ def sharp_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     rows, rank = start_MR.shape[-2:]
     found = strongest(A_MN, _iterated(A_MN, start_MR, min(OVERSAMPLING, rows - rank), seed), rank)
     return found @ orthonormalize(found.mH @ start_MR)  # (m, r) @ (r, r), unitary whatever is left of the old basis
+
+
+def switched_basis(A_MN: Tensor, start_MR: Tensor, keep: int, seed: int) -> Tensor:
+    """One subspace iteration from ``start``, of which the ``keep`` strongest directions stay, strongest first; the others give way to
+    random ones of the complement of all that was found: (m x r) (Alice, arXiv 2502.07752, Alg. 2).
+
+    The complement has m - r directions; where fewer would be drawn than wished, more of the strongest stay.
+    """
+    rows, rank = start_MR.shape[-2:]
+    drawn = min(rank - keep, rows - rank)
+    found = strongest(A_MN, orthonormalize(A_MN @ unit(A_MN.mH @ start_MR)), rank)  # (m, n) @ (n, m) @ (m, r)
+    random = gaussian((*found.shape[:-1], drawn), seed, A_MN)
+    random = random - found @ (found.mH @ random)  # (m, r) @ (r, k)
+    return torch.cat([found[..., : rank - drawn], orthonormalize(random)], dim=-1)
 
 
 def _iterated(A_MN: Tensor, start_MK: Tensor, fresh: int, seed: int) -> Tensor:

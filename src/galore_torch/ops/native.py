@@ -27,11 +27,12 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 class AdamStep(NamedTuple):
     """What a step depends on but tensors. numbers: 1 - beta1, 1 - beta2, the step size with everything in it, eps, the factor of the
-    weight, and -1 to climb, else 1. residual: whether both moments get what the means leave of G, as FOAM's do. seed: that of stochastic
+    weight, and -1 to climb, else 1. residual: what the means leave of G is 0: not used, 1: put into both moments (FOAM, arXiv 2512.07112),
+    2: put into the first one, while the second averages the block's mean square (`slots.recovery.fold`). seed: that of stochastic
     rounding, or None."""
 
     numbers: tuple[float, ...]
-    residual: bool = False
+    residual: int = 0
     seed: int | None = None
 
 
@@ -76,7 +77,7 @@ def warn_of(what: str, failure: Exception) -> None:
 
 
 def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], how: AdamStep) -> bool | None:
-    """One step of Adam on means of neighbours, in place; with the residual of G in both moments, FOAM's (arXiv 2512.07112).
+    """One step of Adam on means of neighbours, in place, see `AdamStep`.
 
     True: done; False: the gradient is not finite, and nothing was changed; None: there is no operator here, or none for these tensors.
     weight and grad (m x n), moments m and v (m x r or r x n), all contiguous and on the CPU; in fp32, or there is none. A batch of matrices
@@ -88,7 +89,7 @@ def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], how: 
     m, v = moments
     rows, columns = m.numel() // m.shape[-1], m.shape[-1]
     tall, wide = weight.shape[-2] // m.shape[-2], weight.shape[-1] // m.shape[-1]
-    means = torch.empty_like(m) if tall > 1 else m  # not looked at where neighbours stand in a row
+    means = m.new_empty(m.numel() * (2 if how.residual == 2 else 1)) if tall > 1 else m  # not looked at where neighbours stand in a row
     pointers = (weight.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), means.data_ptr())
     done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *how.numbers, how.residual, torch.get_num_threads())
     return None if done < 0 else bool(done)

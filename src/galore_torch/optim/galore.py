@@ -276,6 +276,56 @@ class GaLoreSGD(LowRankOptimizer):
         super().__init__(params, settings, projection)
 
 
+class GaLoreMuon(LowRankOptimizer):
+    """Muon on the matrices of groups with a rank, AdamW on all other parameters.
+
+    The momentum M lives in a subspace P that follows it, and one orthogonalisation sees it and the gradient outside of the subspace:
+    A = G + momentum P M; P <- orth(A A^T P); M <- P^T A;
+    W <- W - lr scale sqrt(max(m, n)) NS5(P (momentum M + P^T G) + (G - P P^T G)).
+    With rank="full" nothing is projected: M <- G + momentum M; W <- W - lr scale sqrt(max(m, n)) NS5(G + momentum M), which is Muon (Jordan
+    et al., 2024, kellerjordan.github.io/posts/muon) with the step of Liu et al. (arXiv 2502.16982, eq. 4). NS5 are five steps of
+    Newton-Schulz in fp64 for fp64 weights, else in bf16, or in fp32 where the device has no fast bf16 products.
+
+    Take `galore_param_groups(model, rank)` for the groups: embeddings, head and vectors then train by AdamW at the same lr. Matrices that a
+    rank does not shorten train as with rank="full". Moments are 8-bit unless ``state_codec`` says otherwise.
+
+    Args:
+        lr: of both rules; the factor sqrt(max(m, n)) gives an orthogonalised step the size of AdamW's.
+        momentum: how much of M stays from step to step, in [0, 1).
+        betas, eps, weight_decay, correct_bias: as GaLoreAdamW, of the other parameters; the decay is of all.
+    """
+
+    row = RECIPES["galore_muon"]
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        **projection: Unpack[Projection],
+    ):
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, settings, projection)
+        matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
+        if len(matrices) > 1 and all(group["rank"] is None for group in self.param_groups):
+            warnings.warn(
+                f"no group has a rank, so all {len(matrices)} matrices train by AdamW: give galore_param_groups(model, rank=128), or "
+                "rank='full' for Muon without a projection",
+                stacklevel=2,
+            )
+
+
 class GaLore(LowRankOptimizer):
     """Any torch.optim class in the low-rank subspace: ``GaLore(torch.optim.RMSprop, groups, lr=1e-3, alpha=0.9)``.
 

@@ -24,12 +24,13 @@ ENOUGH = 0.8  # of the body: below, a model trains mostly at full rank, and says
 
 def galore_param_groups(
     model: nn.Module,
-    rank: int | float,
+    rank: int | float | str,
     *,
     targets: str | Sequence[str] | None = None,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
+    update_proj_gap: int | None = None,
+    scale: float | None = None,
     proj_type: str = "std",
+    rank_factors: Mapping[str, float] | None = None,
     show: bool = False,
     **keys: Any,
 ) -> list[dict[str, Any]]:
@@ -43,14 +44,17 @@ def galore_param_groups(
     Args:
         model: any module. A tied parameter is counted once. Frozen parameters are in the groups too, as in ``AdamW(model.parameters())``:
             they cost no state, and train as soon as they are thawed.
-        rank, update_proj_gap, scale, proj_type: as GaLoreAdamW, for the projected group.
+        rank, update_proj_gap, scale, proj_type: as GaLoreAdamW, for the projected group; a gap or scale of None is the optimizer's own.
+        rank_factors: {pattern: factor} multiplies the rank of the layers in whose names the regular expression is found; the first that is
+            found counts. Each factor has a group of its own. {"q_proj|k_proj": 0.5, "down_proj": 2.0} moves rank to where gradients need
+            it, at about the same memory.
         targets: None as above; "all-linear" for every linear weight, the head too unless it is tied to the embedding; or regular
             expressions searched in the names of linear layers and of the other weights.
         show: print a table of what is projected.
         keys: further keys of the projected group, such as transport="keep" or lr=1e-3.
 
-    Raises ValueError when a pattern matches nothing, and when all that matches is frozen. Warns where the default takes all linear
-    layers for want of a name, and where it reaches less than 80 % of the body, see `coverage`.
+    Raises ValueError when a pattern matches nothing, when all that matches is frozen, and when a factor makes no rank of the rank. Warns
+    where the default takes all linear layers for want of a name, and where it reaches less than 80 % of the body, see `coverage`.
     """
     chosen = chosen_weights(model, targets)
     weights = {id(weight.parameter) for weight in chosen}
@@ -60,19 +64,25 @@ def galore_param_groups(
             "afterwards, if they are to be thawed later"
         )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or p.is_floating_point()]
-    projected = [(name, p) for name, p in named if id(p) in weights]
+    ranks = _ranks(chosen, rank, rank_factors or {})
+    projected: dict[int | float | str, list[tuple[str, nn.Parameter]]] = {each: [] for each in ranks.values()}
+    for name, p in named:
+        if id(p) in weights:
+            projected[ranks[id(p)]].append((name, p))
     rest = [(name, p) for name, p in named if id(p) not in weights]
     stacks = (
         {"batch_dims": 1} if any(weight.parameter.dim() == 3 for weight in chosen) else {}
     )  # E x out x in: E matrices, whatever their size
-    group = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, **stacks, **keys}
-    groups = ([{"params": rest}] if rest else []) + [{"params": projected, **group}]
+    own: dict[str, Any] = {key: value for key, value in (("update_proj_gap", update_proj_gap), ("scale", scale)) if value is not None}
+    own |= {"proj_type": proj_type, **stacks, **keys}
+    groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+    groups += [{"params": params, "rank": each, **own} for each, params in projected.items() if params]
     for place, (_, p) in enumerate(entry for each in groups for entry in each["params"]):
         setattr(p, PLACE, place)
     if targets is None:
         _note(model, chosen, groups)
     if show:
-        print(_table(projected, rest, rank))
+        print(_table(groups))
     return groups
 
 
@@ -161,6 +171,28 @@ def chosen_weights(model: nn.Module, targets: str | Sequence[str] | None = None)
             raise ValueError(f"target pattern {pattern!r} matches no linear layer among {_sample([weight.name for weight in weights])}")
         chosen |= found
     return [weight for weight in weights if weight.name in chosen]
+
+
+def _ranks(chosen: list[LinearWeight], rank: int | float | str, factors: Mapping[str, float]) -> dict[int, int | float | str]:
+    """id of each weight -> its rank: that of all, times the factor of the first pattern that is found in its name."""
+    found = {id(weight.parameter): rank for weight in chosen}
+    free = {weight.name: id(weight.parameter) for weight in chosen}
+    for pattern, factor in factors.items():
+        new = rank * factor if isinstance(rank, int | float) and isinstance(factor, int | float) and factor > 0 else 0
+        new = max(1, round(new)) if isinstance(rank, int) and new else new
+        if not new or (isinstance(rank, float) and new >= 1):
+            raise ValueError(
+                f"rank_factors={{{pattern!r}: {factor!r}}} makes no rank of rank={rank!r}: give a factor above 0, and with a fraction "
+                "one that keeps it below 1"
+            )
+        names = [name for name in free if re.search(pattern, name)]
+        if not names:
+            raise ValueError(
+                f"rank_factors: the pattern {pattern!r} matches none of the projected layers that no pattern before it has matched, among "
+                f"{_sample(list(free))}"
+            )
+        found |= {free.pop(name): new for name in names}
+    return found
 
 
 # --- what a linear weight is ------------------------------------------------------------------------------------------------
@@ -292,12 +324,13 @@ def _sample(names: list[str]) -> str:
     return f"{len(names)} linear layers ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "0 linear layers"
 
 
-def _table(projected: list[Any], rest: list[Any], rank: int | float) -> str:
+def _table(groups: list[dict[str, Any]]) -> str:
     """One line for each shape: how many, and how they are trained."""
     lines = [f"{'shape':>16} {'count':>6} {'elements':>13}  trained"]
-    for group, label in ((projected, f"rank {rank}"), (rest, "full rank")):
+    for group in sorted(groups, key=lambda group: "rank" not in group):  # what is projected first
+        label = f"rank {group['rank']}" if "rank" in group else "full rank"
         counts: dict[tuple[tuple[int, ...], str], int] = {}
-        for _, p in group:
+        for _, p in group["params"]:
             key = tuple(p.shape), label if p.requires_grad else "frozen"
             counts[key] = counts.get(key, 0) + 1
         for (shape, how), count in counts.items():

@@ -11,6 +11,7 @@ from torch import Tensor
 from galore_torch.engine import step as engine
 from galore_torch.engine.layout import AnyRule, Layout, state_cuts, state_spec, stored_moments
 from galore_torch.engine.sharding import place_of, unwrap
+from galore_torch.ops.codecs import CODED
 from galore_torch.optim.published_state import convert_published
 from galore_torch.slots.torch_rule import BaseRule
 
@@ -117,13 +118,13 @@ def _seal_one(
 
 
 def _with_blocks(saved: Mapping[str, Any], layout: Layout, group: Mapping[str, Any], rule: AnyRule) -> dict[str, Any]:
-    """A checkpoint's int8 moments in the blocks of this world: how a matrix is cut decides how long they are."""
+    """A checkpoint's moments in codes, in the blocks of this world: how a matrix is cut decides how long they are."""
     out = dict(saved)
     if isinstance(rule, BaseRule):
         return out
     for stored, _ in stored_moments(layout.entire, group, rule):
         codes, scale = (saved.get(f"{stored.name}_{part}") for part in ("codes", "scale"))
-        if stored.codec != "int8" or codes is None or scale is None or tuple(codes.shape) != stored.shape:
+        if stored.codec not in CODED or codes is None or scale is None or not stored.fits(codes):
             continue
         if tuple(scale.shape) != stored.spec()[f"{stored.name}_scale"].shape:
             out |= stored.in_own_blocks(unwrap(codes, None), unwrap(scale, None))

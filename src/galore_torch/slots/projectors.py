@@ -17,6 +17,7 @@ from torch import Tensor
 from galore_torch.ops import linalg, native, twins, write
 from galore_torch.ops.chunks import chunk_elements, parts
 from galore_torch.ops.codecs import Seed, StoredTensor, TensorSpec
+from galore_torch.ops.sketch import seeds, sketch
 from galore_torch.slots import sparse_tucker, tucker
 
 Ranks = Mapping[int, int]  # axis (-2 = rows, -1 = columns) -> its rank
@@ -45,7 +46,7 @@ class Projector:
     ``state_spec(view, ranks, codec, compute_dtype)``: how each basis of a parameter seen as ``view`` ((E x) m x n) is stored.
     ``project(X, bases)``: X with each reduced axis as short as its rank, in the dtype X is multiplied in.
     ``project_back(change, low, bases)``: W <- decay_factor W - scale (low in full size), in place.
-    ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read.
+    ``overlap(new, old)``: C = new^T old for each axis, which transports and the adaptive gap read; None where it says nothing.
     ``part(bases)``: the rows that R is, where R is nothing but a slice of them and the host knows which, else None; None: it never is.
     ``fit(length, rank)``: the rank in use on an axis of this length for a rank that is wished, or None where there is none.
     ``adam``: by kind of device, a pass that does the whole step of Adam on a matrix, see `ops.native`.
@@ -55,22 +56,26 @@ class Projector:
     ``elements``: whether R is a vector, the core and then single elements, whose number is the rank of axis 0. R of an outer product is
     then not made of its factors alone, and project does not undo project_back.
     ``looks``: whether it looks at the gradient, so that the overlap says how far the gradient's subspace has turned.
+    ``follows``: whether it looks at the first moment that the gradient makes, in full size, in place of the gradient (`Rule.blend`).
     ``in_turn``: whether parameters take turns; else all refresh at steps 0, T, 2T, ...
     ``whole``: whether ``find`` needs G as a matrix; else an `outer.OuterProduct`, which is only multiplied, is enough.
+    ``basis``: what is stored, where a codec has no effect on it; None: dense columns.
     """
 
     find: Callable[[Any, Ranks, Bases | None, int], Bases] | None
     state_spec: Callable[[tuple[int, ...], Ranks, str, torch.dtype], dict[int, Stored]]
     project: Callable[[Tensor, Bases], Tensor]
     project_back: Callable[[write.WeightUpdate, Tensor, Bases], None]
-    overlap: Callable[[Bases, Bases], Overlaps]
+    overlap: Callable[[Bases, Bases], Overlaps] | None
     part: Callable[[Bases], slice | None] | None = None
     axes: tuple[int, ...] | None = None
     modes: Callable[[tuple[int, ...], Any], dict[int, int]] | None = None
     elements: bool = False
     looks: bool = True
+    follows: bool = False
     in_turn: bool = True
     whole: bool = False
+    basis: str | None = None
     fit: Callable[[int, int], int | None] = lambda length, rank: rank
     adam: Mapping[str, native.OnePass] = field(default_factory=dict)
     averages: bool = False
@@ -127,6 +132,31 @@ def random(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
     }
 
 
+def momentum(G: Tensor, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
+    """One step of block power iteration on A = b G + a P M, the new momentum in full size: P' = orth(A A^T P).
+
+    As LDAdam (arXiv 2410.16103, Alg. 1) and Dion (arXiv 2504.05295, Alg. 1) track a subspace, each step or every few. The rotated momentum
+    P'^T P M is then what P' holds of it. `rsvd` of the gradient where there is no basis.
+    """
+    if previous is None:
+        return rsvd(G, ranks, previous, seed)
+    return {axis: linalg.followed(G if axis == -2 else G.mT, previous[axis]) for axis in ranks}
+
+
+SWITCHED = 5 / 16  # of the directions, the strongest, stay: l = 40 of r = 128 in arXiv 2502.07752, table 11 (160 of 512 at 1.3B)
+
+
+def switch(G: Any, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
+    """The strongest directions of one power step, and random ones of the complement, other ones at each refresh (Alice, arXiv 2502.07752,
+    Alg. 2); `rsvd` where there is no basis yet."""
+    if previous is None:
+        return rsvd(G, ranks, previous, seed)
+    return {
+        axis: linalg.switched_basis(G if axis == -2 else G.mT, previous[axis], max(1, round(SWITCHED * rank)), seed)
+        for axis, rank in ranks.items()
+    }
+
+
 def dense_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
     """m x r for rows, n x r for columns; int4 blocks run down each column."""
     names = {-2: "basis_left", -1: "basis_right"} if len(ranks) == 2 else dict.fromkeys(ranks, "basis")
@@ -159,6 +189,49 @@ def dense_overlap(new: Bases, old: Bases) -> Overlaps:
 
 def _dense(find: Callable[[Any, Ranks, Bases | None, int], Bases], **flags: Any) -> Projector:
     return Projector(find, dense_spec, dense_project, dense_back, dense_overlap, **flags)
+
+
+# --- a random matrix that is a seed -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredSeed:
+    """The seed of a `sketch` (... x m x r)."""
+
+    name: str
+    shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (f"{self.name}_seed",)
+
+    def spec(self) -> dict[str, TensorSpec]:
+        return {f"{self.name}_seed": TensorSpec((*self.shape[:-2], 1), torch.int64)}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The matrix; `encode` takes its seed."""
+        rows, rank = self.shape[-2:]
+        return sketch(state[f"{self.name}_seed"], rows, rank, self.compute_dtype)
+
+    read = decode
+
+    def encode(self, state: Mapping[str, Tensor], value: Tensor, seed: Seed | None) -> None:
+        state[f"{self.name}_seed"].copy_(value)
+
+
+def draw(G: Any, ranks: Ranks, previous: Bases | None, seed: int) -> Bases:
+    """The seeds of normal numbers of variance 1 / r, whatever the gradient (APOLLO, arXiv 2412.05270, Alg. 1; Flora, arXiv 2402.03293).
+
+    The matrices of a batch share them.
+    """
+    return {axis: seeds(tuple(G.shape[:-2]), 2 * seed + axis + 2, G.device) for axis in ranks}
+
+
+def seed_spec(view: tuple[int, ...], ranks: Ranks, codec: str, compute_dtype: torch.dtype) -> dict[int, Stored]:
+    """8 bytes, whatever the codec."""
+    names = {-2: "basis_left", -1: "basis_right"} if len(ranks) == 2 else dict.fromkeys(ranks, "basis")
+    return {axis: StoredSeed(names[axis], (*view[:-2], view[axis], rank), compute_dtype) for axis, rank in ranks.items()}
 
 
 # --- an index set: some of the rows ------------------------------------------------------------------------------------
@@ -303,8 +376,17 @@ def blocks_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
     write.subtract_spread(change, low)
 
 
-def no_overlap(new: Bases, old: Bases) -> Overlaps:
-    raise AssertionError("a subspace that never changes is never compared")
+# --- the matrix itself -------------------------------------------------------------------------------------------------
+
+
+def identity_project(X: Tensor, bases: Bases) -> Tensor:
+    """X itself, in fp32 or fp64."""
+    return X.to(torch.promote_types(X.dtype, torch.float32))
+
+
+def identity_back(change: write.WeightUpdate, low: Tensor, bases: Bases) -> None:
+    """W <- decay_factor W - scale low."""
+    write.subtract_parts(change, low, lambda low, rows: low[rows].clone())
 
 
 PROJECTORS: dict[str, Projector] = {
@@ -312,7 +394,10 @@ PROJECTORS: dict[str, Projector] = {
     "rsvd": _dense(rsvd),
     "gram": _dense(gram, whole=True),
     "svd": _dense(svd, in_turn=False, whole=True),
+    "momentum": _dense(momentum, follows=True),
+    "switch": _dense(switch),
     "random": _dense(random, looks=False),
+    "gaussian": Projector(draw, seed_spec, dense_project, dense_back, None, looks=False, basis="a seed"),
     "rows": Projector(
         next_rows,
         rows_spec,
@@ -323,18 +408,31 @@ PROJECTORS: dict[str, Projector] = {
         axes=(-2,),
         looks=False,
         adam={"cuda": twins.in_triton("rows")},
+        basis="indices",
     ),
     "block_mean": Projector(
         None,
         blocks_spec,
         blocks_project,
         blocks_back,
-        no_overlap,
+        None,
         looks=False,
         in_turn=False,
         fit=whole_blocks,
         adam={"cpu": native.block_means, "cuda": twins.in_triton("block_means")},
         averages=True,
+        basis="nothing that is stored",
+    ),
+    "identity": Projector(
+        None,
+        blocks_spec,
+        identity_project,
+        identity_back,
+        None,
+        looks=False,
+        in_turn=False,
+        basis="nothing that is stored",
+        fit=lambda length, rank: length,
     ),
     "tucker": Projector(tucker.find, tucker.spec, tucker.project, tucker.back, tucker.overlap, modes=tucker.mode_ranks, whole=True),
     "tucker_sparse": Projector(

@@ -52,6 +52,10 @@ class Rule:
     else it depends on: floats or 0-d tensors, computed on the host, so that a compiled update serves every step and schedule.
     ``elementwise``: every element moves by itself, so the engine may hand over a few rows at a time, or compile the update.
     ``lr(weight, group, step)`` is the step size: a float, or a 0-d tensor.
+    ``blend(group)``: (first moment, a, b), where the moment becomes a moment + b R; None: there is no such moment.
+    ``recovery``: the one recovery that it is written for, which no other rule has; None: all others.
+    ``coarse``: whether four bits hold its moments well enough; a codec of so few stores those of ``rest`` in eight.
+    ``rest``: the rule of parameters that are not projected; None: this one.
     """
 
     moments: Callable[[tuple[int, ...], Group], dict[str, Moment]]
@@ -59,6 +63,10 @@ class Rule:
     update: Callable[[Tensor, Moments, Numbers], Tensor]
     elementwise: bool = True
     lr: Callable[[Tensor, Group, int], Any] = given_lr
+    blend: Callable[[Group], tuple[str, float, float]] | None = None
+    recovery: str | None = None
+    coarse: bool = False
+    rest: Rule | None = None
 
 
 ADAM = {"exp_avg": Moment("first"), "exp_avg_sq": Moment("second")}
@@ -175,9 +183,30 @@ def momentum(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     return (R * direct).add_(buffer * buffered)
 
 
+def muon_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:
+    return {"momentum_buffer": Moment("first")}
+
+
+def muon_numbers(group: Group, step: int, lr: Any) -> Numbers:
+    """Of `momentum`: M <- R + mu M, and the update is R + mu M, Nesterov's (Jordan et al., 2024)."""
+    mu = group["momentum"]
+    return mu, 1.0, lr, lr * mu
+
+
+def averaged(group: Group) -> tuple[str, float, float]:
+    """m <- beta1 m + (1 - beta1) R."""
+    return "exp_avg", group["betas"][0], 1 - group["betas"][0]
+
+
+def summed(group: Group) -> tuple[str, float, float]:
+    """M <- mu M + (1 - dampening) R."""
+    return "momentum_buffer", group["momentum"], 1 - group.get("dampening", 0.0)
+
+
 RULES = {
-    "adam": Rule(adam_moments, adam_numbers, adam),
+    "adam": Rule(adam_moments, adam_numbers, adam, blend=averaged),
     "adafactor": Rule(adafactor_moments, adafactor_numbers, adafactor, elementwise=False, lr=adafactor_lr),
     "adagrad": Rule(adagrad_moments, adagrad_numbers, adagrad),
-    "momentum": Rule(momentum_moments, momentum_numbers, momentum),
+    "momentum": Rule(momentum_moments, momentum_numbers, momentum, blend=summed),
 }
+RULES["muon"] = Rule(muon_moments, muon_numbers, momentum, blend=summed, recovery="orthogonal", coarse=True, rest=RULES["adam"])

@@ -17,28 +17,31 @@ Values = Mapping[str, Tensor]  # the moments in the old basis, by name
 
 @dataclass(frozen=True)
 class Transport:
-    """``apply(C, values, moments, group)`` yields (name, its value in the new basis) for every moment that changes.
+    """``apply(C, values, moments, group, step)`` yields (name, its value in the new basis) for every moment that changes.
 
     C: new basis^T old basis (r' x r) for each projected axis; of single elements the place of each in the old set (k), -1 where it is
     new. ``values`` holds all moments of one parameter, each decoded when it is looked up; what is yielded is stored at once, so look up
-    what a value depends on before you yield.
+    what a value depends on before you yield. ``step``: how many steps have made them.
+    ``turns``: whether it reads C. ``adam``: whether it is written for Adam's two moments.
     """
 
-    apply: Callable[[Overlaps, Values, Mapping[str, Moment], Group], Iterator[tuple[str, Tensor]]]
+    apply: Callable[[Overlaps, Values, Mapping[str, Moment], Group, int], Iterator[tuple[str, Tensor]]]
+    turns: bool = False
+    adam: bool = False
 
 
-def keep(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group) -> Iterator[tuple[str, Tensor]]:
+def keep(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:
     """Leave the numbers where they are, as galore-torch 1.0 does: wrong whenever a basis vector turns or changes its sign."""
     return iter(())
 
 
-def reset(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group) -> Iterator[tuple[str, Tensor]]:
+def reset(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:
     """Forget."""
     for name in moments:
         yield name, values[name].new_zeros(values[name].shape)
 
 
-def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group) -> Iterator[tuple[str, Tensor]]:
+def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:
     """Carry the moments over: m' = C m, and v' = (C * C) v + (what C * C has lost of each row) x mean v.
 
     m = basis^T (mean gradient), so C m is its part in the new basis (GoLore, arXiv 2410.11289; LDAdam, arXiv 2410.16103).
@@ -69,4 +72,28 @@ def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Gr
         yield name, value
 
 
-TRANSPORTS = {"keep": Transport(keep), "reset": Transport(reset), "rotate": Transport(rotate)}
+def predict(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:
+    """Carry Adam's moments over as LDAdam does (arXiv 2410.16103, section 3.1): m' = C m, and v' from what they say of mean and variance,
+    v' = (1 - beta2^t) |(C * C) (v^ - m^^2) + (C m^)^2| with the bias-corrected m^ and v^.
+
+    A new direction outside of the old subspace starts without history: write it with a beta2 such as 0.99.
+    """
+    if not moments:
+        return
+    (beta1, beta2), m, v = group["betas"], values["exp_avg"], values["exp_avg_sq"]
+    seen = 1 - beta2**step
+    mean = (m / (1 - beta1**step)).square_().mul_(seen)
+    spread, turned = v - mean, m
+    for axis, matrix in C.items():
+        spread = mode_product(spread, squared(matrix).to(v.dtype), axis)
+        turned = mode_product(turned, matrix.to(m.dtype), axis)
+    yield "exp_avg_sq", spread.addcmul_(turned, turned, value=seen / (1 - beta1**step) ** 2).abs_()
+    yield "exp_avg", turned
+
+
+TRANSPORTS = {
+    "keep": Transport(keep),
+    "reset": Transport(reset),
+    "rotate": Transport(rotate, turns=True),
+    "predict": Transport(predict, turns=True, adam=True),
+}

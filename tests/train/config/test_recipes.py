@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from galore_torch import cli
+from galore_torch.optim.methods import METHODS
 from galore_torch.train.config.flags import config_from
 from galore_torch.train.config.recipes import recipe_names
+from galore_torch.train.optimizers.registry import OPTIMIZERS
 
 # The published scripts: optimizer, lr, rank, gap, sequences at once, steps, warm-up, clipping, activation checkpointing.
 RUNS = {
@@ -44,6 +46,14 @@ def test_list_names_each_with_a_line_of_its_own(capsys: pytest.CaptureFixture[st
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == list(RUNS)
         assert "34.88" in lines[0]
+
+
+def test_methods_are_the_names_of_optimizers_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert set(METHODS) <= set(OPTIMIZERS)
+    assert all(method.source in line for line, method in zip(lines, METHODS.values(), strict=True))
 
 
 def test_show_prints_the_file_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import galore_torch
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.llama import build_model, model_shape
@@ -79,9 +80,11 @@ def test_flags_reach_the_groups(name: str, model: nn.Module) -> None:
         found = [group.get("momentum", group.get("beta1", group.get("betas", (None,))[0])) for group in groups]
         assert found == [0.75] * len(groups)
     projected = [group for group in groups if group.get("rank")]
-    assert bool(projected) == spec.low_rank
+    assert bool(projected) == (spec.low_rank or spec.rank is not None)
+    gap = 2 if "update_proj_gap" in spec.flags else 200  # of means of neighbours, which never change
+    given = (spec.rank or 4, gap, 0.5, "std") if spec.low_rank else (spec.rank, spec.gap, spec.scale, "std")
     for group in projected:
-        assert (group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"]) == (4, 2, 0.5, "std")
+        assert (group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"]) == given
         assert len(group["params"]) == 7, "q, k, v, o, gate, up and down of the one layer"
 
 
@@ -166,19 +169,36 @@ def test_docs_have_the_sizes_of_the_published_60m_run(parsed: Callable[[str], Pr
         assert (float(of_bf16), float(of_fp32)) == pytest.approx((25 * held / elements, 12.5 * held / elements), abs=0.51)
 
 
-def test_muon_moves_the_matrices_and_adamw_the_rest(model: nn.Module) -> None:
-    optimizer: Any = build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
-    muon, adamw = optimizer.parts
-    assert [type(part) for part in optimizer.parts] == [torch.optim.Muon, torch.optim.AdamW]
-    assert {tuple(p.shape) for p in muon.param_groups[0]["params"]} == {(16, 16), (24, 16), (16, 24)}
-    for group in optimizer.param_groups:  # what a trainer does at every step
-        group["lr"] = 0.5
-    assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.5, 0.5)
+@pytest.mark.parametrize(("name", "rank"), [("muon", "full"), ("galore_muon", 4)])
+def test_muon_moves_the_matrices_and_adamw_the_rest(name: str, rank: object, model: nn.Module) -> None:
+    optimizer = build_optimizer(name, model, lr=0.01, settings=SETTINGS | {"update_proj_gap": None, "galore_scale": None})
+    assert isinstance(optimizer, galore_torch.GaLoreMuon)
+    rest, matrices = optimizer.param_groups
+    assert {tuple(p.shape) for p in matrices["params"]} == {(16, 16), (24, 16), (16, 24)}
+    assert (matrices["rank"], rest["rank"]) == (rank, None)
+    assert (matrices["update_proj_gap"], matrices["scale"]) == (1, 0.2), "its own, not those of GaLore"
+    for words, group in (("momentum_buffer", matrices), ("exp_avg_sq", rest)):
+        assert all(any(key.startswith(words) for key in optimizer.state[p]) for p in group["params"])
 
 
-@pytest.mark.parametrize("name", ["muon", "lora", "relora"])
+@pytest.mark.parametrize("name", ["muon", "galore_muon"])
+def test_stacks_of_expert_weights_are_batches_of_muons_matrices(name: str) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+    optimizer = build_optimizer(name, mixture, lr=0.01, settings=SETTINGS)
+    stacks = [p for p in optimizer.param_groups[-1]["params"] if p.dim() == 3]
+    before = [p.detach().clone() for p in stacks]
+    loss_of(mixture).backward()
+    optimizer.step()
+    assert len(stacks) == 2
+    assert all((p != start).any() for p, start in zip(stacks, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lora", "relora"])
 def test_stacks_of_expert_weights_are_refused_by_what_cannot_take_them(name: str) -> None:
-    """torch.optim.Muon takes matrices, and peft's adapters stand beside linear layers; 98 % of such a model would train otherwise."""
+    """peft's adapters stand beside linear layers; 98 % of such a model would train otherwise."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     need(name)
@@ -220,12 +240,6 @@ def test_muons_checkpoint_goes_on_exactly(model: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_old_torch_without_muon_is_named(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match=r"muon needs torch.optim.Muon, which came with torch 2.9"):
-        build_optimizer("muon", model, lr=0.01, settings=SETTINGS)
-
-
 def test_optimizers_own_complaint_is_a_user_error(model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"galore_adamw: .*-1"):
         build_optimizer("galore_adamw", model, lr=0.01, settings={**SETTINGS, "rank": -1})
@@ -248,7 +262,11 @@ def test_per_layer_updates_move_weights_in_the_backward_pass_unless_deferred(mod
     ("name", "gradients", "modes"),
     [
         ("adamw", "direct", (None, None)),
-        ("adam8bit_per_layer", None, ("update", "project")),
+        ("adam8bit_per_layer", None, ("update", None)),
+        ("galore_muon", None, (None, None)),
+        ("galore_muon", "direct", (None, None)),
+        ("muon_per_layer", None, ("update", None)),
+        ("galore_muon_per_layer", "project", ("update", None)),
         ("galore_adamw", None, ("direct", "direct")),
         ("galore_adamw", "project", ("project", "project")),
         ("galore_adamw", "full", (None, None)),
@@ -266,6 +284,8 @@ def test_flags_an_optimizer_cannot_use() -> None:
     assert unused_flags("adamw", ["rank", "proj_type", "beta1", "batch_size"]) == ["proj_type", "rank"]
     assert unused_flags("galore_adamw8bit", ["rank", "proj_type", "beta1"]) == []
     assert unused_flags("galore_adagrad", ["rank", "beta1"]) == ["beta1"]
+    assert unused_flags("galore_muon", ["rank", "gradients", "update_proj_gap", "beta1", "state_codec"]) == ["beta1", "gradients"]
+    assert unused_flags("muon", ["rank", "targets", "state_codec", "basis_codec"]) == ["basis_codec", "rank"]
 
 
 def test_state_bytes_counts_a_storage_once_and_whole() -> None:

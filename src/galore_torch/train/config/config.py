@@ -98,11 +98,15 @@ class PretrainConfig(Settings):
                 f"--rank {self.rank} is not below the width {self.shape.hidden_size} of {self.model_name}, "
                 f"so nothing would be projected; try --rank {max(1, self.shape.hidden_size // 4)}"
             )
-        if self.gap_range is not None and not 1 <= self.gap_range[0] <= self.update_proj_gap <= self.gap_range[1]:
-            raise UserError(
-                f"--gap_range {self.gap_range[0]} {self.gap_range[1]} must have --update_proj_gap {self.update_proj_gap} between them; "
-                f"try --gap_range {max(1, self.update_proj_gap // 4)} {8 * self.update_proj_gap}"
-            )
+        for name, _ in self.contenders:
+            if self.gap_range is None:
+                break
+            (least, most), gap = self.gap_range, self.update_proj_gap or optimizer_spec(name).gap
+            if "gap_range" in optimizer_spec(name).flags and not 1 <= least <= gap <= most:
+                raise UserError(
+                    f"--gap_range {least} {most} must have --update_proj_gap {gap} between them; "
+                    f"try --gap_range {max(1, gap // 4)} {8 * gap}"
+                )
 
     def _check_batch(self) -> None:
         if self.sequences_per_update != (self.total_batch_size or self.sequences_at_once):
@@ -134,7 +138,7 @@ class PretrainConfig(Settings):
         for name, _ in self.contenders if self.sharded else ():
             check_shardable(name, self.parallel, deferred=self.deferred)
         for name, _ in self.contenders if self.processes > 1 and not self.sharded else ():
-            if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank:
+            if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank_gradients:
                 raise UserError(
                     f"{name} frees each whole gradient in the backward pass, and {self.processes} processes keep theirs until they are "
                     f"averaged, so nothing would be saved; choose {name.removesuffix('_per_layer')}, or one process"
@@ -148,7 +152,7 @@ class PretrainConfig(Settings):
                     f"alone, and of all text its rows, which {name} projects; leave --gradients out, or choose --parallel ddp"
                 )
         for name, _ in self.contenders if self.gradients == "full" else ():
-            if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank:
+            if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank_gradients:
                 raise UserError(
                     f"--gradients full keeps whole gradients until the step, and {name} keeps none; "
                     f"choose {name.removesuffix('_per_layer')}, or --gradients project"

@@ -45,7 +45,17 @@ class FinetuneConfig(PretrainConfig):
     left_out: ClassVar[frozenset[str]] = frozenset(
         {
             *("model_config", "vocab_size", "data", "eval_data", "text_field", "stream", "pad_documents", "workers"),
-            *("max_train_tokens", "eval_tokens", "legacy_eval", "use_hf_model", "single_gpu", "tags", "name", "continue_from"),
+            *(
+                "beta2_half_life",
+                "max_train_tokens",
+                "eval_tokens",
+                "legacy_eval",
+                "use_hf_model",
+                "single_gpu",
+                "tags",
+                "name",
+                "continue_from",
+            ),
         }
     )
 

@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from galore_torch.optim.methods import METHODS
 from galore_torch.train.errors import UserError, did_you_mean
 
 _FOLDER = files("galore_torch.train.config") / "published"
@@ -25,6 +26,11 @@ def recipe_text(name: str) -> str | None:
 def list_recipes() -> str:
     """One line for each: the name and what it is."""
     return "\n".join(f"{name:<30} {json.loads(_text(name))['about']}" for name in recipe_names())
+
+
+def list_methods() -> str:
+    """One line for each method of the family: the name of --optimizer, what it is, and its paper."""
+    return "\n".join(f"{name:<14} {method.about} (arXiv {method.source})" for name, method in METHODS.items())
 
 
 def show_recipe(name: str) -> str:

@@ -10,7 +10,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from galore_torch.choices import BASIS_CODECS, PROJ_TYPES, STATE_CODECS
+from galore_torch.choices import BASIS_CODECS, CARRY_CODECS, PROJ_TYPES, STATE_CODECS
+from galore_torch.optim.half_life import beta2_of_half_life
 from galore_torch.train.config.compare import contenders, run_names
 from galore_torch.train.config.declare import PUBLISHED
 from galore_torch.train.config.declare import published as _published
@@ -86,9 +87,22 @@ class Settings:
     beta1: float | None = _setting(
         None, "optimizer", "first-moment decay; momentum of sgd (default: the optimizer's own)", at_least=0, below=1
     )
-    rank: int | None = _setting(None, "optimizer", "rank of the subspace (default: short side of the matrices / 4)", at_least=1)
-    update_proj_gap: int = _setting(50, "optimizer", "steps between two subspaces", at_least=1)
-    galore_scale: float = _setting(0.25, "optimizer", "factor on the projected update", above=0)
+    beta2_half_life: int | None = _setting(
+        None,
+        "optimizer",
+        "tokens after which Adam's second moment has half forgotten a gradient, such as 10M: its beta2 for this batch (default: 0.999)",
+        parse="tokens",
+        at_least=1,
+    )
+    rank: int | None = _setting(
+        None, "optimizer", "rank of the subspace (default: short side of the matrices / 4; apollo_mini: 1)", at_least=1
+    )
+    update_proj_gap: int | None = _setting(
+        None, "optimizer", "steps between two subspaces (default: 50; galore_muon: 1; other methods: their papers')", at_least=1
+    )
+    galore_scale: float | None = _setting(
+        None, "optimizer", "factor on the projected update (default: 0.25; galore_muon: 0.2; other methods: their papers')", above=0
+    )
     gap_range: tuple[int, int] | None = _setting(
         None, "optimizer", "each matrix finds its own gap between these, from --update_proj_gap on", metavar=("LEAST", "MOST"), pair=True
     )
@@ -104,6 +118,15 @@ class Settings:
     )
     basis_codec: str | None = _setting(
         None, "optimizer", f"the basis is kept in: {', '.join(BASIS_CODECS)} (default: the optimizer's own)", choices=BASIS_CODECS
+    )
+    carry_codec: str | None = _setting(
+        None,
+        "optimizer",
+        f"ldadam: the error that it feeds back is kept in: {', '.join(CARRY_CODECS)} (default: as the weights)",
+        choices=CARRY_CODECS,
+    )
+    random_after: int | None = _setting(
+        None, "optimizer", "golore: the step from which on bases are random (default: half the steps)", at_least=0
     )
     gradients: str | None = _setting(
         None,
@@ -229,7 +252,7 @@ class Settings:
             notes += [
                 f"{name} keeps whole gradients under accumulation or clipping, as there is no low-rank form of them to keep"
                 for name in dict(self.contenders)
-                if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank
+                if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank_gradients
             ]
         if self.grad_clipping > 0 and self.gradients is None:
             notes += [
@@ -356,8 +379,17 @@ class Settings:
     def optimizer_settings(self) -> dict[str, Any]:
         """What `build_optimizer` takes beside the name and the learning rate."""
         low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "state_codec", "basis_codec")
-        names = (*low_rank, "weight_decay", "beta1", "cycle_length")
-        return {"rank": self.resolved_rank} | {name: getattr(self, name) for name in names} | {"proj_type": self.resolved_proj_type}
+        names = (*low_rank, "weight_decay", "beta1", "cycle_length", "carry_codec")
+        own = {"rank": self.resolved_rank, "rank_is_given": self.rank is not None, "beta2": self.beta2}
+        own["random_after"] = self.num_training_steps // 2 if self.random_after is None else self.random_after
+        return own | {name: getattr(self, name) for name in names} | {"proj_type": self.resolved_proj_type}
+
+    @property
+    def beta2(self) -> float | None:
+        """Of Adam, by --beta2_half_life; None: the optimizer's own."""
+        if self.beta2_half_life is None:
+            return None
+        return beta2_of_half_life(self.sequences_per_update * self.max_length, self.beta2_half_life)
 
     @property
     def torch_dtype(self) -> str:

@@ -104,7 +104,7 @@ class Probe:
         if isinstance(self.optimizer, LowRankOptimizer):
             row["refreshes"] = len(self._due)
         # A basis that is not ready now met an unusable gradient, and is still the old one.
-        turned = [matrix for matrix in self._due if matrix.name in self._old and matrix.ready()]
+        turned = [matrix for matrix in self._due if matrix.name in self._old and matrix.ready() and matrix.compares()]
         if turned:
             row["overlap"] = {matrix.name: matrix.overlap(self._old[matrix.name]) for matrix in turned}
         if self._first:
@@ -171,11 +171,19 @@ class _Matrix(NamedTuple):
         found = {axis: stored.decode(self.state) for axis, stored in engine.layout_of(self.parameter, self.group).bases.items()}
         return {axis: basis.clone() for axis, basis in found.items()} if copy else found
 
+    def compares(self) -> bool:
+        """Whether two of its bases have an overlap."""
+        from galore_torch.slots.projectors import PROJECTORS
+
+        return PROJECTORS[self.group["projector"]].overlap is not None
+
     def overlap(self, old: Bases) -> float:
         """The share of the old subspace that the new one kept: 1 the same, about r / m unrelated. The mean over axes and matrices."""
         from galore_torch.slots.projectors import PROJECTORS, kept_share
 
-        share = kept_share(PROJECTORS[self.group["projector"]].overlap(self.bases(), old))
+        overlap = PROJECTORS[self.group["projector"]].overlap
+        assert overlap is not None
+        share = kept_share(overlap(self.bases(), old))
         return round(share.mean().item(), 6)
 
 

@@ -1,1 +1,1 @@
-"""How it is trained: optimizers by name, Muon, and the schedule of the learning rate."""
+"""How it is trained: optimizers by name, and the schedule of the learning rate."""

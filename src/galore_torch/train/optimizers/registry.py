@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from galore_torch.optim.methods import METHODS
 from galore_torch.train.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from galore_torch import FusedBackward
 
 _CODECS = ("state_codec", "basis_codec")
+METHOD_FLAGS = frozenset({"carry_codec", "random_after"})  # of some methods
 LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "gradients", *_CODECS})
 COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
+ADAM_FLAGS = COMMON_FLAGS | {"beta2_half_life"}
 GRADIENTS = ("direct", "project", "full")  # how the matrices' gradients reach a low-rank optimizer
 
 
@@ -34,11 +37,25 @@ class OptimizerSpec:
     flags: frozenset[str] = COMMON_FLAGS
     per_layer: bool = False
     extra: tuple[tuple[str, Any], ...] = ()  # further arguments
+    keys: tuple[tuple[str, Any], ...] = ()  # of the group of the matrices
+    rank: str | int | None = None  # the one that its matrices have where --rank is not given
+    gap: int = 50  # where --update_proj_gap is not given, and --galore_scale
+    scale: float = 0.25
 
     @property
     def low_rank(self) -> bool:
         """Whether gradients of the layers' matrices are projected."""
         return self.home == "galore_torch" and "rank" in self.flags
+
+    @property
+    def low_rank_gradients(self) -> bool:
+        """Whether low-rank gradients are all it needs of the layers' matrices."""
+        return "gradients" in self.flags
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether the layers' matrices have a group of their own, projected or not."""
+        return self.home == "galore_torch" and "targets" in self.flags
 
     @property
     def quantized(self) -> bool:
@@ -61,32 +78,60 @@ def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS) ->
     return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS)
 
 
+def _method(name: str) -> OptimizerSpec:
+    """A method of `METHODS`. A flag that has no effect on it is none of its flags."""
+    method = METHODS[name]
+    keys = dict(method.settings)
+    gap, scale = keys.pop("update_proj_gap", None), keys.pop("scale")
+    flags = ADAM_FLAGS | LOW_RANK_FLAGS
+    if "recovery" in keys or "carry" in keys:  # it reads whole gradients, so it has no choice of them
+        flags -= {"gradients"}
+    if keys.get("projector") in ("gaussian", "rows", "block_mean"):
+        flags -= {"basis_codec", "gap_range", *(["proj_type"] if keys["projector"] == "rows" else [])}
+    flags |= {"carry_codec"} if "carry" in keys else set()
+    flags |= {method.needs} if method.needs else set()
+    flags -= {"gap_range"} if method.needs == "random_after" else set()
+    if gap is None:
+        flags -= {"update_proj_gap"}
+    return OptimizerSpec(
+        method.class_name, "galore_torch", method.lr, flags, keys=tuple(keys.items()), rank=method.rank, gap=gap or 50, scale=scale
+    )
+
+
 _ADAFACTOR = (("scale_parameter", False), ("relative_step", False), ("warmup_init", False))  # the published choice: a plain lr
 _BASELINES = "galore_torch.train.model.baselines"
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "adam": OptimizerSpec("Adam", "torch.optim", 3e-3),
-    "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3),
+    "adam": OptimizerSpec("Adam", "torch.optim", 3e-3, ADAM_FLAGS),
+    "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3, ADAM_FLAGS),
     "sgd": OptimizerSpec("SGD", "torch.optim", 0.3),
     "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3, extra=_ADAFACTOR),
     "adagrad": OptimizerSpec("Adagrad", "torch.optim", 1e-2, frozenset({"weight_decay"})),
     # Without a rank GaLoreAdamW8bit is plain AdamW with 8-bit moments: no bitsandbytes, any device, decoupled weight decay.
-    "adam8bit": OptimizerSpec("GaLoreAdamW8bit", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
-    "muon": OptimizerSpec("muon_with_adamw", "galore_torch.train.optimizers.muon", 3e-3, frozenset({"weight_decay"})),
-    "galore_adamw": _galore("GaLoreAdamW", 1e-2),
-    "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2),
-    "qgalore_adamw8bit": _galore("QGaLoreAdamW8bit", 1e-2),  # its layers' weights are INT8
+    "adam8bit": OptimizerSpec("GaLoreAdamW8bit", "galore_torch", 3e-3, ADAM_FLAGS, extra=(("eps", 1e-8),)),
+    # The first moments of Muon's matrices are a momentum of its own, and its AdamW's are not worth a flag.
+    "muon": OptimizerSpec(
+        "GaLoreMuon", "galore_torch", 3e-3, frozenset({"weight_decay", "targets", "state_codec"}), rank="full", gap=1, scale=0.2
+    ),
+    "galore_adamw": _galore("GaLoreAdamW", 1e-2, ADAM_FLAGS),
+    "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2, ADAM_FLAGS),
+    "qgalore_adamw8bit": _galore("QGaLoreAdamW8bit", 1e-2, ADAM_FLAGS),  # its layers' weights are INT8
     "galore_adafactor": _galore("GaLoreAdafactor", 1e-2),
     "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, frozenset({"weight_decay"})),
     "galore_sgd": _galore("GaLoreSGD", 0.3),
+    # It reads whole gradients, so it has no choice of them.
+    "galore_muon": OptimizerSpec(
+        "GaLoreMuon", "galore_torch", 3e-3, frozenset({"weight_decay"}) | LOW_RANK_FLAGS - {"gradients"}, gap=1, scale=0.2
+    ),
+    **{name: _method(name) for name in METHODS},
     # The paper's baselines: they change the layers, not the optimizer, which is torch's AdamW.
-    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
-    "lora": OptimizerSpec("lora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
-    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, COMMON_FLAGS | {"rank"}),
+    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
+    "lora": OptimizerSpec("lora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
+    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
 }
 # Full-rank AdamW and Adafactor inside the backward pass, as in the paper's table 11: this package's classes without a rank.
 _PER_LAYER = {
-    "adamw": OptimizerSpec("GaLoreAdamW", "galore_torch", 3e-3, extra=(("eps", 1e-8),)),
+    "adamw": OptimizerSpec("GaLoreAdamW", "galore_torch", 3e-3, ADAM_FLAGS, extra=(("eps", 1e-8),)),
     "adafactor": OptimizerSpec("GaLoreAdafactor", "galore_torch", 3e-3, extra=_ADAFACTOR),
 }
 # Every one of this package's optimizers can step a layer inside the backward pass.
@@ -119,7 +164,7 @@ def check_shardable(name: str, parallel: str, *, deferred: bool) -> None:
 
 def unused_flags(name: str, given: Iterable[str]) -> list[str]:
     """Those of the `given` flags that the optimizer `name` cannot use, sorted."""
-    owned = LOW_RANK_FLAGS | COMMON_FLAGS
+    owned = LOW_RANK_FLAGS | METHOD_FLAGS | ADAM_FLAGS
     return sorted((set(given) & owned) - optimizer_spec(name).flags)
 
 
@@ -127,15 +172,18 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping
     """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline or Q-GaLore changes first.
 
     `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, targets, weight_decay, beta1, state_codec, basis_codec
-    (these three None: the optimizer's own) and cycle_length. A ValueError of the optimizer becomes a UserError: its text is for users.
+    (gap, scale, beta1 and codecs None: the optimizer's own), cycle_length, and where they are wished beta2, carry_codec, random_after
+    and rank_is_given, without which a method with a rank of its own has that. A ValueError of the optimizer becomes a UserError: its text
+    is for users.
     """
     import importlib
 
     spec = optimizer_spec(name)
     kwargs: dict[str, Any] = {"lr": lr, "weight_decay": settings["weight_decay"], **dict(spec.extra)}
-    kwargs |= _beta1_argument(spec.class_name, settings["beta1"])
-    if spec.low_rank:  # of every parameter, projected or not
-        kwargs |= {name: codec for name in _CODECS if (codec := settings.get(name)) is not None}
+    if "beta1" in spec.flags:
+        kwargs |= _beta1_argument(spec.class_name, settings)
+    # Of every parameter, projected or not.
+    kwargs |= {name: codec for name in _CODECS if name in spec.flags and (codec := settings.get(name)) is not None}
     try:
         make = getattr(importlib.import_module(spec.home), spec.class_name)
         if spec.home.startswith("galore_torch.train."):
@@ -148,11 +196,15 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping
 
 
 def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, Any]) -> Any:
-    if not spec.low_rank:
+    if not spec.has_matrices:
         return [p for p in model.parameters() if p.requires_grad]
     from galore_torch import galore_param_groups, quantize_linears
 
     targets = as_targets(settings.get("targets"))
+    settings = settled_settings(spec, settings)
+    if not spec.low_rank:
+        assert spec.rank is not None
+        return galore_param_groups(model, spec.rank, targets=targets, scale=spec.scale)
     if spec.quantized:
         if getattr(getattr(model, "config", None), "rescale_every", 0) > 0:  # RWKV
             raise UserError(
@@ -161,15 +213,25 @@ def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, An
             )
         quantize_linears(model, targets=targets)
     own = {} if spec.quantized and settings["gap_range"] is None else {"gap_range": settings["gap_range"]}  # Q-GaLore adapts its gap
+    own |= group_keys(spec, settings)
     return galore_param_groups(
         model,
         settings["rank"],
         targets=targets,
-        update_proj_gap=settings["update_proj_gap"],
+        update_proj_gap=settings["update_proj_gap"] if "update_proj_gap" in spec.flags else None,
         scale=settings["galore_scale"],
         proj_type=settings["proj_type"],
         **own,
     )
+
+
+def group_keys(spec: OptimizerSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the group of the matrices has beside the settings of GaLore: the method's keys, with the flags that are given over them."""
+    keys = dict(spec.keys)
+    if "betas" in keys:
+        keys |= _betas(keys["betas"], settings)
+    keys |= {name: settings[name] for name in METHOD_FLAGS & spec.flags if settings.get(name) is not None}
+    return keys
 
 
 def as_targets(given: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -177,18 +239,23 @@ def as_targets(given: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     return given[0] if given is not None and len(given) == 1 else given
 
 
-def _beta1_argument(class_name: str, beta1: float | None) -> dict[str, Any]:
-    if beta1 is None:
-        return {}
+def _beta1_argument(class_name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    beta1 = settings["beta1"]
     if "SGD" in class_name:
-        return {"momentum": beta1}
+        return {} if beta1 is None else {"momentum": beta1}
     if "Adafactor" in class_name:
-        return {"beta1": beta1 or None}  # 0 is no first moment, which is also no memory for one
-    return {"betas": (beta1, 0.999)}
+        return {} if beta1 is None else {"beta1": beta1 or None}  # 0 is no first moment, which is also no memory for one
+    return _betas((0.9, 0.999), settings)
+
+
+def _betas(own: tuple[float, float], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Adam's two, where one of them is given."""
+    given = settings["beta1"], settings.get("beta2")
+    return {} if given == (None, None) else {"betas": tuple(mine if beta is None else beta for mine, beta in zip(own, given, strict=True))}
 
 
 def own_settings(name: str, dtype: str) -> dict[str, Any]:
-    """What the optimizer `name` takes for weights of `dtype` where beta1 and the codecs are not given. beta1 0 is none."""
+    """What the optimizer `name` takes for weights of `dtype` where beta1, codecs, gap and scale are not given. beta1 0 is none."""
     import importlib
     import inspect
 
@@ -197,12 +264,21 @@ def own_settings(name: str, dtype: str) -> dict[str, Any]:
     if not spec.home.startswith("galore_torch.train."):
         made = getattr(importlib.import_module(spec.home), spec.class_name)
         defaults = {key: parameter.default for key, parameter in inspect.signature(made).parameters.items()}
+        defaults |= dict(spec.keys)
         own["beta1"] = defaults.get("betas", (defaults.get("momentum", defaults.get("beta1")),))[0] or 0.0
-        if spec.low_rank:
-            own |= {codec: getattr(made.row, codec) for codec in _CODECS}
-            if own["basis_codec"] == "weight":
-                own["basis_codec"] = "bf16" if dtype == "bfloat16" else "fp32"
-    return own
+        own |= {codec: getattr(made.row, codec) for codec in _CODECS if codec in spec.flags}
+        if own.get("basis_codec") == "weight":
+            own["basis_codec"] = "bf16" if dtype == "bfloat16" else "fp32"
+    return own | {"update_proj_gap": spec.gap, "galore_scale": spec.scale}
+
+
+def settled_settings(spec: OptimizerSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the gap and the scale in use where they are None."""
+    own = {"update_proj_gap": spec.gap, "galore_scale": spec.scale}
+    settled = {**settings, **{key: value for key, value in own.items() if settings.get(key) is None}}
+    if spec.low_rank and spec.rank is not None and not settings.get("rank_is_given"):
+        settled["rank"] = spec.rank
+    return settled
 
 
 def settled_gradients(name: str, gradients: str | None, sharded: bool = False) -> str:
@@ -211,7 +287,7 @@ def settled_gradients(name: str, gradients: str | None, sharded: bool = False) -
     Of a cut weight a process gets its part of the mean gradient: whole rows, which are kept until the step or used up at once.
     """
     spec = optimizer_spec(name)
-    if not spec.low_rank:
+    if not spec.low_rank_gradients:
         return "full"
     if sharded:
         return "project" if spec.per_layer else "full"
@@ -226,6 +302,8 @@ def backward_mode(name: str, gradients: str, *, deferred: bool) -> str | None:
     """
     if not optimizer_spec(name).per_layer:
         return None if gradients == "full" else gradients
+    if deferred and not optimizer_spec(name).low_rank_gradients:
+        return None  # nothing low-rank could be kept of them
     if deferred:
         return "direct" if gradients == "direct" else "project"
     return "direct_update" if gradients == "direct" else "update"

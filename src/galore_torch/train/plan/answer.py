@@ -9,7 +9,7 @@ from typing import Any
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.llama import ModelShape, build_model, model_shape
-from galore_torch.train.optimizers.registry import as_targets, check_shardable, optimizer_spec, settled_gradients
+from galore_torch.train.optimizers.registry import as_targets, check_shardable, optimizer_spec, settled_gradients, settled_settings
 from galore_torch.train.plan.analytic import Phase, PlanRequest, phases
 
 # What is no tensor, for a GPU: the CUDA context and cuBLAS's workspaces, and what the allocator cannot use between its blocks.
@@ -87,7 +87,7 @@ def plan_request(
     from galore_torch.train.model.loss import settled_chunk
 
     name = (optimizer or config.contenders[0][0]).lower()
-    targets = as_targets(config.targets) if optimizer_spec(name).low_rank else None
+    targets = as_targets(config.targets) if optimizer_spec(name).has_matrices else None
     sizes = config.sizes(targets, vocab_size)
     shards = config.shards if shards is None else shards
     if shards > 1:
@@ -103,7 +103,7 @@ def plan_request(
         checkpointing=config.activation_checkpointing,
         chunk=settled_chunk(config.loss_chunk, sizes.vocabulary, config.batch_size * config.max_length),
         device=device,
-        settings=config.optimizer_settings,
+        settings=settled_settings(optimizer_spec(name), config.optimizer_settings),
         model=config.hf_model or config.model_config,
         pretrained=config.hf_model is not None,
         targets=targets,

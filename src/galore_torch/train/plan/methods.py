@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.sizes import Part
-from galore_torch.train.optimizers.registry import optimizer_spec
+from galore_torch.train.optimizers.registry import group_keys, optimizer_spec, settled_settings
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class Cost:
 
 def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[Part, bool]]:
     """The parameters once the optimizer `name` has changed the layers, and whether each is trained."""
-    if experts := [part for part in parts if part.role == "experts" and (name in FACTORED or (name == "muon" and len(part.shape) > 2))]:
+    if experts := [part for part in parts if part.role == "experts" and name in FACTORED]:
         raise UserError(
             f"{name} takes the matrices of linear layers; weights of this model are outside of them (such as "
             f"{' x '.join(map(str, experts[0].shape))}): choose galore_adamw8bit or adamw"
@@ -112,15 +112,16 @@ def _groups(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[Any, Any,
     import galore_torch
     from galore_torch.slots.rules import RULES
 
-    spec, given = optimizer_spec(name), dict(settings)
+    spec = optimizer_spec(name)
+    given = settled_settings(spec, dict(settings))
     made = getattr(galore_torch, spec.class_name)
     group = {key: parameter.default for key, parameter in inspect.signature(made).parameters.items()} | dict(spec.extra)
     if given["beta1"] is not None:
         group |= {"momentum": given["beta1"], "beta1": given["beta1"] or None}
+    group |= {key: given[key] for key in ("state_codec", "basis_codec") if key in spec.flags and given[key] is not None}
     if not spec.low_rank:
-        return RULES[made.row.rule], group, group
-    group |= {key: given[key] for key in ("state_codec", "basis_codec") if given[key] is not None}
-    projection = {key: given[key] for key in ("rank", "update_proj_gap", "gap_range", "proj_type")}
+        return RULES[made.row.rule], group, group | {"rank": spec.rank}
+    projection = {key: given[key] for key in ("rank", "update_proj_gap", "gap_range", "proj_type")} | group_keys(spec, given)
     if spec.quantized and not projection["gap_range"]:
         projection["gap_range"] = (1, 1)  # Q-GaLore's gap adapts unless it is told otherwise, and so is state
     return RULES[made.row.rule], group, group | projection
@@ -132,10 +133,6 @@ def _foreign(part: Part, name: str, itemsize: int, beta1: float | None) -> tuple
     By arithmetic, as torch's would take seconds to import what a step imports; the tests ask the optimizers themselves.
     """
     size = prod(part.shape)
-    if name == "muon":
-        if part.role in ("matrix", "experts"):
-            return size * itemsize, size * (3 * itemsize + 3 * 2)  # Newton-Schulz runs in bf16
-        name = "adamw"
     if name in ("adam", "adamw"):
         return 2 * size * itemsize + _COUNTER, 2 * size * itemsize
     if name == "adagrad":

@@ -15,6 +15,7 @@ import torch
 from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec
 from galore_torch.engine.sharding import Placed
 from galore_torch.ops.chunks import chunk_elements
+from galore_torch.ops.codecs import CODED
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.recovery import RECOVERIES
@@ -22,7 +23,10 @@ from galore_torch.train.plan import tensor_bytes
 
 # Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
-_PASSES = {"cpu": {"int8": 29, "bf16": 12, "fp32": 4}, "cuda": {"int8": 31, "bf16": 20, "fp32": 16}}
+_PASSES = {
+    "cpu": {"mulaw4": 30, "int8": 29, "bf16": 12, "fp32": 4},
+    "cuda": {"mulaw4": 32, "int8": 31, "bf16": 20, "fp32": 16},
+}
 
 
 @dataclass(frozen=True)
@@ -89,21 +93,38 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
         carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0
         return carried + tensor_bytes.step_bytes(layout, low, passes)
     bases = sum(prod(basis.shape) for basis in layout.bases.values())
+    is_made = PROJECTORS[layout.projector].basis == "a seed"  # at every step
     needed = product_dtype(layout.dtype, device)
-    copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 else 0)
+    copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 or is_made else 0)
     rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
     product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize + 6) if layout.dtype.itemsize == 2 else 0  # and its rounding
-    reads = RECOVERIES[group["recovery"]].reads
-    if group["projector"] == "block_mean":  # some rows of the update; for the residual R, both moments and G of them, and decoded moments
+    recovery = RECOVERIES[group["recovery"]]
+    reads, decoded = recovery.reads, {"fp32": 0, "bf16": 2 * low}.get(group["state_codec"], 5 * low)
+    if group["projector"] == "block_mean" and recovery.means in (
+        0,
+        1,
+    ):  # some rows of the update; for the residual R, both moments and G of them, and decoded moments
         short = layout.dtype.itemsize == 2
         product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
         if "moments" in reads:
-            decoded = {"fp32": 0, "bf16": 2 * low, "int8": 5 * low}[group["state_codec"]]
             product = low + max(product + min(decoded, 2 * low), decoded)
-    elif "grad" in reads:  # the residual, and the update beside R
-        product = low + prod(layout.shape) * layout.compute_dtype.itemsize
+    elif recovery.whole:
+        product = low + _orthogonal(layout, device)  # the update beside R
+    elif "grad" in reads:  # the residual, and the update beside R; where it reads moments those, and what becomes of them
+        product += low + prod(layout.shape) * layout.compute_dtype.itemsize + (3 * low + decoded if "moments" in reads else 0)
     carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0  # what was remembered, in full, and with G
-    return low + carried + max(passes, copied + product)
+    own = 0 if layout.projector == "identity" and layout.dtype == layout.compute_dtype else low  # else R is G itself
+    return own + carried + max(passes, copied + product)
+
+
+def _orthogonal(layout: Layout, device: str) -> int:
+    """Newton-Schulz: the matrix, put together where it is shared, two iterates and two Gram matrices, or an iterate and the answer."""
+    (m, n), matrices, itemsize = layout.whole[-2:], prod(layout.batch), layout.compute_dtype.itemsize
+    product = itemsize if itemsize > 4 else product_dtype(torch.bfloat16, device).itemsize
+    full, iterate, gram = (matrices * elements for elements in (m * n * itemsize, m * n * product, min(m, n) ** 2 * product))
+    shared = prod(layout.view) * itemsize if layout.cuts else 0
+    copied = iterate + gram if product == 2 and device == "cpu" else 0  # there a product in bf16 brings its operands into its own order
+    return shared + full + max(2 * iterate + 2 * gram + copied, iterate + full if product != itemsize else 0)
 
 
 def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str, tokens: int = 0) -> int:
@@ -121,6 +142,7 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
     elements = tokens * (m + n) if tokens else m * n
     gradient = matrices * (elements * itemsize if layout.dtype != layout.compute_dtype else 0)
     gradient += matrices * elements * layout.dtype.itemsize if blind else 0
+    followed = matrices * elements * itemsize if PROJECTORS[layout.projector].follows and layout.dtype == layout.compute_dtype else 0
     width = min(rank + OVERSAMPLING, m, n)
     found = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize
     side = max(layout.view[axis] for axis in layout.ranks)
@@ -128,7 +150,7 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
     if group["projector"] in ("svd", "gram"):
         sketch = matrices * itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
     decoded = found if layout.basis_codec != "fp32" else 0
-    moved = low * 25 // 4 if group["state_codec"] == "int8" else 2 * low
+    moved = low * 25 // 4 if group["state_codec"] in CODED else 2 * low
     transport = found + decoded + matrices * rank**2 * itemsize + moved + (state if blind else 0)
     started = 0 if tokens else decoded  # a first basis, the largest, starts from none
-    return max(gradient + started + sketch, transport)
+    return max(gradient + max(started, followed) + sketch, transport)
