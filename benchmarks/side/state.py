@@ -4,7 +4,7 @@
     python benchmarks/side/state.py --models 7b:512 60m:0.25          # others; a rank below 1 is a share of the width
 
 State is that of the projected matrices alone (embeddings, head and norms are the same on every side), added up from
-`galore_torch.engine.layout.state_spec` by way of the planner's `cost`. A layer whose basis is on the right of its weight W (m x n,
+`galore_torch.engine.stored.state_spec` by way of the planner's `cost`. A layer whose basis is on the right of its weight W (m x n,
 y = x W^T) can save x Q (tokens x r) for its backward pass, all others save x (tokens x n), once for the layers that share it.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/state_bytes/run.py                  # LLaMA-7B, bf16 weights
     python benchmarks/state_bytes/run.py --model_config 1b --dtype float32
 
-This package's rows add up `galore_torch.engine.layout.state_spec`, from which the engine allocates; the others are arithmetic, with its
+This package's rows add up `galore_torch.engine.stored.state_spec`, from which the engine allocates; the others are arithmetic, with its
 source beside it. Nothing is allocated.
 """
 

@@ -18,7 +18,7 @@ from galore_torch.engine import step as engine
 from galore_torch.engine.refresh import adapted_gap
 from galore_torch.ops import linalg
 from galore_torch.ops.linalg import orthonormalize
-from galore_torch.slots.projectors import kept_share
+from galore_torch.slots.subspace import kept_share
 
 ADAPTIVE: dict[str, Any] = {"rank": 8, "update_proj_gap": 8, "gap_range": (2, 32)}
 C_OF = {"same": torch.eye(8), "half": torch.diag(torch.tensor([1.0] * 4 + [0.0] * 4)), "none": torch.zeros(8, 8)}

@@ -10,7 +10,8 @@ import torch
 from torch.nn import Parameter
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, state_spec
+from galore_torch.engine.layout import layout_of
+from galore_torch.engine.stored import state_spec
 from support.memory import storage_bytes
 
 CLASSES: dict[str, Any] = {

@@ -13,8 +13,8 @@ from torch import nn
 
 import galore_torch as g
 from galore_torch.choices import PROJ_TYPES, STATE_CODECS
-from galore_torch.engine.layout import state_spec
 from galore_torch.engine.step import layout_of
+from galore_torch.engine.stored import state_spec
 from support.memory import peak_bytes, storage_bytes, tensors_in
 
 CLASSES: dict[str, Any] = {

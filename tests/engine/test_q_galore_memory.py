@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import galore_torch as g
-from galore_torch.engine.layout import state_spec
 from galore_torch.engine.step import layout_of
+from galore_torch.engine.stored import state_spec
 from galore_torch.ops.chunks import CACHED
 from galore_torch.ops.int8_weight import Int8Weight
 from support.memory import peak_bytes, storage_bytes

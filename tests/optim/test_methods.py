@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, state_spec
+from galore_torch.engine.layout import layout_of
 from galore_torch.engine.recipe import needs_gradient
+from galore_torch.engine.stored import state_spec
 from galore_torch.optim.methods import METHODS
 from galore_torch.train.optimizers.registry import OPTIMIZERS, build_optimizer
 from galore_torch.train.plan.optimizer_bytes import param_bytes

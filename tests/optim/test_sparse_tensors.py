@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, make_layout, state_spec
+from galore_torch.engine.layout import layout_of, make_layout
 from galore_torch.engine.sharding import Placed
+from galore_torch.engine.stored import state_spec
 from galore_torch.optim.low_rank_hook import LowRankHookState
 from galore_torch.slots import sparse_tucker
-from galore_torch.slots.projectors import kept_share
+from galore_torch.slots.subspace import kept_share
 from references.tucker import TensorGRaDReference
 from support.memory import storage_bytes
 from support.optimizer_infos import through_a_file

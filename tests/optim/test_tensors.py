@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, make_layout, state_spec
+from galore_torch.engine.layout import layout_of, make_layout
 from galore_torch.engine.sharding import Placed
+from galore_torch.engine.stored import state_spec
 from galore_torch.galore_projector_tensor import GaLoreProjectorTensor
 from references.tucker import TensorGaLoreReference
 from support.memory import storage_bytes

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import galore_torch as g
 from galore_torch.engine.layout import layout_of
-from galore_torch.slots.projectors import whole_blocks
+from galore_torch.slots.structured import whole_blocks
 from galore_torch.train.plan.optimizer_bytes import param_bytes
 from references.slots import BlockMeansReference
 from support.memory import peak_bytes, storage_bytes

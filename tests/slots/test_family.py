@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, stored_error
+from galore_torch.engine.layout import layout_of
+from galore_torch.engine.stored import stored_error
 from galore_torch.ops.linalg import switched_basis
 from galore_torch.ops.sketch import seeds, sketch
 from galore_torch.slots.projectors import PROJECTORS, svd

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 from torch.testing import assert_close
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, state_spec
+from galore_torch.engine.layout import layout_of
+from galore_torch.engine.stored import state_spec
 from galore_torch.ops.orthogonal import orthogonalize
 from galore_torch.train.plan.optimizer_bytes import param_bytes
 from references.muon import MuonReference, SubspaceMuonReference, newton_schulz

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of, state_spec
+from galore_torch.engine.layout import layout_of
 from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import GOLDEN
+from galore_torch.engine.stored import state_spec
 from galore_torch.galore_projector import GaLoreProjector
 from galore_torch.optim.methods import METHODS
 from galore_torch.train.plan.optimizer_bytes import param_bytes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots import tucker
-from galore_torch.slots.projectors import kept_share
+from galore_torch.slots.subspace import kept_share
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
 

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import only_if
-from galore_torch.engine.layout import Group, ParamView, State, bases_of, carried_moments
+from galore_torch.engine.layout import Group, ParamView, State, bases_of
 from galore_torch.engine.shared_gradient import SharedGradient
+from galore_torch.engine.stored import carried_moments
 from galore_torch.ops.codecs import StoredTensor
 from galore_torch.ops.linalg import measured, readable
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import ShardedMatrix
 from galore_torch.ops.write import WeightUpdate
-from galore_torch.slots.projectors import PROJECTORS, Bases, Overlaps, kept_share
+from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.rules import Moment, Rule
 from galore_torch.slots.sparse_tucker import SET, modes
+from galore_torch.slots.subspace import Bases, Overlaps, kept_share
 from galore_torch.slots.transport import TRANSPORTS
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are

@@ -1,7 +1,7 @@
 """One gradient's way through the five slots, one parameter at a time: `step`, read from top to bottom.
 
 Where gradients do not stay (a fused backward pass that projects them), its first half is `compress` and its second `apply`.
-The engine allocates nothing that lasts (layout.state_spec sizes the state) and waits for no device.
+The engine allocates nothing that lasts (stored.state_spec sizes the state) and waits for no device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine import fused
-from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, bases_of, state_spec, stored_error, stored_moments
+from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, bases_of
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.one_pass import in_one_pass
 from galore_torch.engine.refresh import STREAMS, Gradient, add_momentum, blend_of, moments_of, refresh, refresh_is_due
 from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
+from galore_torch.engine.stored import state_spec, stored_error, stored_moments
 from galore_torch.engine.whole_rules import all_hold, of_whole, whole_rule
 from galore_torch.ops import write
 from galore_torch.ops.linalg import all_finite, finite
@@ -31,9 +32,9 @@ from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import Part
 from galore_torch.ops.write import WeightUpdate
 from galore_torch.slots.carry import CARRIES
-from galore_torch.slots.projectors import Bases
 from galore_torch.slots.recovery import RECOVERIES, Seen
 from galore_torch.slots.rules import Numbers, Rule
+from galore_torch.slots.subspace import Bases
 from galore_torch.slots.torch_rule import BaseRule
 
 

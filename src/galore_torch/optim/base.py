@@ -15,10 +15,11 @@ from torch import Tensor
 from galore_torch.engine import step as engine
 from galore_torch.engine.checks import check_group, plain_numbers, unread_keys
 from galore_torch.engine.inductor import has_compiler
-from galore_torch.engine.layout import AnyRule, ParamView, state_spec
+from galore_torch.engine.layout import AnyRule, ParamView
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept, takes_tensors
 from galore_torch.engine.sharding import local_grad
 from galore_torch.engine.shared_gradient import SharedGradient
+from galore_torch.engine.stored import state_spec
 from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.left_behind import left_behind

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.engine.layout import AnyRule, Layout, state_spec, stored_moments
+from galore_torch.engine.layout import AnyRule, Layout
+from galore_torch.engine.stored import state_spec, stored_moments
 from galore_torch.ops.codecs import StoredTensor
 from galore_torch.slots.torch_rule import BaseRule
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.layout import AnyRule, Layout, state_cuts, state_spec, stored_moments
+from galore_torch.engine.layout import AnyRule, Layout
 from galore_torch.engine.sharding import place_of, unwrap
+from galore_torch.engine.stored import state_cuts, state_spec, stored_moments
 from galore_torch.ops.codecs import CODED
 from galore_torch.optim.published_state import convert_published
 from galore_torch.slots.torch_rule import BaseRule

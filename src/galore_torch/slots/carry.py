@@ -1,7 +1,7 @@
 """Slot 5: what is remembered of what was dropped? A table of `Carry` rows; None remembers nothing.
 
 A row reads the full gradient, so it cannot work where that is not kept (`engine.recipe.check_kept`). What it remembers has the weight's
-shape and is stored by the group's ``carry_codec`` (`engine.layout.stored_error`).
+shape and is stored by the group's ``carry_codec`` (`engine.stored.stored_error`).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from galore_torch.ops.linalg import mode_product, squared
-from galore_torch.slots.projectors import Overlaps
 from galore_torch.slots.rules import Group, Moment
+from galore_torch.slots.subspace import Overlaps
 
 Values = Mapping[str, Tensor]  # the moments in the old basis, by name
 

@@ -26,6 +26,7 @@ from galore_torch.train.data.glue import GLUE
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import find_lr
 from galore_torch.train.loop.trainer import train
+from galore_torch.train.optimizers.registry import build_optimizer
 from galore_torch.train.report.chart_style import house_style
 from galore_torch.train.report.runs import read_runs
 from galore_torch.train.report.task_charts import _rates
@@ -141,6 +142,27 @@ def test_every_method_learns_on_equal_terms(method: str, make: Make, tmp_path: P
     found = rows(tmp_path / "run")
     assert found[1]["loss"] == pytest.approx(0.69, abs=0.2)
     assert found[-1]["scores"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("method", "settled"),
+    [
+        ("galore", {"lr": 3e-5, "scale": 2.0, "update_proj_gap": 200}),
+        ("apollo", {"lr": 3e-5, "scale": 1.0, "update_proj_gap": 200}),
+        ("ldadam", {"lr": 3e-5, "scale": 1.0, "update_proj_gap": 1}),
+        ("galore_muon", {"lr": 3e-5, "scale": 0.2, "update_proj_gap": 1}),
+        ("galore_sgd", {"lr": 0.03, "scale": 2.0, "update_proj_gap": 200}),
+    ],
+)
+def test_what_is_not_given_suits_the_method(method: str, settled: dict[str, float], make: Make) -> None:
+    """A paper's gap and scale stay its own; the rate is that of fine-tuning for all whose step has the size of Adam's."""
+    config = make(optimizer=method, update_proj_gap=None)
+    ((name, lr),) = config.contenders
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"attn": torch.nn.Linear(32, 32), "mlp": torch.nn.Linear(32, 64)})
+    optimizer = build_optimizer(name, model, lr=lr, settings=config.optimizer_settings)
+    (group,) = (group for group in optimizer.param_groups if group["rank"] is not None)
+    assert {key: group[key] for key in settled} == settled
 
 
 def test_compared_methods_start_equal_and_have_one_table(make: Make, tmp_path: Path) -> None:

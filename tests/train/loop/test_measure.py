@@ -12,7 +12,8 @@ import torch
 
 from galore_torch import GaLoreAdamW
 from galore_torch.optim.direct_backward import DirectLayer
-from galore_torch.slots.projectors import PROJECTORS, kept_share
+from galore_torch.slots.projectors import PROJECTORS
+from galore_torch.slots.subspace import kept_share
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError

@@ -62,7 +62,7 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
     Compared is what they amount to: a default that is given by name is no change, nor what the optimizer does not use.
     """
     saved, name = read_trainer(checkpoint)["identity"], ours["optimizer"]
-    derived = config.derived_steps | own_settings(name, config.dtype)
+    derived = config.derived_steps | own_settings(name, config.dtype, config.usual)
     unused, defaults = unused_flags(name, ours), {item.name: item.default for item in fields(config)}
     defaults["gradients"] = "project" if optimizer_spec(name).per_layer else "full"  # before there was the setting
     _check_forward_pass(checkpoint, config, saved, ours)

@@ -42,6 +42,8 @@ class FinetuneConfig(PretrainConfig):
 
     command: ClassVar[str] = "finetune"
     sorts_batches: ClassVar[bool] = True
+    # Adam's step has entries of about 1: of rank r on a side of n that many of r / n are left, and sqrt(n / r) makes up for them.
+    usual: ClassVar[tuple[tuple[str, Any], ...]] = (("update_proj_gap", 200), ("galore_scale", 2.0))
     left_out: ClassVar[frozenset[str]] = frozenset(
         {
             *("model_config", "vocab_size", "data", "eval_data", "text_field", "stream", "pad_documents", "workers"),
@@ -96,10 +98,14 @@ class FinetuneConfig(PretrainConfig):
     rank: int | None = setting(
         None, "optimizer", "rank of the subspace, or of LoRA (default: short side of the matrices / 4)", at_least=1, also=("lora_r",)
     )
-    update_proj_gap: int = setting(200, "optimizer", "steps between two subspaces", at_least=1)
-    # Adam's step has entries of about 1: of rank r on a side of n that many of r / n are left, and sqrt(n / r) makes up for them.
-    galore_scale: float = setting(
-        2.0, "optimizer", "factor on the projected update; sqrt(width / rank) gives it the size of a full one", above=0
+    update_proj_gap: int | None = setting(
+        None, "optimizer", "steps between two subspaces (default: 200; other methods: their papers')", at_least=1
+    )
+    galore_scale: float | None = setting(
+        None,
+        "optimizer",
+        "factor on the projected update; sqrt(width / rank) gives it the size of a full one (default: 2; other methods: their papers')",
+        above=0,
     )
     find_lr: bool = setting(
         False, "optimizer", "first try rates in runs of 30 steps, of the matrices and of the rest, and then train at the best ones"
@@ -147,7 +153,7 @@ class FinetuneConfig(PretrainConfig):
 
     @property
     def contenders(self) -> list[tuple[str, float]]:
-        return contenders(self.compare or (self.optimizer,), self.lr, True, {"lora": _LORA_LR} | dict.fromkeys(_adaptive(), _LR))
+        return contenders(self.compare or (self.optimizer,), self.lr, True, dict.fromkeys(_adaptive(), _LR) | {"lora": _LORA_LR})
 
     @property
     def shape(self) -> HFShape:
@@ -257,4 +263,4 @@ def _translated(item: str) -> str:
 
 def _adaptive() -> list[str]:
     """The optimizers whose step has the size of Adam's: one rate suits them all."""
-    return [name for name in OPTIMIZERS if "adam" in name or "adafactor" in name or name == "muon"]
+    return [name for name, spec in OPTIMIZERS.items() if spec.adaptive]

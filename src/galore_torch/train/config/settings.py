@@ -42,6 +42,7 @@ class Settings:
 
     command: ClassVar[str] = "pretrain"
     left_out: ClassVar[frozenset[str]] = frozenset()  # settings that a command built on these does not have
+    usual: ClassVar[tuple[tuple[str, Any], ...]] = ()  # gap and scale of GaLore's own optimizers, where they are not the table's
     sorts_batches: ClassVar[bool] = False  # whether which sequences are trained on together depends on how many a batch has
 
     # -- model
@@ -380,7 +381,7 @@ class Settings:
         """What `build_optimizer` takes beside the name and the learning rate."""
         low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "state_codec", "basis_codec")
         names = (*low_rank, "weight_decay", "beta1", "cycle_length", "carry_codec")
-        own = {"rank": self.resolved_rank, "rank_is_given": self.rank is not None, "beta2": self.beta2}
+        own: dict[str, Any] = {"rank": self.resolved_rank, "rank_is_given": self.rank is not None, "beta2": self.beta2, "usual": self.usual}
         own["random_after"] = self.num_training_steps // 2 if self.random_after is None else self.random_after
         return own | {name: getattr(self, name) for name in names} | {"proj_type": self.resolved_proj_type}
 

@@ -16,7 +16,7 @@ from typing import Any
 from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.data.tasks import TaskData
 from galore_torch.train.loop.trainer import train
-from galore_torch.train.optimizers.registry import optimizer_spec
+from galore_torch.train.optimizers.registry import optimizer_spec, settled_settings
 
 STEPS = 30
 _PLACES = range(-2, 3)  # of the grid ..., 0.1, 0.3, 1, 3, 10, ... of factors on the rate that a sweep begins with
@@ -44,7 +44,7 @@ def find_lr(config: FinetuneConfig, data: TaskData, say: Callable[[str], None]) 
     Of a low-rank optimizer first the matrices' rate at the lr that is given, then the lr at the matrices' rate that was found.
     """
     ((name, lr),) = config.contenders
-    scale = config.galore_scale
+    scale = settled_settings(optimizer_spec(name), config.optimizer_settings)["galore_scale"]
     tried: list[Tried] = []
 
     def sweep(of: str, first: float, settings: Callable[[float], tuple[float, float]]) -> Tried:

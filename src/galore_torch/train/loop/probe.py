@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from galore_torch.slots.projectors import Bases
+    from galore_torch.slots.subspace import Bases
 
 _MB = 1e6
 
@@ -179,7 +179,8 @@ class _Matrix(NamedTuple):
 
     def overlap(self, old: Bases) -> float:
         """The share of the old subspace that the new one kept: 1 the same, about r / m unrelated. The mean over axes and matrices."""
-        from galore_torch.slots.projectors import PROJECTORS, kept_share
+        from galore_torch.slots.projectors import PROJECTORS
+        from galore_torch.slots.subspace import kept_share
 
         overlap = PROJECTORS[self.group["projector"]].overlap
         assert overlap is not None

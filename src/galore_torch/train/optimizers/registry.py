@@ -27,6 +27,9 @@ ADAM_FLAGS = COMMON_FLAGS | {"beta2_half_life"}
 GRADIENTS = ("direct", "project", "full")  # how the matrices' gradients reach a low-rank optimizer
 
 
+Settings = tuple[tuple[str, Any], ...]  # pairs of name and value
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """One row: `class_name` is looked up in `home`, a module; in one of this package's own it is a function of the model."""
@@ -41,6 +44,8 @@ class OptimizerSpec:
     rank: str | int | None = None  # the one that its matrices have where --rank is not given
     gap: int = 50  # where --update_proj_gap is not given, and --galore_scale
     scale: float = 0.25
+    usual: bool = False  # whether a command may have another gap and scale for it: they are no paper's
+    adaptive: bool = True  # whether its step has the size of Adam's, so that Adam's rates suit it
 
     @property
     def low_rank(self) -> bool:
@@ -74,8 +79,8 @@ class OptimizerSpec:
         return ""
 
 
-def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS) -> OptimizerSpec:
-    return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS)
+def _galore(class_name: str, lr: float, flags: frozenset[str] = COMMON_FLAGS, adaptive: bool = True) -> OptimizerSpec:
+    return OptimizerSpec(class_name, "galore_torch", lr, flags | LOW_RANK_FLAGS, usual=True, adaptive=adaptive)
 
 
 def _method(name: str) -> OptimizerSpec:
@@ -104,9 +109,9 @@ _BASELINES = "galore_torch.train.model.baselines"
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam": OptimizerSpec("Adam", "torch.optim", 3e-3, ADAM_FLAGS),
     "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3, ADAM_FLAGS),
-    "sgd": OptimizerSpec("SGD", "torch.optim", 0.3),
+    "sgd": OptimizerSpec("SGD", "torch.optim", 0.3, adaptive=False),
     "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3, extra=_ADAFACTOR),
-    "adagrad": OptimizerSpec("Adagrad", "torch.optim", 1e-2, frozenset({"weight_decay"})),
+    "adagrad": OptimizerSpec("Adagrad", "torch.optim", 1e-2, frozenset({"weight_decay"}), adaptive=False),
     # Without a rank GaLoreAdamW8bit is plain AdamW with 8-bit moments: no bitsandbytes, any device, decoupled weight decay.
     "adam8bit": OptimizerSpec("GaLoreAdamW8bit", "galore_torch", 3e-3, ADAM_FLAGS, extra=(("eps", 1e-8),)),
     # The first moments of Muon's matrices are a momentum of its own, and its AdamW's are not worth a flag.
@@ -117,17 +122,17 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2, ADAM_FLAGS),
     "qgalore_adamw8bit": _galore("QGaLoreAdamW8bit", 1e-2, ADAM_FLAGS),  # its layers' weights are INT8
     "galore_adafactor": _galore("GaLoreAdafactor", 1e-2),
-    "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, frozenset({"weight_decay"})),
-    "galore_sgd": _galore("GaLoreSGD", 0.3),
+    "galore_adagrad": _galore("GaLoreAdagrad", 1e-2, frozenset({"weight_decay"}), adaptive=False),
+    "galore_sgd": _galore("GaLoreSGD", 0.3, adaptive=False),
     # It reads whole gradients, so it has no choice of them.
     "galore_muon": OptimizerSpec(
         "GaLoreMuon", "galore_torch", 3e-3, frozenset({"weight_decay"}) | LOW_RANK_FLAGS - {"gradients"}, gap=1, scale=0.2
     ),
     **{name: _method(name) for name in METHODS},
     # The paper's baselines: they change the layers, not the optimizer, which is torch's AdamW.
-    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
+    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, adaptive=False),
     "lora": OptimizerSpec("lora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
-    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
+    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, adaptive=False),
 }
 # Full-rank AdamW and Adafactor inside the backward pass, as in the paper's table 11: this package's classes without a rank.
 _PER_LAYER = {
@@ -172,9 +177,9 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, settings: Mapping
     """Build the optimizer `name` for every trainable parameter of `model`, whose layers a baseline or Q-GaLore changes first.
 
     `settings` holds rank, update_proj_gap, gap_range, galore_scale, proj_type, targets, weight_decay, beta1, state_codec, basis_codec
-    (gap, scale, beta1 and codecs None: the optimizer's own), cycle_length, and where they are wished beta2, carry_codec, random_after
-    and rank_is_given, without which a method with a rank of its own has that. A ValueError of the optimizer becomes a UserError: its text
-    is for users.
+    (gap, scale, beta1 and codecs None: the optimizer's own), cycle_length, and where they are wished beta2, carry_codec, random_after,
+    usual (`own_settings`) and rank_is_given, without which a method with a rank of its own has that. A ValueError of the optimizer
+    becomes a UserError: its text is for users.
     """
     import importlib
 
@@ -254,8 +259,11 @@ def _betas(own: tuple[float, float], settings: Mapping[str, Any]) -> dict[str, A
     return {} if given == (None, None) else {"betas": tuple(mine if beta is None else beta for mine, beta in zip(own, given, strict=True))}
 
 
-def own_settings(name: str, dtype: str) -> dict[str, Any]:
-    """What the optimizer `name` takes for weights of `dtype` where beta1, codecs, gap and scale are not given. beta1 0 is none."""
+def own_settings(name: str, dtype: str, usual: Settings) -> dict[str, Any]:
+    """What the optimizer `name` takes for weights of `dtype` where beta1, codecs, gap and scale are not given. beta1 0 is none.
+
+    `usual`: the command's own gap and scale, of the optimizers whose own are no paper's.
+    """
     import importlib
     import inspect
 
@@ -269,16 +277,20 @@ def own_settings(name: str, dtype: str) -> dict[str, Any]:
         own |= {codec: getattr(made.row, codec) for codec in _CODECS if codec in spec.flags}
         if own.get("basis_codec") == "weight":
             own["basis_codec"] = "bf16" if dtype == "bfloat16" else "fp32"
-    return own | {"update_proj_gap": spec.gap, "galore_scale": spec.scale}
+    return own | _gap_and_scale(spec, usual)
 
 
 def settled_settings(spec: OptimizerSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with the gap and the scale in use where they are None."""
-    own = {"update_proj_gap": spec.gap, "galore_scale": spec.scale}
+    own = _gap_and_scale(spec, settings.get("usual", ()))
     settled = {**settings, **{key: value for key, value in own.items() if settings.get(key) is None}}
     if spec.low_rank and spec.rank is not None and not settings.get("rank_is_given"):
         settled["rank"] = spec.rank
     return settled
+
+
+def _gap_and_scale(spec: OptimizerSpec, usual: Settings) -> dict[str, Any]:
+    return {"update_proj_gap": spec.gap, "galore_scale": spec.scale} | (dict(usual) if spec.usual else {})
 
 
 def settled_gradients(name: str, gradients: str | None, sharded: bool = False) -> str:

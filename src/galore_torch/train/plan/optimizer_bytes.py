@@ -1,4 +1,4 @@
-"""Bytes before you run. Adds up `layout.state_spec` and never touches the engine, a tensor or a device.
+"""Bytes before you run. Adds up `stored.state_spec` and never touches the engine, a tensor or a device.
 
 Lasting bytes are exact. Those that a step needs for a moment follow the engine's passes and are checked against the allocator's log.
 """
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from galore_torch.engine.layout import AnyRule, Layout, make_layout, state_spec
+from galore_torch.engine.layout import AnyRule, Layout, make_layout
 from galore_torch.engine.sharding import Placed
+from galore_torch.engine.stored import state_spec
 from galore_torch.ops.chunks import chunk_elements
 from galore_torch.ops.codecs import CODED
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
