@@ -1,0 +1,93 @@
+"""Loss against bytes of optimizer state: the family, AdamW of 32, 8 and 4 bits, Muon, and optimizers without a state.
+
+    python benchmarks/frontier/run.py --data TEXT... --eval_data TEXT... [--methods NAME...] [--task small|large|big_batch]
+
+Embeddings, head and norms are torch's AdamW at one rate for all. The rate of the matrices is tuned for each method on a seed that is not
+reported, on a grid of half octaves, until both neighbours are worse; no run is cut short. A seed has the same first weights, batches and
+schedule in every method. Each run is a line of results.jsonl: an interrupted call goes on where it stopped, and the table grows
+(`table.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain"))
+from contest import Task, held_out_loss
+from methods import METHODS, beta2, matrices
+from paired_runs import GRID, Results, train
+from small_llama import add_data_arguments, machine
+from tuning import TUNING_SEED, best_on_grid, saved_tokens
+
+from galore_torch.train.optimizers.registry import state_bytes
+
+SMALL = Task(128, 344, 4, 4, vocab=512, length=128, batch=8, micro=8, steps=500, rank=32, gap=50, cycle=0, eval_tokens=131_072)
+TASKS = {
+    "small": SMALL,
+    "big_batch": replace(SMALL, batch=128, micro=16, steps=250),
+    "large": replace(SMALL, hidden=256, inner=688, rank=64, batch=16, steps=2000, gap=200),
+}
+REST_LR = 0.01
+RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+
+
+def measure(task: Task, name: str, seed: int, lr: float, data: dict[str, Tensor]) -> dict[str, Any]:
+    """One run: held-out loss in nats a token, and bytes of the matrices' state an element."""
+    model = task.model(seed)
+    own = METHODS[name].build(model, task, lr)
+    chosen = set(map(id, matrices(model)))
+    elements = sum(p.numel() for p in model.parameters() if id(p) in chosen)
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    rest = torch.optim.AdamW(others, lr=REST_LR, betas=(0.9, beta2(task)), weight_decay=0.0, fused=True)
+    train(task, model, {own: lr, rest: REST_LR}, seed, data["train"], f"{name}, lr {lr:g}")
+    return {
+        "loss": held_out_loss(model, task, data["held_out"]),
+        "bytes": round(state_bytes(own) / elements, 4),
+        "date": str(date.today()),
+        "machine": machine(task.device),
+    }
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--task", choices=TASKS, default="small")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one line for each run")
+    arguments = parser.parse_args()
+    if TUNING_SEED in arguments.seeds:
+        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
+    return arguments
+
+
+def main() -> None:
+    from safetensors.torch import load_file
+
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    task = replace(TASKS[arguments.task], device=arguments.device)
+    tokens = saved_tokens(arguments, task)
+    data = load_file(tokens)
+    common = {"task": asdict(task), "tokens": tokens.name, "rest_lr": REST_LR}
+    results = Results(arguments.results, common, lambda name, seed, lr: measure(task, name, seed, lr, data))
+    for name in arguments.methods:
+        lr, _ = best_on_grid(lambda value, name=name: results.loss(name, TUNING_SEED, value), METHODS[name].start, GRID)
+        for seed in arguments.seeds:
+            results.run(name, seed, lr)
+
+
+if __name__ == "__main__":
+    main()

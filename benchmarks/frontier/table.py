@@ -1,0 +1,180 @@
+"""The table and the picture of the frontier, from the lines that `run.py` and `cost.py` have written.
+
+    python benchmarks/frontier/table.py
+
+A method is in the table once its rate is tuned and all seeds have run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain"))
+from cost import COSTS
+from methods import METHODS
+from paired_runs import paired
+from report import cell, table
+from run import RESULTS, TASKS
+from tuning import TUNING_SEED
+
+from galore_torch.train.report.palette import INK, PALETTE
+
+HERE = Path(__file__).resolve().parent
+BASE = "adamw"
+SEEDS = 6
+
+
+@dataclass(frozen=True)
+class Score:
+    """`losses`: seed -> held-out nats at the tuned rate `lr`. `tried`: rate -> nats of the seed that is not reported."""
+
+    name: str
+    bytes: float
+    lr: float
+    losses: dict[int, float]
+    tried: dict[float, float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses.values())
+
+
+def read(lines: Iterable[str], task: str) -> list[Score]:
+    """Those with enough seeds, of one task, from the fewest bytes on."""
+    settings = {**asdict(TASKS[task]), "device": "cpu"}
+    rows = [row for row in map(json.loads, lines) if row["task"] == settings]
+    scores = []
+    for name in METHODS:
+        mine = [row for row in rows if row["variant"] == name]
+        tried = {row["lr"]: row["result"]["loss"] for row in mine if row["seed"] == TUNING_SEED}
+        reported = [row for row in mine if row["seed"] != TUNING_SEED]
+        if len({row["lr"] for row in reported}) > 1:
+            raise SystemExit(f"{name} has reported seeds at several rates: remove the lines of all but one")
+        if len(reported) >= SEEDS:
+            losses = {row["seed"]: row["result"]["loss"] for row in reported}
+            scores.append(Score(name, reported[0]["result"]["bytes"], reported[0]["lr"], losses, tried))
+    return sorted(scores, key=lambda score: score.bytes)
+
+
+def frontier(scores: list[Score]) -> set[str]:
+    """The names that no method of fewer or as many bytes has a lower mean loss than."""
+    best, names = float("inf"), set()
+    for score in sorted(scores, key=lambda score: (score.bytes, score.mean)):
+        if score.mean < best:
+            best = score.mean
+            names.add(score.name)
+    return names
+
+
+def difference(score: Score, base: Score) -> str:
+    """The mean of the pairs and its 95 % interval."""
+    seeds = sorted(score.losses.keys() & base.losses.keys())
+    if score.name == base.name or len(seeds) < 2:
+        return "–"
+    mean, _, _, half = paired([score.losses[seed] for seed in seeds], [base.losses[seed] for seed in seeds])
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def measured(scores: list[Score], costs: Mapping[str, Any]) -> str:
+    base = next(score for score in scores if score.name == BASE)
+    best = frontier(scores)
+    header = ["method", "state, bytes an element", "loss, nats", "± s.d.", "less AdamW's, 95 % interval", "step, of fused AdamW's"]
+    header += ["slowest step, of the median", "all memory, bytes an element", "lr (tried)"]
+    rows = []
+    for score in scores:
+        cost, label = costs.get(score.name, {}), METHODS[score.name].label
+        rows.append(
+            [
+                f"**{label}**" if score.name in best else label,
+                cell(score.bytes),
+                cell(score.mean, 3),
+                cell(statistics.stdev(score.losses.values()), 3),
+                difference(score, base),
+                cell(cost.get("of_adamw")),
+                cell(cost.get("slowest")),
+                cell(cost.get("all_in"), 1) + (f", {cost['mode']}" if "mode" in cost else ""),
+                f"{score.lr:g} ({', '.join(f'{lr:g}' for lr in sorted(score.tried))})",
+            ]
+        )
+    return table(header, rows)
+
+
+def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
+    """Loss against bytes of state, and against the time of a step; those on the frontier are joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    import matplotlib.pyplot as plt
+
+    timed = [score for score in scores if "of_adamw" in costs.get(score.name, {})]
+    figure, axes = plt.subplots(1, 2, figsize=(15, 7.5), sharey=True)
+    for axis, some, at in (
+        (axes[0], scores, lambda score: score.bytes),
+        (axes[1], timed, lambda score: costs[score.name]["of_adamw"]),
+    ):
+        for score in some:
+            method = METHODS[score.name]
+            colour = PALETTE[0] if method.ours else PALETTE[1]
+            axis.errorbar(
+                [at(score)],
+                [score.mean],
+                yerr=[statistics.stdev(score.losses.values()) / len(score.losses) ** 0.5],
+                fmt="o",
+                color=colour,
+                markersize=5,
+                linewidth=1,
+            )
+            axis.annotate(method.label, (at(score), score.mean), (5, 4), textcoords="offset points", fontsize=8, color=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#EEEEEE", zorder=0)
+    line = [score for score in scores if score.name in frontier(scores)]
+    axes[0].plot(
+        [score.bytes for score in line], [score.mean for score in line], color=PALETTE[2], linewidth=1, zorder=1, drawstyle="steps-post"
+    )
+    axes[0].set_xscale("symlog", linthresh=0.25)
+    axes[0].set_xticks([0, 0.25, 0.5, 1, 2, 4, 8], ["0", "¼", "½", "1", "2", "4", "8"])
+    axes[0].set_xlabel("optimizer state of the matrices, bytes an element; green: the frontier", fontsize=9)
+    axes[0].set_ylabel("held-out loss, nats a token: mean and standard error", fontsize=9)
+    axes[1].set_xscale("log")
+    axes[1].set_xlabel("time of a step, of fused AdamW's (one thread, LLaMA-60M's matrices)", fontsize=9)
+    figure.suptitle("Loss against bytes and against time: blue this package, orange others", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(task: str, scores: list[Score], costs: Mapping[str, Any]) -> str:
+    given = TASKS[task]
+    settings = (
+        f"LLaMA of width {given.hidden}, {given.layers} layers, vocabulary {given.vocab}; {given.steps} updates of {given.batch} x "
+        f"{given.length} tokens; warm-up over a tenth, cosine to {given.floor:.0%}; n/4 is rank {given.rank}, gap {given.gap}; seeds "
+        f"{', '.join(map(str, sorted(scores[0].losses)))}, rates tuned on seed {TUNING_SEED}"
+    )
+    return f"{settings}\n\n{measured(scores, costs)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="small")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--costs", type=Path, default=COSTS)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the picture")
+    arguments = parser.parse_args()
+    costs = json.loads(arguments.costs.read_text(encoding="utf-8")) if arguments.costs.exists() else {}
+    scores = read(arguments.results.read_text(encoding="utf-8").splitlines(), arguments.task)
+    if not any(score.name == BASE for score in scores):
+        raise SystemExit(f"{arguments.results} has not {SEEDS} seeds of {BASE} yet: run.py --task {arguments.task} makes them")
+    picture(arguments.out / f"{arguments.task}.png", scores, costs)
+    print(report(arguments.task, scores, costs))
+
+
+if __name__ == "__main__":
+    main()
