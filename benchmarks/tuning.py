@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_llama import text
+from small_llama import add_data_arguments, text
 
 TUNING_SEED = 1000
 
@@ -43,3 +43,21 @@ def saved_tokens(arguments: argparse.Namespace, task: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"train": data.train.to(torch.int32), "held_out": data.held_out.to(torch.int32)}, path)
     return path
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, results: Path, seeds: int) -> None:
+    """Text, seeds, device and the file of the runs."""
+    add_data_arguments(parser)
+    parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--results", type=Path, default=results, help="one line for each run")
+
+
+def parsed_runs(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; an error where the seed that rates are tuned on is to be reported."""
+    arguments = parser.parse_args()
+    if TUNING_SEED in arguments.seeds:
+        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
+    return arguments

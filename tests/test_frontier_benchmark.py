@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,27 +14,17 @@ import torch
 from torch import nn
 
 from galore_torch.train.optimizers.registry import state_bytes
+from support.benchmarks import BENCHMARKS, benchmark_modules
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
 
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[dict[str, ModuleType]]:
     """Its files by name; what they import by plain names is forgotten afterwards."""
-    before, path = set(sys.modules), list(sys.path)
-    sys.path[:0] = [str(BENCHMARKS / "frontier")]
-    import cost
-    import methods
-    import run
-    import stateless
-    import table
-
-    yield {"cost": cost, "methods": methods, "run": run, "stateless": stateless, "table": table}
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    names = ("cost", "methods", "run", "stateless", "table")
+    with benchmark_modules("frontier", *names) as found:
+        yield dict(zip(names, found, strict=True))
 
 
 @pytest.fixture(scope="module")

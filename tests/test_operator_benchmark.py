@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,23 +11,16 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from support.benchmarks import BENCHMARKS, benchmark_modules
+
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
 
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
     """(navier_stokes, run); what they import by plain names is forgotten afterwards."""
-    before, path = set(sys.modules), list(sys.path)
-    sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "operator")]
-    import navier_stokes
-    import run
-
-    yield navier_stokes, run
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with benchmark_modules("operator", "navier_stokes", "run") as (navier_stokes, run):
+        yield navier_stokes, run
 
 
 def grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:

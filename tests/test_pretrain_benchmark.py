@@ -17,9 +17,9 @@ import torch
 
 from galore_torch.train.config.recipes import recipe_text
 from galore_torch.train.model.llama import model_shape
+from support.benchmarks import BENCHMARKS, benchmark_modules
 from support.forked import Forked
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
 LR, REST_LR = 3e-2, 7e-3
 TOKENS = torch.arange(2000, dtype=torch.int32).mul(7).remainder(61)
@@ -28,17 +28,8 @@ TOKENS = torch.arange(2000, dtype=torch.int32).mul(7).remainder(61)
 @pytest.fixture(scope="module")
 def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
     """(run, contest); what they import by plain names is forgotten afterwards."""
-    before = set(sys.modules)
-    path = list(sys.path)
-    sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "pretrain")]
-    import contest
-    import run
-
-    yield run, contest
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with benchmark_modules("pretrain", "run", "contest") as (run, contest):
+        yield run, contest
 
 
 @pytest.fixture(scope="module")

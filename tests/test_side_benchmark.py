@@ -18,8 +18,8 @@ from galore_torch import GaLoreAdamW, galore_param_groups
 from galore_torch.train.model.llama import ModelShape
 from galore_torch.train.model.sizes import Sizes, llama_sizes
 from galore_torch.train.optimizers.registry import state_bytes
+from support.benchmarks import BENCHMARKS, benchmark_modules
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
 TOKENS = torch.arange(2000, dtype=torch.int32).mul(7).remainder(61)
 D, I, KV, RANK, LAYERS = 32, 48, 16, 8, 2
@@ -28,16 +28,8 @@ D, I, KV, RANK, LAYERS = 32, 48, 16, 8, 2
 @pytest.fixture(scope="module")
 def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
     """(perplexity, state); what they import by plain names is forgotten afterwards."""
-    before, path = set(sys.modules), list(sys.path)
-    sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "side")]
-    import perplexity
-    import state
-
-    yield perplexity, state
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with benchmark_modules("side", "perplexity", "state") as (perplexity, state):
+        yield perplexity, state
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain"))
 from contest import Task, held_out_loss
 from methods import METHODS, beta2, matrices
 from paired_runs import GRID, Results, train
-from small_llama import add_data_arguments, machine
-from tuning import TUNING_SEED, best_on_grid, saved_tokens
+from small_llama import machine
+from tuning import TUNING_SEED, add_run_arguments, best_on_grid, parsed_runs, saved_tokens
 
 from galore_torch.train.optimizers.registry import state_bytes
 
@@ -59,18 +59,10 @@ def measure(task: Task, name: str, seed: int, lr: float, data: dict[str, Tensor]
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_run_arguments(parser, RESULTS, seeds=6)
     parser.add_argument("--task", choices=TASKS, default="small")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
-    parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="one line for each run")
-    arguments = parser.parse_args()
-    if TUNING_SEED in arguments.seeds:
-        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
-    return arguments
+    return parsed_runs(parser)
 
 
 def main() -> None:

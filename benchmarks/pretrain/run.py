@@ -18,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contest import METHODS, Run, Task
-from small_llama import add_data_arguments
 from table import Score, picture, report
-from tuning import TUNING_SEED, best_on_grid, saved_tokens
+from tuning import TUNING_SEED, add_run_arguments, best_on_grid, parsed_runs, saved_tokens
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "pretrain"
@@ -116,23 +115,15 @@ def compete(contest: Contest, methods: list[str], seeds: list[int], lr: float | 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_run_arguments(parser, BUILD / "results.jsonl", seeds=3)
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the task; the sizes below change it")
     for name in ("hidden", "inner", "layers", "steps", "batch", "micro", "length", "rank", "gap", "cycle", "eval_tokens"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--lr", type=float, help="of the matrices; default: tuned for each method")
     parser.add_argument("--rest_lr", type=float, help="of embeddings, head and norms; default: tuned with AdamW")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--results", type=Path, default=BUILD / "results.jsonl", help="one line for each run")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the table, results.md, and its picture, results.png")
-    arguments = parser.parse_args()
-    if TUNING_SEED in arguments.seeds:
-        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
-    return arguments
+    return parsed_runs(parser)
 
 
 def main() -> None:

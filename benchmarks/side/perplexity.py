@@ -30,8 +30,7 @@ from contest import Task, held_out_loss
 from paired_runs import GRID, Results, paired, train
 from report import heading, table
 from run import PRESETS
-from small_llama import add_data_arguments
-from tuning import TUNING_SEED, best_on_grid, saved_tokens
+from tuning import TUNING_SEED, add_run_arguments, best_on_grid, parsed_runs, saved_tokens
 
 from galore_torch import GaLoreAdamW, galore_param_groups
 from galore_torch.train.optimizers.registry import state_bytes
@@ -158,22 +157,14 @@ def report(results: Results, names: Sequence[str], seeds: Sequence[int], tuned: 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_run_arguments(parser, BUILD / "results.jsonl", seeds=5)
     parser.add_argument("--preset", choices=("small", "60m"), default="small", help="the task; the sizes below change it")
     for name in ("hidden", "inner", "layers", "heads", "steps", "batch", "micro", "length", "rank", "gap", "eval_tokens"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--most_tokens", type=int, default=20_000_000, help="of the training text")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT))
     parser.add_argument("--lr", type=float, help="of the matrices; default: tuned for each variant")
     parser.add_argument("--rest_lr", type=float, default=0.01, help="of embeddings, head and norms")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--results", type=Path, default=BUILD / "results.jsonl", help="one line for each run")
-    arguments = parser.parse_args()
-    if TUNING_SEED in arguments.seeds:
-        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
-    return arguments
+    return parsed_runs(parser)
 
 
 def main() -> None:

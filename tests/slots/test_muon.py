@@ -17,12 +17,11 @@ from torch.nn import Parameter
 from torch.testing import assert_close
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of
-from galore_torch.engine.stored import state_spec
 from galore_torch.ops.orthogonal import orthogonalize
 from galore_torch.train.plan.optimizer_bytes import param_bytes
 from references.muon import MuonReference, SubspaceMuonReference, newton_schulz
 from support.memory import peak_bytes, storage_bytes
+from support.planned_state import assert_state_is_as_planned
 
 SHAPES = [(12, 20), (20, 12)]
 FULL: dict[str, Any] = {"rank": "full"}
@@ -284,15 +283,7 @@ each_codec = pytest.mark.parametrize("codec", CODECS)
 def test_state_is_what_state_spec_says_and_the_planner_adds_up(codec: str, rank: Any, dtype: torch.dtype) -> None:
     params = [Parameter(torch.randn(shape).to(dtype)) for shape in ((48, 64), (64, 48), (3, 20, 34), (7,))]
     optimizer = g.GaLoreMuon(params, rank=rank, state_codec=codec, min_8bit_size=0)
-    group = optimizer.param_groups[0]
-    expected = [sum(spec.nbytes for spec in state_spec(layout_of(p, group), group, optimizer.rule).values()) for p in params]
-    for _ in range(3):
-        assert [storage_bytes(optimizer.state[p]) for p in params] == expected
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-    planned = [param_bytes(tuple(p.shape), dtype, group, optimizer.rule) for p in params]
-    assert [found.basis + found.moments for found in planned] == expected
+    assert_state_is_as_planned(optimizer, params)
 
 
 def test_bytes_by_hand() -> None:

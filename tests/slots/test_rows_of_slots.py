@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import galore_torch as g
-from galore_torch.engine.layout import layout_of
 from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import GOLDEN
-from galore_torch.engine.stored import state_spec
 from galore_torch.galore_projector import GaLoreProjector
 from galore_torch.optim.methods import METHODS
-from galore_torch.train.plan.optimizer_bytes import param_bytes
 from references.slots import ErrorFeedbackReference, FiraReference, RowsReference
 from support.memory import storage_bytes
+from support.planned_state import assert_state_is_as_planned
 
 SHAPES = [(12, 20), (20, 12)]
 PLAIN = {"rank": 1, "projector": "power", "recovery": "project_back", "carry": None}
@@ -169,15 +167,7 @@ def test_a_batch_trains_as_its_matrices(choice: str, dtype: torch.dtype) -> None
 def test_state_is_what_state_spec_says_and_the_planner_adds_up(choice: str, cls: Any, dtype: torch.dtype) -> None:
     params = [Parameter(torch.randn(shape).to(dtype)) for shape in ((48, 64), (64, 48), (3, 20, 32), (7,))]
     optimizer = cls(params, **{"lr": 1e-3, "rank": 8, "min_8bit_size": 0, "update_proj_gap": 2, **CHOICES[choice]})
-    group = optimizer.param_groups[0]
-    expected = [sum(spec.nbytes for spec in state_spec(layout_of(p, group), group, optimizer.rule).values()) for p in params]
-    for _ in range(3):
-        assert [storage_bytes(optimizer.state[p]) for p in params] == expected
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-    planned = [param_bytes(tuple(p.shape), dtype, group, optimizer.rule) for p in params]
-    assert [found.basis + found.moments for found in planned] == expected
+    assert_state_is_as_planned(optimizer, params)
 
 
 def test_the_size_of_what_each_row_owns() -> None:
