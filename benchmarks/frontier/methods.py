@@ -57,7 +57,8 @@ def low_rank(cls: Callable[..., Any], share: float, factors: Mapping[str, float]
     """`share` of n/4, which is the task's rank."""
 
     def build(model: nn.Module, task: Task, lr: float) -> torch.optim.Optimizer:
-        own = groups(model, round(share * task.rank), factors, update_proj_gap=task.gap, scale=task.scale)
+        gap = {} if keys.get("projector") == "block_mean" else {"update_proj_gap": task.gap}
+        own = groups(model, round(share * task.rank), factors, scale=task.scale, **gap)
         optimizer: torch.optim.Optimizer = cls(own, lr=lr, betas=(0.9, beta2(task)), **keys)
         return optimizer
 
@@ -134,5 +135,10 @@ METHODS: dict[str, Method] = {
     "galore_2": Method("GaLore, n/2", low_rank(GaLoreAdamW, 2), 0.01),
     "galore8bit_q": Method("GaLore 8-bit, INT4 basis, n/4", low_rank(GaLoreAdamW, 1, **Q), 0.01),
     "galore8bit_half": Method("GaLore 8-bit, n/8", low_rank(GaLoreAdamW8bit, 0.5), 0.01),
+    "fold_fp32": Method("fold, n/4", named("fold"), 0.01),
+    "foam_fp32": Method("FOAM, n/4", named("foam"), 0.01),
+    "frugal_fp32": Method("FRUGAL, n/4", named("frugal"), 0.00063),
+    "rows": Method("rows by turns, n/4", low_rank(GaLoreAdamW, 1, projector="rows"), 0.01),
+    "means": Method("block means, n/4", low_rank(GaLoreAdamW, 1, projector="block_mean"), 0.01),
     "ldadam_fp32": Method("LDAdam, n/4, fp32", named("ldadam"), 0.0025),
 }

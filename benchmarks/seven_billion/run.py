@@ -52,10 +52,11 @@ def main() -> None:
     progress("building")
     model = random_model(shape.with_vocab(data.vocab_size), device, quantized=arguments.optimizer == "qgalore")
     built = peak_gb(device)
-    groups = galore_param_groups(model, arguments.rank, update_proj_gap=GAP, proj_type=arguments.proj_type)
+    groups = galore_param_groups(model, arguments.rank, targets=arguments.targets, update_proj_gap=GAP, proj_type=arguments.proj_type)
     optimizer = CLASSES[arguments.optimizer](groups, lr=arguments.lr)
     progress("")
     recipe = f"{type(optimizer).__name__}, {arguments.mode}, rank {arguments.rank}, {arguments.proj_type}"
+    recipe += f", {arguments.targets}" if arguments.targets else ""
     print(heading(f"{config.model_name}, {recipe}, 1 x {arguments.length} tokens", device))
     parameters, weights = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
     print(
@@ -126,6 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mode", default="direct_update", choices=["direct_update", "update"])
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--proj_type", default="std", choices=["std", "reverse_std", "right", "left"])
+    parser.add_argument("--targets", choices=["all-linear"], help="all-linear projects the head too (default: the layers alone)")
     parser.add_argument("--length", type=int, default=256, help="tokens in the one sequence of a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.001)

@@ -26,7 +26,9 @@ from galore_torch.train.data.glue import GLUE
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import find_lr
 from galore_torch.train.loop.trainer import train
-from galore_torch.train.optimizers.registry import build_optimizer
+from galore_torch.train.model.heads import freeze, load_classifier
+from galore_torch.train.optimizers.registry import build_optimizer, state_bytes
+from galore_torch.train.plan.answer import plan_request
 from galore_torch.train.report.chart_style import house_style
 from galore_torch.train.report.runs import read_runs
 from galore_torch.train.report.task_charts import _rates
@@ -290,6 +292,31 @@ def test_frozen_parameters_stay_as_they_are(make: Make, tmp_path: Path) -> None:
     _, model = train(config, "galore_adamw", 1e-2, data, tmp_path, Silent())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "embeddings" not in name}
+
+
+@pytest.mark.parametrize(
+    ("method", "frozen"),
+    [
+        ("full", ()),
+        ("full", ("embeddings",)),
+        ("galore", ("embeddings",)),
+        ("galore", (r"layer\.0\.",)),
+        ("lora", ()),
+        ("lora", ("pooler",)),
+    ],
+)
+def test_what_is_frozen_is_planned_without_state(method: str, frozen: tuple[str, ...], make: Make) -> None:
+    """Bytes of weights and state before a run, those of a real optimizer after a step."""
+    config = make(optimizer=method, freeze=frozen)
+    request = plan_request(config, device="cpu")
+    model = load_classifier(config.hf_model, ("0", "1"), seed=0, dtype="float32", activation_checkpointing=False)
+    freeze(model, frozen)
+    optimizer = build_optimizer(config.optimizer, model, lr=1e-3, settings=config.optimizer_settings)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizer.step()
+    assert request.total("weight") == sum(p.nbytes for p in model.parameters())
+    assert request.total("moments") + request.total("basis") == state_bytes(optimizer)
 
 
 def test_dry_run_makes_none(make: Make, tmp_path: Path) -> None:

@@ -192,9 +192,10 @@ class FinetuneConfig(PretrainConfig):
 
     def sizes(self, targets: str | tuple[str, ...] | None = None, vocab_size: int | None = None) -> Sizes:
         from galore_torch.train.model.heads import classifier_sizes  # torch
+        from galore_torch.train.model.sizes import hf_sizes
 
         assert self.hf_model is not None
-        return super().sizes(targets, vocab_size) if self.task_name == "prompts" else classifier_sizes(self.hf_model, targets)
+        return (hf_sizes if self.task_name == "prompts" else classifier_sizes)(self.hf_model, targets, self.freeze)
 
     @property
     def optimizer_settings(self) -> dict[str, Any]:

@@ -64,10 +64,14 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 @lru_cache(maxsize=4)
-def classifier_sizes(name: str, targets: Targets = None) -> Sizes:
-    """Parameters of the model `name` with a head for two classes. Activations: those of no family that the formulas know."""
+def classifier_sizes(name: str, targets: Targets = None, frozen: tuple[str, ...] = ()) -> Sizes:
+    """Parameters of the model `name` with a head for two classes. Activations: those of no family that the formulas know.
+
+    `frozen`: patterns of --freeze.
+    """
     with torch.device("meta"):
         model = load_classifier(name, ("0", "1"))
+    freeze(model, frozen)
     return replace(sizes_of(model, targets), like_llama=False)
 
 

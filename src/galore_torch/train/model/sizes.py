@@ -30,14 +30,16 @@ _RECURRENT = (
 class Part:
     """``count`` parameters of one shape.
 
-    ``role``: "matrix" of a linear layer of the body; "experts": a weight of the body outside of them; "plain", "embedding" or "head".
-    ``projected``: by a low-rank optimizer; the body, where no targets say otherwise.
+    ``role``: "matrix" of a linear layer of the body; "experts": a weight of the body outside of them; "plain", "embedding" or "head";
+    "new head": what a classifier has beside the model that it is made of. ``projected``: by a low-rank optimizer; the body, where no
+    targets say otherwise. ``trained``: whether it is not frozen.
     """
 
     shape: tuple[int, ...]
     count: int
     role: str
     projected: bool = False
+    trained: bool = True
 
     @property
     def elements(self) -> int:
@@ -127,11 +129,17 @@ def llama_sizes(shape: ModelShape, vocabulary: int, targets: Targets = None) -> 
 
 
 @lru_cache(maxsize=4)
-def hf_sizes(name: str, targets: Targets = None) -> Sizes:
-    """Any causal language model of transformers, counted on a model without memory; UserError for what transformers cannot make."""
+def hf_sizes(name: str, targets: Targets = None, frozen: tuple[str, ...] = ()) -> Sizes:
+    """Any causal language model of transformers, counted on a model without memory; UserError for what transformers cannot make.
+
+    `frozen`: patterns of --freeze.
+    """
+    from galore_torch.train.model.heads import freeze
+
     try:
         with torch.device("meta"):
             model = load_model(name, dtype="float32", activation_checkpointing=False)
+        freeze(model, frozen)
         return sizes_of(model, targets)
     except UserError:
         raise
@@ -141,27 +149,32 @@ def hf_sizes(name: str, targets: Targets = None) -> Sizes:
 
 def sizes_of(model: Any, targets: Targets = None) -> Sizes:
     """The same of a model that exists, on any device. UserError for `targets` that match nothing."""
+    from galore_torch.train.model.heads import new_head
+
     config = model.config.get_text_config()
     roles = roles_of(model)
+    new = {id(p) for p in new_head(model).parameters()}
     projected = _projected(model, targets) if targets is not None else set(roles)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    layer: Counter[tuple[tuple[int, ...], str, bool]] = Counter()
+    layer: Counter[tuple[tuple[int, ...], tuple[str, bool, bool]]] = Counter()
     shapes: Counter[tuple[int, ...]] = Counter()
     outer = []
     for name, p in model.named_parameters():
         if _LAYER.search(name):
-            layer[tuple(p.shape), roles.get(id(p), "plain"), id(p) in projected] += 1
+            layer[tuple(p.shape), (roles.get(id(p), "plain"), id(p) in projected, p.requires_grad)] += 1
             shapes[tuple(p.shape)] += 1
         else:
             role = "embedding" if p is embedding.weight else "head" if head is not None and p is head.weight else roles.get(id(p), "plain")
-            outer.append(Part(tuple(p.shape), 1, role, id(p) in projected))
+            role = "new head" if id(p) in new else role
+            outer.append(Part(tuple(p.shape), 1, role, id(p) in projected, p.requires_grad))
+    counted = [(shape, kind, count) for (shape, kind), count in layer.items()]
     layers, D = config.num_hidden_layers, config.hidden_size
     heads = _first(config, "num_attention_heads", "num_heads") or 1  # a state space model has none
     width = _first(config, "head_dim") or D // heads
     KV = (_first(config, "num_key_value_heads") or heads) * width
-    parts = tuple(Part(shape, count // layers, role, chosen) for (shape, role, chosen), count in layer.items() if count >= layers)
+    parts = tuple(Part(shape, count // layers, *kind) for shape, kind, count in counted if count >= layers)
     # What not every layer has: counted, and to the byte, but outside of the pass from layer to layer.
-    outer += [Part(shape, count % layers, role, chosen) for (shape, role, chosen), count in layer.items() if count % layers]
+    outer += [Part(shape, count % layers, *kind) for shape, kind, count in counted if count % layers]
     uniform = all(count % layers == 0 for count in shapes.values())
     recurrent = _first(config, *_RECURRENT) is not None
     like_llama = hasattr(config, "rms_norm_eps") and uniform and "experts" not in roles.values() and not recurrent

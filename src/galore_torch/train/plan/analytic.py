@@ -78,7 +78,7 @@ class PlanRequest:
     def _costs(self, parts: tuple[Part, ...]) -> list[tuple[Part, Cost]]:
         return [
             (part, cost(part, trained, self.optimizer, self.dtype, self.device, self.settings, self.tokens * self.direct, self.shards))
-            for part, trained in trained_parts(self.optimizer, parts, self.rank)
+            for part, trained in trained_parts(self.optimizer, parts, self.rank, self.settings.get("lora_alone", False))
         ]
 
     @property

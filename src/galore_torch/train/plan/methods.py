@@ -38,8 +38,9 @@ class Cost:
     unpacked: int = 0  # a floating copy of a quantised weight, while a product needs it
 
 
-def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[Part, bool]]:
-    """The parameters once the optimizer `name` has changed the layers, and whether each is trained."""
+def trained_parts(name: str, parts: tuple[Part, ...], rank: int, alone: bool = False) -> list[tuple[Part, bool]]:
+    """The parameters once the optimizer `name` has changed the layers, and whether each is trained. `alone`: beside a baseline's factors
+    a new head is all that is."""
     if experts := [part for part in parts if part.role == "experts" and name in FACTORED]:
         raise UserError(
             f"{name} takes the matrices of linear layers; weights of this model are outside of them (such as "
@@ -48,7 +49,7 @@ def trained_parts(name: str, parts: tuple[Part, ...], rank: int) -> list[tuple[P
     out = []
     for part in parts:
         if name not in FACTORED or part.role != "matrix":
-            out.append((part, True))
+            out.append((part, part.trained and (name not in FACTORED or not alone or part.role == "new head")))
             continue
         m, n = part.shape
         if FACTORED[name]:
