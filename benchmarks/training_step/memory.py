@@ -37,6 +37,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore, direct_update": ("direct_update", {}),
     "galore, direct_update, basis on the right": ("direct_update", {"proj_type": "right"}),
 }
+ACTIVATIONS = {"kept": False, "recomputed": True}  # name -> whether layers are recomputed
 
 
 def measured(name: str, arguments: argparse.Namespace, recomputed: bool) -> tuple[int, int, int]:
@@ -81,17 +82,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     print(heading(f"{arguments.preset}, {arguments.dtype}, {arguments.batch} x {arguments.length} tokens, rank a quarter of the width"))
     rows = []
-    for recomputed in (False, True):
+    for activations in arguments.activations:
         for name in arguments.contenders:
-            progress(f"{name}, {'recomputed' if recomputed else 'kept'} activations")
-            weights, state, peak = (x / 1e6 for x in measured(name, arguments, recomputed))
-            rows.append(
-                ["recomputed" if recomputed else "kept", name, *(f"{x:.0f}" for x in (weights, state, peak, weights + state + peak))]
-            )
+            progress(f"{name}, {activations} activations")
+            weights, state, peak = (x / 1e6 for x in measured(name, arguments, ACTIVATIONS[activations]))
+            rows.append([activations, name, *(f"{x:.0f}" for x in (weights, state, peak, weights + state + peak))])
             progress("")
             print(rows[-1], file=sys.stderr, flush=True)
     print(table(["activations", "optimizer, gradients", "weights, MB", "state, MB", "step's peak, MB", "in all, MB"], rows))
