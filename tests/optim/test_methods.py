@@ -101,6 +101,19 @@ def test_groups_with_a_rank_have_the_papers_settings_and_all_others_those_of_the
 
 
 @each_method
+def test_a_method_without_a_rank_is_refused(name: str) -> None:
+    """It would be AdamW under another name, at a rate that is too high for it."""
+    with pytest.raises(ValueError, match=rf"recipe='{name}' .* none has one: give galore_param_groups\(model, rank=128\), or rank=128"):
+        g.low_rank_optimizer(body().parameters(), name, random_after=2)
+
+
+@pytest.mark.parametrize("name", ["muon", "galore_muon"])
+def test_muon_is_a_class(name: str) -> None:
+    with pytest.raises(ValueError, match=r"GaLoreMuon\(groups\), for Muon itself with rank='full'"):
+        g.low_rank_optimizer(body().parameters(), name, rank=8)
+
+
+@each_method
 def test_the_command_builds_the_same_optimizer_under_the_same_name(name: str) -> None:
     """Rank and random_after are what the command would give; the rest is the method's."""
     model = body()

@@ -125,10 +125,12 @@ def low_rank_optimizer(params: Any, recipe: str, lr: float | None = None, **sett
         lr: the step size, of all groups without one of their own. Default: the paper's.
         settings: further arguments of GaLoreAdamW. "golore" needs ``random_after``.
 
-    Raises ValueError for a name that is not known, and for settings that do not go together, with the cure.
+    Raises ValueError for a name that is not known, where no group has a rank, and for settings that do not go together, with the cure.
     """
     from galore_torch.optim import galore
 
+    if recipe in ("muon", "galore_muon"):
+        raise ValueError(f"recipe={recipe!r} has a class of its own: GaLoreMuon(groups), for Muon itself with rank='full'")
     one_of("recipe", recipe, METHODS)
     method = METHODS[recipe]
     groups = _as_groups(params)
@@ -140,6 +142,10 @@ def low_rank_optimizer(params: Any, recipe: str, lr: float | None = None, **sett
     common = {key: value for key, value in settings.items() if key not in ("random_after", "carry_codec")}
     alone = {key: settings[key] for key in settings.keys() - common.keys()}  # what groups without a rank would refuse
     rank = settings.get("rank")
+    if all(group.get("rank", rank) is None for group in groups):
+        raise ValueError(
+            f"recipe={recipe!r} is what groups with a rank do, and none has one: give galore_param_groups(model, rank=128), or rank=128"
+        )
     groups = [{**own, **alone, **group} if group.get("rank", rank) is not None else group for group in groups]
     optimizer: LowRankOptimizer = getattr(galore, method.class_name)(groups, lr=method.lr if lr is None else lr, **common)
     return optimizer
