@@ -26,7 +26,8 @@ from galore_torch.train.data.glue import GLUE
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import find_lr
 from galore_torch.train.loop.trainer import train
-from galore_torch.train.model.heads import freeze, load_classifier
+from galore_torch.train.model.freeze import freeze
+from galore_torch.train.model.heads import load_classifier
 from galore_torch.train.optimizers.registry import build_optimizer, state_bytes
 from galore_torch.train.plan.answer import plan_request
 from galore_torch.train.report.chart_style import house_style

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from galore_torch.train.errors import UserError
-from galore_torch.train.model.heads import classifier_sizes, load_classifier, new_head
+from galore_torch.train.model.freeze import new_head
+from galore_torch.train.model.heads import classifier_sizes, load_classifier
 from galore_torch.train.optimizers.registry import build_optimizer
 from support import tasks
 

@@ -8,7 +8,8 @@ from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.data.loader import Data
 from galore_torch.train.data.tasks import TaskData
-from galore_torch.train.model.heads import freeze, load_classifier
+from galore_torch.train.model.freeze import freeze
+from galore_torch.train.model.heads import load_classifier
 from galore_torch.train.model.llama import build_model, model_shape
 from galore_torch.train.model.pretrained import load_model
 

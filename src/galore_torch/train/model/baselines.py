@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.errors import UserError
-from galore_torch.train.model.heads import new_head
+from galore_torch.train.model.freeze import new_head
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # arXiv 2403.03507, section 5.1
 _INIT_STD = 0.02  # of a LLaMA's weights

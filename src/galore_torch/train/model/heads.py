@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.train.errors import UserError, first_line
+from galore_torch.train.model.freeze import freeze
 from galore_torch.train.model.llama import finish
 from galore_torch.train.model.pretrained import sketch
 from galore_torch.train.model.sizes import Sizes, Targets, sizes_of
@@ -45,24 +46,6 @@ def load_classifier(
     return finish(model.train(), dtype=dtype, activation_checkpointing=activation_checkpointing)
 
 
-def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """No gradient for the parameters in whose names a pattern is found; UserError for one that is found in none."""
-    import re
-
-    for pattern in patterns:
-        try:
-            chosen = [p for name, p in model.named_parameters() if re.search(pattern, name)]
-        except re.error as error:
-            raise UserError(f"--freeze {pattern!r} is no regular expression: {error}") from error
-        if not chosen:
-            sample = ", ".join(name for name, _ in list(model.named_parameters())[:3])
-            raise UserError(f"--freeze {pattern!r} matches no parameter, such as {sample}")
-        for p in chosen:
-            p.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train; freeze less")
-
-
 @lru_cache(maxsize=4)
 def classifier_sizes(name: str, targets: Targets = None, frozen: tuple[str, ...] = ()) -> Sizes:
     """Parameters of the model `name` with a head for two classes. Activations: those of no family that the formulas know.
@@ -73,15 +56,6 @@ def classifier_sizes(name: str, targets: Targets = None, frozen: tuple[str, ...]
         model = load_classifier(name, ("0", "1"))
     freeze(model, frozen)
     return replace(sizes_of(model, targets), like_llama=False)
-
-
-def new_head(model: nn.Module) -> nn.Module:
-    """What a classifier has beside the model that it is made of: its head. An empty module where there is none, as in a language model."""
-    body = getattr(model, "base_model", model)
-    inside = {id(module) for module in body.modules()}
-    if body is model or getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        return nn.ModuleList()
-    return nn.ModuleList(child for child in model.children() if id(child) not in inside)
 
 
 class LabelLoss(nn.Module):

@@ -13,6 +13,7 @@ import torch
 
 from galore_torch.optim.param_groups import chosen_weights
 from galore_torch.train.errors import UserError, first_line
+from galore_torch.train.model.freeze import freeze, new_head
 from galore_torch.train.model.llama import ModelShape, build_model
 from galore_torch.train.model.pretrained import load_model
 
@@ -134,8 +135,6 @@ def hf_sizes(name: str, targets: Targets = None, frozen: tuple[str, ...] = ()) -
 
     `frozen`: patterns of --freeze.
     """
-    from galore_torch.train.model.heads import freeze
-
     try:
         with torch.device("meta"):
             model = load_model(name, dtype="float32", activation_checkpointing=False)
@@ -149,8 +148,6 @@ def hf_sizes(name: str, targets: Targets = None, frozen: tuple[str, ...] = ()) -
 
 def sizes_of(model: Any, targets: Targets = None) -> Sizes:
     """The same of a model that exists, on any device. UserError for `targets` that match nothing."""
-    from galore_torch.train.model.heads import new_head
-
     config = model.config.get_text_config()
     roles = roles_of(model)
     new = {id(p) for p in new_head(model).parameters()}
