@@ -14,6 +14,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
 
 
+PEERS = ["--shapes", "demo", "--peers", "galore-torch", "torch"]
+MISSING = "Without galore-torch 1.0 AdamW: not installed"
+
+
 def run(*command: str, forked: Forked, folder: Path) -> str:
     """What a command prints. Peers are looked for in an empty folder, and caches stay in the test's."""
     script, *arguments = command
@@ -23,31 +27,37 @@ def run(*command: str, forked: Forked, folder: Path) -> str:
     return said
 
 
-def test_step_benchmarks_run_and_name_the_peer_that_is_missing(tmp_path: Path, forked: Forked) -> None:
-    pictures = [str(tmp_path / f"{name}.png") for name in ("run", "gap", "memory")]
-    common = ["--shapes", "demo", "--peers", "galore-torch", "torch"]
+# Script, its arguments, what it prints (each so often at least), and whether it draws a picture.
+STEP_BENCHMARKS: dict[str, tuple[list[str], dict[str, int], bool]] = {
+    "step_time/run.py": ([*PEERS, "--rounds", "1", "--dtype", "bfloat16"], {"| GaLoreAdamW8bit |": 1, MISSING: 1}, True),
+    "step_time/gap.py": ([*PEERS, "--steps", "3", "--gap", "2", "--skip", "1"], {"| GaLoreAdamW8bit |": 1, MISSING: 1}, True),
+    "step_time/memory.py": (PEERS, {"| GaLoreAdamW8bit |": 1, MISSING: 1}, True),
+    "step_time/parts.py": (["--shapes", "demo", "--rounds", "1"], {"| GaLoreAdamW8bit |": 1}, False),
+    "step_time/latency.py": (
+        ["--shapes", "1", "--rank", "16", "--steps", "10", "--classes", "GaLoreAdamW"],
+        {"| GaLoreAdamW | ": 1},
+        False,
+    ),
+    "structured/run.py": (["--shapes", "demo", "--rounds", "1", "--processor_time"], {"| foam, compile=False |": 1}, False),
+    "loss/run.py": (["--cases", "100:20", "--chunks", "8", "--width", "8", "--rounds", "1"], {"| 100 | 20 | chunks of 8 |": 1}, False),
+    "refresh/energy.py": (["--layers", "1", "--steps", "2", "--gaps", "1", "--batch", "1"], {"| 1 | power, first |": 1}, False),
+}
+QUICK = ("step_time/run.py", "structured/run.py")
+
+
+@pytest.mark.parametrize("script", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STEP_BENCHMARKS])
+def test_step_benchmark_runs_and_names_the_peer_that_is_missing(script: str, tmp_path: Path, forked: Forked) -> None:
+    arguments, printed, draws = STEP_BENCHMARKS[script]
     (tmp_path / "text.txt").write_text("Of a gradient, a few directions hold nearly all. " * 100, encoding="utf-8")
-    text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt")]
-    commands = [
-        ["step_time/run.py", *common, "--rounds", "1", "--dtype", "bfloat16", "--picture", pictures[0]],
-        ["step_time/gap.py", *common, "--steps", "3", "--gap", "2", "--skip", "1", "--picture", pictures[1]],
-        ["step_time/memory.py", *common, "--picture", pictures[2]],
-        ["step_time/parts.py", "--shapes", "demo", "--rounds", "1"],
-        ["step_time/latency.py", "--shapes", "1", "--rank", "16", "--steps", "10", "--classes", "GaLoreAdamW"],
-        ["structured/run.py", "--shapes", "demo", "--rounds", "1", "--processor_time"],
-        ["loss/run.py", "--cases", "100:20", "--chunks", "8", "--width", "8", "--rounds", "1"],
-        ["refresh/energy.py", "--layers", "1", "--steps", "2", "--gaps", "1", "--batch", "1", *text],
-    ]
-    printed = "".join(run(*command, forked=forked, folder=tmp_path) for command in commands)
-    assert printed.count("| GaLoreAdamW8bit |") == 4
-    assert printed.count("| GaLoreAdamW | ") >= 3
-    assert "| 1 | power, first |" in printed
-    assert "| foam, compile=False |" in printed
-    assert "| 100 | 20 | chunks of 8 |" in printed
-    assert printed.count("Without galore-torch 1.0 AdamW: not installed") == 3
-    assert all(Path(picture).exists() for picture in pictures)
+    text = ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt")] if script == "refresh/energy.py" else []
+    picture = ["--picture", str(tmp_path / "picture.png")] if draws else []
+    said = run(script, *arguments, *text, *picture, forked=forked, folder=tmp_path)
+    for words, times in printed.items():
+        assert said.count(words) >= times, words
+    assert (tmp_path / "picture.png").exists() == draws
 
 
+@pytest.mark.slow
 def test_end_to_end_benchmark_runs_in_the_trainers_loop(tmp_path: Path, forked: Forked) -> None:
     for name in ("train.txt", "held_out.txt"):
         (tmp_path / name).write_text("Of a gradient, a few directions hold nearly all. " * 60, encoding="utf-8")
@@ -71,6 +81,7 @@ def test_seven_billion_benchmark_trains_a_small_model_the_same_way(optimizer: st
     assert float(steps[-1][1]) < float(steps[0][1]), "the loss falls"
 
 
+@pytest.mark.slow
 def test_two_trees_are_timed_turn_by_turn(tmp_path: Path, forked: Forked) -> None:
     root = str(BENCHMARKS.parent)
     words = ["--rounds", "1", "--pairs", "1", "--cases", "GaLoreAdamW, step, not compiled"]
