@@ -453,7 +453,7 @@ def test_forward_mode_and_recorded_models_are_plain() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("proj_type", ["std", "right"])
+@pytest.mark.parametrize("proj_type", [pytest.param("std", marks=pytest.mark.slow), "right"])
 def test_a_compiled_backward_pass(proj_type: str) -> None:
     def step(model: nn.Module, optimizer: Any, x: Tensor, i: int) -> None:
         optimizer.zero_grad()
@@ -502,7 +502,7 @@ def test_data_parallel_around_a_model_fused_before_there_were_processes_is_refus
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["direct", "direct_update"])
+@pytest.mark.parametrize("mode", [pytest.param("direct", marks=pytest.mark.slow), "direct_update"])
 def test_no_tensor_stays_behind_in_a_hundred_steps(mode: str) -> None:
     counts = []
 

@@ -37,7 +37,7 @@ def layerwise(mode: str = "update") -> Any:
     return type("LayerwiseTrainer", (g.LayerwiseMixin, Trainer), {"fused_mode": mode})
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if "8bit" in name else ()) for name in CLASSES])
 def test_layerwise_is_trainers_own_step_with_its_schedule_and_resumes_exactly(name: str, tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", maker(name), **UPDATES)
     ours = run(tmp_path / "ours", maker(name), layerwise(), **UPDATES)

@@ -54,7 +54,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# One optimizer after the other takes as long as all others together.
+@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow if "other" in name else ()) for name in CASES])
 def test_killed_at_random_and_resumed_is_the_uninterrupted_run(
     case: str, text_file: Path, model_file: Path, tmp_path: Path, forked: Forked
 ) -> None:

@@ -210,7 +210,7 @@ def test_predicted_peak_is_within_5_percent_of_the_allocators_log(run: str, trac
     assert planned(plan_request(config, device="cpu"), traced=traced).peak == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", [{"proj_type": "right"}, {"rank": 40}, {"optimizer": "galore_adamw_per_layer"}, {"dtype": "bfloat16"}])
 def test_a_step_after_the_first_holds_what_is_planned(run: dict[str, Any], traced: bool, tiny: str) -> None:
     """Inputs are kept projected then, but those of the matrices whose turn it is: the second update of a run, on the allocator's log."""

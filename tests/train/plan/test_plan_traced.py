@@ -49,7 +49,13 @@ DIRECT: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("run", DIRECT, ids=lambda run: run["model_config"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, id=run["model_config"], marks=pytest.mark.slow if run["model_config"] in ("130m", "350m") else ())
+        for run in DIRECT
+    ],
+)
 def test_of_gradients_that_are_never_made_every_stage_agrees(run: dict[str, Any], first: bool) -> None:
     """The first step, which makes every basis, and those after it, whose inputs are kept projected."""
     request = replace(plan_request(PretrainConfig(**run), device="cuda"), refreshing=first)
