@@ -21,6 +21,7 @@ from galore_torch.train.optimizers.registry import OPTIMIZERS
         ({"lr": 0.0}, "--lr 0.0", "greater than 0"),
         ({"lr": math.nan}, "--lr nan", "greater than 0"),
         ({"lr": math.inf}, "--lr inf", "greater than 0"),
+        ({"optimizer": "golore", "random_after": 100, "num_training_steps": 100}, "--random_after 100", "no basis would be random"),
         ({"galore_scale": -1.0}, "--galore_scale -1.0", "greater than 0"),
         ({"update_proj_gap": 0}, "--update_proj_gap 0", "at least 1"),
         ({"batch_size": 0}, "--batch_size 0", "at least 1"),

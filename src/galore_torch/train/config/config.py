@@ -172,6 +172,11 @@ class PretrainConfig(Settings):
                 f"--warmup_steps {self.warmup_steps} must be at least 0 and less than --num_training_steps {steps}; "
                 f"try --warmup_steps {steps // 10}"
             )
+        if self.random_after is not None and self.random_after >= steps:
+            raise UserError(
+                f"--random_after {self.random_after} is not below --num_training_steps {steps}: no basis would be random; "
+                f"try --random_after {steps // 2}"
+            )
         if self.scheduler == "constant" and "min_lr_ratio" in self.given:
             raise UserError(f"--min_lr_ratio {self.min_lr_ratio} has no effect on --scheduler constant; leave it out, or choose cosine")
         if self.decay_steps is not None and self.scheduler != "wsd":
