@@ -108,18 +108,18 @@ def measured(scores: list[Score], costs: Mapping[str, Any]) -> str:
 
 
 def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
-    """Loss against bytes of state, and against the time of a step; those on the frontier are joined."""
+    """Loss against bytes of state, and against the time of a step where that was measured; those on the frontier are joined."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
     timed = [score for score in scores if "of_adamw" in costs.get(score.name, {})]
-    figure, axes = plt.subplots(1, 2, figsize=(15, 7.5), sharey=True)
-    for axis, some, at in (
-        (axes[0], scores, lambda score: score.bytes),
-        (axes[1], timed, lambda score: costs[score.name]["of_adamw"]),
-    ):
+    panels = 2 if timed else 1
+    figure, every = plt.subplots(1, panels, figsize=(7.5 * panels, 7.5), sharey=True, squeeze=False)
+    axes = every[0]
+    costs_of = (scores, lambda score: score.bytes), (timed, lambda score: costs[score.name]["of_adamw"])
+    for axis, (some, at) in zip(axes, costs_of, strict=False):
         for score in some:
             method = METHODS[score.name]
             colour = PALETTE[0] if method.ours else PALETTE[1]
@@ -143,9 +143,10 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
     axes[0].set_xticks([0, 0.25, 0.5, 1, 2, 4, 8], ["0", "¼", "½", "1", "2", "4", "8"])
     axes[0].set_xlabel("optimizer state of the matrices, bytes an element; green: the frontier", fontsize=9)
     axes[0].set_ylabel("held-out loss, nats a token: mean and standard error", fontsize=9)
-    axes[1].set_xscale("log")
-    axes[1].set_xlabel("time of a step, of fused AdamW's (one thread, LLaMA-60M's matrices)", fontsize=9)
-    figure.suptitle("Loss against bytes and against time: blue this package, orange others", fontsize=11)
+    if timed:
+        axes[1].set_xscale("log")
+        axes[1].set_xlabel("time of a step, of fused AdamW's (one thread, LLaMA-60M's matrices)", fontsize=9)
+    figure.suptitle("Loss against cost: blue this package, orange others", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
