@@ -16,7 +16,12 @@ def chunk_elements(device: torch.device) -> int:
 
 def parts(length: int, most: int) -> Iterator[slice]:
     """Slices of up to ``most`` of ``length`` indices; all of one size where that takes less than twice as many."""
+    size = part_size(length, most)
+    return (slice(start, min(start + size, length)) for start in range(0, length, max(1, size)))
+
+
+def part_size(length: int, most: int) -> int:
+    """How many indices a slice of `parts` has."""
     fewest = -(-length // max(1, most))
     number = next((number for number in range(fewest, 2 * fewest) if length % number == 0), fewest)
-    size = -(-length // max(1, number))
-    return (slice(start, min(start + size, length)) for start in range(0, length, max(1, size)))
+    return -(-length // max(1, number))

@@ -15,7 +15,7 @@ import torch
 from galore_torch.engine.layout import AnyRule, Layout, make_layout
 from galore_torch.engine.sharding import Placed
 from galore_torch.engine.stored import state_spec
-from galore_torch.ops.chunks import chunk_elements
+from galore_torch.ops.chunks import chunk_elements, part_size
 from galore_torch.ops.codecs import CODED
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
 from galore_torch.slots.projectors import PROJECTORS
@@ -92,7 +92,7 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
         return passes
     if layout.is_tensor:
         carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0
-        return carried + tensor_bytes.step_bytes(layout, low, passes)
+        return carried + tensor_bytes.step_bytes(layout, low, passes, chunk_elements(torch.device(device)))
     bases = sum(prod(basis.shape) for basis in layout.bases.values())
     is_made = PROJECTORS[layout.projector].basis == "a seed"  # at every step
     needed = product_dtype(layout.dtype, device)
@@ -101,10 +101,8 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize + 6) if layout.dtype.itemsize == 2 else 0  # and its rounding
     recovery = RECOVERIES[group["recovery"]]
     reads, decoded = recovery.reads, {"fp32": 0, "bf16": 2 * low}.get(group["state_codec"], 5 * low)
-    if group["projector"] == "block_mean" and recovery.means in (
-        0,
-        1,
-    ):  # some rows of the update; for the residual R, both moments and G of them, and decoded moments
+    # Some rows of the update; for the residual R, both moments and G of them, and decoded moments.
+    if group["projector"] == "block_mean" and recovery.means in (0, 1):
         short = layout.dtype.itemsize == 2
         product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
         if "moments" in reads:
@@ -119,13 +117,19 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
 
 
 def _orthogonal(layout: Layout, device: str) -> int:
-    """Newton-Schulz: the matrix, put together where it is shared, two iterates and two Gram matrices, or an iterate and the answer."""
+    """Newton-Schulz: the matrix, put together where it is shared, two iterates and two Gram matrices, or an iterate and the answer; or the
+    answer, and what rounding some rows of a weight takes."""
     (m, n), matrices, itemsize = layout.whole[-2:], prod(layout.batch), layout.compute_dtype.itemsize
     product = itemsize if itemsize > 4 else product_dtype(torch.bfloat16, device).itemsize
     full, iterate, gram = (matrices * elements for elements in (m * n * itemsize, m * n * product, min(m, n) ** 2 * product))
     shared = prod(layout.view) * itemsize if layout.cuts else 0
-    copied = iterate + gram if product == 2 and device == "cpu" else 0  # there a product in bf16 brings its operands into its own order
-    return shared + full + max(2 * iterate + 2 * gram + copied, iterate + full if product != itemsize else 0)
+    # A CPU brings an operand of a product in bf16 into an order of its own, for tiles both of them.
+    tiled = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    copied = iterate + (gram if tiled else 0) if product == 2 and device == "cpu" else 0
+    rows, columns = layout.view[-2:]
+    rounded = 14 * columns * part_size(rows, chunk_elements(torch.device(device)) // max(1, columns)) if layout.dtype.itemsize == 2 else 0
+    answered = max(iterate if product != itemsize else 0, rounded)
+    return shared + full + max(2 * iterate + 2 * gram + copied, full + answered if answered else 0)
 
 
 def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, device: str, tokens: int = 0) -> int:

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from math import prod
 
 from galore_torch.engine.layout import Layout
+from galore_torch.ops.chunks import part_size
 from galore_torch.ops.linalg import OVERSAMPLING, THIN
 from galore_torch.slots.sparse_tucker import SET, modes
 
 
-def step_bytes(layout: Layout, low: int, passes: int) -> int:
+def step_bytes(layout: Layout, low: int, passes: int, at_once: int) -> int:
     """An ordinary step: the gradient in fp32 where it has 16 bits, the chains of products, factors that are decoded.
 
-    ``low``, ``passes``: bytes of the core, and of the elementwise passes over it.
+    ``low``, ``passes``: bytes of the core, and of the elementwise passes over it. ``at_once``: elements of a pass, `chunk_elements`.
     """
     itemsize, ranks = layout.compute_dtype.itemsize, modes(layout.ranks)
     order = sorted(ranks, key=lambda axis: ranks[axis] / layout.view[axis])
@@ -22,7 +23,7 @@ def step_bytes(layout: Layout, low: int, passes: int) -> int:
     forth = (max(first, _chain(sizes, order, ranks)) + _is_wide(layout) * prod(layout.view)) * itemsize
     last = next((axis for axis in order if prod(sizes[: axis + len(sizes)]) == 1), max(order))
     back = _chain(sizes, [axis for axis in reversed(order) if axis != last], dict(enumerate(layout.view, -len(sizes)))) * itemsize
-    rounded = 18 * min(prod(layout.shape), 1 << 17) if layout.dtype.itemsize == 2 else 0
+    rounded = 18 * _rounded_at_once(layout, last, at_once) if layout.dtype.itemsize == 2 else 0
     decoded = sum(prod(basis.shape) for basis in modes(layout.bases).values()) * itemsize if layout.basis_codec != "fp32" else 0
     decoded += 8 * layout.ranks.get(SET, 0)  # indices as torch takes them
     return decoded + max(forth, low + passes, low + back + rounded)
@@ -60,6 +61,13 @@ def _chain(sizes: list[int], order: Iterable[int], lengths: Mapping[int, int]) -
         after = prod(sizes)
         most, held = max(most, held + after + (before if thin else 0)), after
     return most
+
+
+def _rounded_at_once(layout: Layout, last: int, at_once: int) -> int:
+    """Elements that the product of the mode ``last`` brings into the weight at a time: some rows of it, seen as a matrix."""
+    before, length, after = prod(layout.view[:last]), layout.view[last], prod(layout.view[len(layout.view) + last + 1 :])
+    rows, columns = (before, length) if after == 1 else (length, after)
+    return part_size(rows, at_once // max(1, columns)) * columns
 
 
 def _is_wide(layout: Layout) -> bool:
