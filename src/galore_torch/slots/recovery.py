@@ -289,7 +289,7 @@ def orthogonal(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     update = seen.of_whole(unit_steps, X)
     if seen.is_finite is not True:
         update = torch.where(torch.as_tensor(seen.is_finite, device=update.device), update, 0.0)
-    write.subtract_parts(replace(change, scale=change.scale * seen.lr), update, lambda update, rows: update[rows])
+    take(change, update, change.scale * seen.lr)
 
 
 WHOLE = frozenset({"low", "grad"})
