@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from galore_torch.optim.methods import METHODS
-from support.sharded import Cut, Run, adafactor_rate, parameters, redundancy_free, sharded_late, weights
+from support.sharded import Cut, Run, adafactor_rate, kept_gradients, parameters, redundancy_free, sharded_late, weights
 from support.world import World
 
 pytestmark = pytest.mark.dist
@@ -23,7 +23,8 @@ ROWS = (Cut((16, 12)), Cut((9, 20)), Cut((3, 20)), Cut((6, 3, 2, 2)), Cut((7,)))
 
 def assert_same_training(world: World, run: Run, atol: float = 1e-5) -> None:
     """Weights as those of one process; what several ranks hold is the same bits on each."""
-    assert_same(world, weights, (run,), (replace(run, mesh=(), plan=False, options=()),), atol)
+    mode = run.mode if run.mode == "project" and not run.once else ""  # what one process does to the same
+    assert_same(world, weights, (run,), (replace(run, mesh=(), plan=False, options=(), mode=mode),), atol)
 
 
 def assert_same_steps(world: World, run: Run, cuts: tuple[Cut, ...]) -> None:
@@ -54,12 +55,20 @@ def test_fully_shard_equals_one_process(size: int, worlds: dict[int, World]) -> 
 CASES: dict[str, Run] = {
     "full rank": Run(keys={"rank": None}),
     "accumulated": Run(micro=3, keys=RIGHT),
+    "accumulated, shared out once": Run(micro=3, once=True, keys=RIGHT),
     "clipped": Run(clip=0.1, keys=RIGHT),
     "checkpointing": Run(options=("checkpointing",), keys=RIGHT),
     "offload": Run(options=("offload",), keys=RIGHT),
     "HSDP": Run(mesh=(2, 1), keys=RIGHT),
-    "updates in the backward pass": Run(options=("update",), keys=RIGHT),
-    "updates in the backward pass, accumulated": Run(options=("update",), micro=2, keys=RIGHT),
+    "updates in the backward pass": Run(mode="update", keys=RIGHT),
+    "updates in the backward pass, accumulated": Run(mode="update", micro=2, once=True, keys=RIGHT),
+    "projected in the backward pass, clipped": Run(mode="project", clip=0.1, keys=RIGHT),
+    "projected, accumulated, clipped": Run(mode="project", micro=3, clip=0.1, keys=RIGHT),
+    "projected, accumulated, shared out once": Run(mode="project", micro=3, once=True, keys=RIGHT),
+    "projected, offload": Run(mode="project", options=("offload",), micro=2, keys=RIGHT),
+    "projected, HSDP, clipped": Run(mode="project", mesh=(2, 1), clip=0.1, keys=RIGHT),
+    "projected, tensor parallel": Run(mode="project", mesh=(2,), micro=2, plan=True),
+    "projected, tensor parallel and FSDP2": Run(mode="project", mesh=(1, 2), micro=2, plan=True, sizes=(12, 16, 8, 20, 20)),
     "tensor parallel": Run(mesh=(2,), plan=True),
     "tensor parallel and FSDP2": Run(mesh=(1, 2), plan=True, sizes=(12, 16, 8, 20, 20)),
 }
@@ -255,9 +264,24 @@ REFUSED: dict[str, tuple[Run, tuple[Cut, ...], str]] = {
 }
 
 
-def test_low_rank_gradients_of_shards_are_refused(worlds: dict[int, World]) -> None:
-    with pytest.raises(ValueError, match=r"mode='project' keeps low-rank gradients.*Use mode='update'"):
-        worlds[2].run(weights, Run(mesh=(2,), options=("project",), keys=RIGHT))
+@pytest.mark.parametrize(("mode", "cure"), [("direct", "project"), ("direct_update", "update")])
+def test_gradients_that_are_never_made_are_refused_for_shards(mode: str, cure: str, worlds: dict[int, World]) -> None:
+    with pytest.raises(ValueError, match=rf"mode='{mode}' makes no full gradients.*Use mode='{cure}'"):
+        worlds[2].run(weights, Run(mesh=(2,), mode=mode, keys=RIGHT))
+
+
+def test_a_second_gradient_of_a_shard_that_was_used_up_is_an_error(worlds: dict[int, World]) -> None:
+    with pytest.raises(AssertionError, match=r"consumed inside the backward pass .*use mode='project' or 'direct'"):
+        worlds[2].run(weights, Run(mesh=(2,), mode="update", micro=2, keys=RIGHT))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_what_is_kept_of_a_gradient_is_its_low_rank_part_of_the_rows_that_are_here(codec: str, worlds: dict[int, World]) -> None:
+    """Between two backward passes: 2 of the columns, in fp32, of this process' half of the rows."""
+    keys = {"state_codec": codec, "min_8bit_size": 1, **RIGHT}
+    for rank, found in enumerate(worlds[2].run(kept_gradients, Run(mesh=(2,), mode="project", keys=keys))):
+        rows = [-(-size // 2) if rank == 0 else size // 2 for size in Run.sizes[1:]]
+        assert found == [(r, 2) for r in rows]
 
 
 @pytest.mark.parametrize("mode", ["project", "direct", "update"])

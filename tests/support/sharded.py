@@ -28,7 +28,8 @@ BATCH, WIDTH = 8, 12
 class Run:
     """How a model trains. ``mesh``: sizes of the device mesh, () for one process; ``plan``: tensor parallelism on the last of them.
 
-    ``keys``: group keys of the matrices; ``micro``: backward passes a step; ``clip``: largest norm of the gradient.
+    ``keys``: group keys of the matrices; ``micro``: backward passes a step, each of which shares its gradients out, or with ``once`` the
+    last alone; ``clip``: largest norm of the gradient; ``mode``: of `fused_backward`.
     """
 
     optimizer: str = "GaLoreAdamW"
@@ -39,9 +40,11 @@ class Run:
     sizes: tuple[int, ...] = (WIDTH, 16, 9, 20, 3)  # 9 rows are uneven on two processes, 3 leave one of four without any
     dtype: torch.dtype = torch.float32
     micro: int = 1
+    once: bool = False
     clip: float | None = None
     plan: bool = False
     options: tuple[str, ...] = ()  # "offload", "mixed", "checkpointing", "compile"
+    mode: str = ""
 
 
 class Body(nn.Module):
@@ -119,7 +122,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> None:
     for step in run.steps:
         for micro in range(run.micro):
             if hasattr(model, "set_requires_gradient_sync"):
-                model.set_requires_gradient_sync(micro == run.micro - 1)  # type: ignore[operator]
+                model.set_requires_gradient_sync(not run.once or micro == run.micro - 1)  # type: ignore[operator]
             x, y = (tensor[rank * share : (rank + 1) * share].to(run.dtype) for tensor in batch_of(step, micro, run.sizes[-1]))
             ((model(x).float() - y.float()).square().mean() / run.micro).backward()
         if run.clip:
@@ -150,10 +153,22 @@ def weights(run: Run) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Train: all weights whole, and what is `common`."""
     model = shard(model_of(run), run)
     optimizer = optimizer_of(model, run)
-    if "update" in run.options or "project" in run.options:
-        galore_torch.fused_backward(model, optimizer, run.options[0])  # type: ignore[arg-type]
+    if run.mode:
+        galore_torch.fused_backward(model, optimizer, run.mode)  # type: ignore[arg-type]
     train(model, optimizer, run)
     return [full(p).cpu() for p in model.parameters()], common(optimizer)
+
+
+def kept_gradients(run: Run) -> list[tuple[int, ...]]:
+    """The shapes of R that this process holds of the matrices after a backward pass; the gradients' own are those of the matrices."""
+    model = shard(model_of(run), run)
+    optimizer: Any = optimizer_of(model, run)
+    galore_torch.fused_backward(model, optimizer, run.mode)
+    x, y = batch_of(0, 0, run.sizes[-1])
+    (model(x) - y).square().mean().backward()
+    grads: list[Any] = [p.grad for p in model.parameters() if p.dim() > 1]
+    assert all(grad.shape == p.shape for grad, p in zip(grads, (p for p in model.parameters() if p.dim() > 1), strict=True))
+    return [tuple(grad.to_local().low.shape) for grad in grads]
 
 
 # --- parameters without a model: any shape, cut any way ---------------------------------------------------------------------
@@ -278,8 +293,8 @@ def load(run: Run, later: range, folder: str, how: str) -> Trained:
     return found, [full(p) for p in model.parameters()]
 
 
-def held(model_config: str, optimizer: str, settings: dict[str, Any]) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and state that this process holds of a LLaMA after two steps."""
+def held(model_config: str, optimizer: str, settings: dict[str, Any], mode: str = "") -> tuple[int, int, int]:
+    """Bytes of weights, gradients and state that this process holds of a LLaMA after two steps, in a mode of `fused_backward`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -292,7 +307,9 @@ def held(model_config: str, optimizer: str, settings: dict[str, Any]) -> tuple[i
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    made_ = build_optimizer(optimizer, model, lr=1e-3, settings=settings)
+    made_: Any = build_optimizer(optimizer, model, lr=1e-3, settings=settings)
+    if mode:
+        galore_torch.fused_backward(model, made_, mode)
     for _ in range(2):
         made_.zero_grad()
         text = torch.arange(32).view(2, 16)
@@ -300,7 +317,8 @@ def held(model_config: str, optimizer: str, settings: dict[str, Any]) -> tuple[i
         made_.step()
     params = list(model.parameters())
     states = [value for p in params for value in made_.state[p].values() if isinstance(value, Tensor)]
-    sizes = [sum(_local(tensor).nbytes for tensor in tensors) for tensors in (params, [p.grad for p in params], states)]
+    grads = [getattr(_local(p.grad), "low", p.grad) for p in params]  # type: ignore[arg-type]
+    sizes = [sum(_local(tensor).nbytes for tensor in tensors) for tensors in (params, grads, states)]
     return sizes[0], sizes[1], sizes[2]
 
 

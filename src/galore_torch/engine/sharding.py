@@ -51,10 +51,11 @@ class Place:
         ``dims``: dimension of the parameter -> that of the state tensor which is cut as it is. Any other cut leaves it whole.
         """
         from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        placements = [_moved(placement, dims) or Replicate() for placement in self.placements]
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        placements = tuple(_moved(placement, dims) or Replicate() for placement in self.placements)
+        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+        return DTensor(local, DTensorSpec(self.mesh, placements, meta), requires_grad=False)  # `from_local` moves what is kept on the host
 
 
 def place_of(p: Tensor) -> Place | None:

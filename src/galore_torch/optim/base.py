@@ -17,7 +17,7 @@ from galore_torch.engine.checks import check_group, plain_numbers, unread_keys
 from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView
 from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept, takes_tensors
-from galore_torch.engine.sharding import local_grad
+from galore_torch.engine.sharding import local, local_grad
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec
 from galore_torch.engine.whole_rules import check_shared
@@ -208,7 +208,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):
             for (p, _), view in zip(pairs, views, strict=True):
-                if isinstance(p.grad, ConsumedGrad):
+                if isinstance(local(p.grad), ConsumedGrad):
                     p.grad = None  # updated inside the backward pass: the mark has served
                 else:
                     self._update(view, p.grad)
@@ -216,8 +216,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _update(self, view: ParamView, grad: Tensor | None) -> None:
         assert grad is not None
-        if isinstance(grad, LowRankGrad):
-            engine.apply(view, grad.low)
+        if isinstance(held := local(grad), LowRankGrad):
+            engine.apply(view, held.low)
         else:
             engine.step(view, local_grad(grad, view.place))
 
@@ -225,12 +225,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def compress_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
         """Replace ``p.grad`` by its projection, which accumulates further gradients of the same step."""
         view, grad = self._check(p, group), p.grad
-        if view.layout.ranks and grad is not None and not isinstance(grad, LowRankGrad):
+        if view.layout.ranks and grad is not None and not isinstance(local(grad), LowRankGrad):
             check_kept(group)
             with without_autocast([p]):
-                low = engine.compress(view, grad)
-
-            p.grad = self._low_rank_grad(p, low)
+                low = engine.compress(view, local_grad(grad, view.place))
+            p.grad = _in_place_of(view, self._low_rank_grad(p, low))
 
     @torch.no_grad()
     def add_low_rank(self, p: Tensor, low: Tensor | None, factors: OuterProduct | SharedGradient | None) -> None:
@@ -263,7 +262,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         def project(more: Tensor, first: bool) -> Tensor:  # holds neither the parameter nor the optimizer
             return cast(LowRankOptimizer, owner())._project_more(place, more, first)
 
-        return LowRankGrad(p, low, owner, project)
+        return LowRankGrad(local(p), low, owner, project)
 
     def _project_more(self, place: int, more: Tensor, first: bool) -> Tensor:
         """A further micro-batch; ``first``: it begins a step."""
@@ -292,7 +291,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         view = self._check(p, group)
         with without_autocast([p]):
             self._update(view, p.grad)
-        p.grad = ConsumedGrad(p, owner_of(self))
+        p.grad = _in_place_of(view, ConsumedGrad(local(p), owner_of(self)))
 
     def _view(self, p: Tensor, group: dict[str, Any]) -> ParamView:
         return engine.view_of(p, self.state[p], group, self.rule)
@@ -304,8 +303,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
                 "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
             )
-        if isinstance(p.grad, LowRankGrad | ConsumedGrad):
-            p.grad.check_owner(self)
+        if p.grad is not None and isinstance(stand_in := local(p.grad), LowRankGrad | ConsumedGrad):
+            stand_in.check_owner(self)
         self._check_compiler(p, group)
         if not self.state.get(p):
             self._adopt(also=p)
@@ -387,6 +386,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
         unseal(self)
         self._adopt()
+
+
+def _in_place_of(view: ParamView, stand_in: Tensor) -> Tensor:
+    """What stands in for this process' part of a gradient, as the gradient does: in a DTensor where the parameter is one.
+
+    Along a projected axis that is cut, R is the sum over its processes, and each has all of it.
+    """
+    if view.place is None:
+        return stand_in
+    summed = {cut.dim for cut in view.layout.cuts if cut.axis - len(view.layout.view) in view.layout.ranks}
+    return view.place.wrap(stand_in, view.place.shape, {dim: dim for dim in range(len(view.place.shape)) if dim not in summed})
 
 
 def _with_dtensors(optimizer: Any, state_dict: dict[str, Any]) -> None:

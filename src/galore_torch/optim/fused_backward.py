@@ -302,11 +302,11 @@ def fused_backward(
     model = model if wrapper is None else wrapper.module
     own = {p for group in optimizer.param_groups for p in group["params"]}
     mine = [p for p in model.parameters() if p in own and p.requires_grad]
-    if mode != "update" and any(place_of(p) is not None for p in mine):
+    if mode in _DIRECT and any(place_of(p) is not None for p in mine):
         raise ValueError(
-            f"mode={mode!r} keeps low-rank gradients, and the model's parameters are DTensors, as fully_shard and tensor parallelism make "
-            "them: each process would measure and clip its own part alone. Use mode='update', which frees each gradient as soon as it has "
-            "been shared out, or train without fused_backward"
+            f"mode={mode!r} makes no full gradients, and the model's parameters are DTensors, as fully_shard and tensor parallelism make "
+            f"them, which share full gradients out. Use mode={'project' if mode == 'direct' else 'update'!r}, which frees each as soon as "
+            "it has been shared out"
         )
     if not mine:
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from galore_torch.engine.sharding import local
 from galore_torch.optim.fused_backward import UPDATING, fused_backward
 from galore_torch.optim.low_rank_grad import ConsumedGrad
 
@@ -40,7 +41,7 @@ class LayerwiseMixin:
         """As Trainer's, and clear the marks of gradients that were used: Trainer measures the norm of what is left."""
         loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         for p in model.parameters():
-            if isinstance(p.grad, ConsumedGrad):
+            if isinstance(local(p.grad), ConsumedGrad):
                 p.grad = None
         return loss
 

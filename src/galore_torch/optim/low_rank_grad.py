@@ -36,6 +36,11 @@ _ZERO = (aten.zero_.default, aten._foreach_zero_.default)
 _NORMS = (aten.linalg_vector_norm.default, aten.norm.Scalar, aten._foreach_norm.Scalar)
 
 
+def _is_view(func: Any, args: Any) -> bool:
+    """Whether the call gives the same tensor again, as `DTensor.to_local` asks for it by its own shape."""
+    return func in _VIEWS or (func is aten.view.default and tuple(args[1]) == tuple(args[0].shape))
+
+
 class _StandIn(torch.Tensor):
     """A tensor with the shape, dtype and device of a parameter, and no data."""
 
@@ -85,7 +90,7 @@ class LowRankGrad(_StandIn):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         grad, *rest = args
         kwargs = kwargs or {}
-        if func in _VIEWS:
+        if _is_view(func, args):
             return grad._with(grad.low, grad.empty)
         if func is aten.clone.default:
             return grad._with(grad.low.clone(), grad.empty)
@@ -134,7 +139,7 @@ class ConsumedGrad(_StandIn):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         grad, kwargs = args[0], kwargs or {}
-        if func in _VIEWS:
+        if _is_view(func, args):
             return ConsumedGrad(grad, grad.owner)
         if func is aten._to_copy.default:
             return ConsumedGrad(grad, grad.owner, **{key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None})

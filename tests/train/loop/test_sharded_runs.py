@@ -43,6 +43,9 @@ def together(forked: Forked, processes: int, config: PretrainConfig) -> list[str
 CASES: dict[str, dict[str, Any]] = {
     "accumulated, clipped, the loss in chunks": {"total_batch_size": 16, "grad_clipping": 0.5, "loss_chunk": 24},
     "updated layer by layer": {"optimizer": "galore_adamw_per_layer", "loss_chunk": 0},
+    "projected, accumulated, clipped": {"gradients": "project", "total_batch_size": 16, "grad_clipping": 0.5},
+    "layer by layer, accumulated": {"optimizer": "galore_adamw_per_layer", "total_batch_size": 16},
+    "layer by layer at full rank, clipped": {"optimizer": "adamw_per_layer", "grad_clipping": 0.5},
     # 11 windows of validation text: one process has a batch more than the other.
     "recomputed, evaluated on uneven parts": {"activation_checkpointing": True, "eval_tokens": 177, "legacy_eval": True},
     "streamed and padded, full rank": {
@@ -55,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     **{name: {"optimizer": name} for name in ("galore_adafactor", "galore_sgd", "galore_adagrad", "adagrad", "sgd", "adamw_per_layer")},
 }
-QUICK = [*CASES][:3]
+QUICK = [*CASES][:4]
 
 
 @pytest.mark.dist

@@ -136,7 +136,7 @@ class PretrainConfig(Settings):
             )
         assert len(self.mesh) < 3, "asked for what it refuses"
         for name, _ in self.contenders if self.sharded else ():
-            check_shardable(name, self.parallel, deferred=self.deferred)
+            check_shardable(name, self.parallel)
         for name, _ in self.contenders if self.processes > 1 and not self.sharded else ():
             if optimizer_spec(name).per_layer and not optimizer_spec(name).low_rank_gradients:
                 raise UserError(
@@ -149,7 +149,7 @@ class PretrainConfig(Settings):
             if optimizer_spec(name).low_rank and self.gradients != self.gradients_of(name):
                 raise UserError(
                     f"--gradients {self.gradients} under --parallel {self.parallel}: a process has the whole gradient of its own text "
-                    f"alone, and of all text its rows, which {name} projects; leave --gradients out, or choose --parallel ddp"
+                    f"alone, and of all text its rows; give {name} --gradients {self.gradients_of(name)}, or --parallel ddp"
                 )
         for name, _ in self.contenders if self.gradients == "full" else ():
             if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank_gradients:

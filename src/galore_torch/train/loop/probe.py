@@ -74,10 +74,11 @@ class Probe:
         """{"grad_norm": the 2-norm of all gradients}; {} where updates inside the backward pass have consumed them, NaN if one was bad."""
         from torch.nn.utils import get_total_norm
 
+        from galore_torch.engine.sharding import local
         from galore_torch.optim.low_rank_grad import ConsumedGrad
 
         gradients = self._gradients()
-        if any(isinstance(grad, ConsumedGrad) for grad in gradients):
+        if any(isinstance(local(grad), ConsumedGrad) for grad in gradients):
             return {} if self._finite is None or bool(self._finite) else {"grad_norm": math.nan}
         return {"grad_norm": as_number(get_total_norm(gradients))}
 
@@ -195,15 +196,17 @@ def as_number(norm: Tensor) -> float:
 
 
 def _is_stand_in(grad: Tensor) -> bool:
+    from galore_torch.engine.sharding import local
     from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
 
-    return isinstance(grad, (ConsumedGrad, LowRankGrad))
+    return isinstance(local(grad), (ConsumedGrad, LowRankGrad))
 
 
 def _held_bytes(grad: Tensor) -> int:
     """Bytes behind a gradient: of its low-rank part where that is all there is, none where it was consumed."""
+    from galore_torch.engine.sharding import local
     from galore_torch.optim.low_rank_grad import LowRankGrad
 
-    if isinstance(grad, LowRankGrad):
-        return grad.low.nbytes
+    if isinstance(own := local(grad), LowRankGrad):
+        return own.low.nbytes
     return 0 if _is_stand_in(grad) else sum(part.nbytes for part in stored_parts(grad))

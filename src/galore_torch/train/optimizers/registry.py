@@ -155,16 +155,10 @@ def optimizer_spec(name: str) -> OptimizerSpec:
         ) from None
 
 
-def check_shardable(name: str, parallel: str, *, deferred: bool) -> None:
-    """UserError where the optimizer `name` cannot train a model that `fully_shard` has cut, or not with `deferred` gradients."""
-    spec = optimizer_spec(name)
-    if why := spec.why_not_sharded:
+def check_shardable(name: str, parallel: str) -> None:
+    """UserError where the optimizer `name` cannot train a model that `fully_shard` has cut."""
+    if why := optimizer_spec(name).why_not_sharded:
         raise UserError(f"{name} does not train under --parallel {parallel}: {why}")
-    if spec.per_layer and deferred:
-        raise UserError(
-            f"{name} under --parallel {parallel} updates each part of a weight as soon as its gradient has been shared out, so a step has "
-            f"one forward pass and no clipping; choose {name.removesuffix('_per_layer')}, whose gradients are parts too"
-        )
 
 
 def unused_flags(name: str, given: Iterable[str]) -> list[str]:
@@ -296,13 +290,13 @@ def _gap_and_scale(spec: OptimizerSpec, usual: Settings) -> dict[str, Any]:
 def settled_gradients(name: str, gradients: str | None, sharded: bool = False) -> str:
     """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`; `sharded`: `fully_shard` has cut the model.
 
-    Of a cut weight a process gets its part of the mean gradient: whole rows, which are kept until the step or used up at once.
+    Of a cut weight a process gets its part of the mean gradient, whole rows, which are kept until the step, projected or used up at once.
     """
     spec = optimizer_spec(name)
     if not spec.low_rank_gradients:
         return "full"
     if sharded:
-        return "project" if spec.per_layer else "full"
+        return "project" if spec.per_layer or gradients == "project" else "full"
     return gradients or "direct"
 
 

@@ -91,7 +91,7 @@ def plan_request(
     sizes = config.sizes(targets, vocab_size)
     shards = config.shards if shards is None else shards
     if shards > 1:
-        check_shardable(name, "fsdp", deferred=config.deferred)
+        check_shardable(name, "fsdp")
     return PlanRequest(
         sizes=sizes,
         optimizer=name,
