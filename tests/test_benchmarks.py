@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,14 @@ def test_the_scaling_tables_say_what_does_not_fit(tmp_path: Path, forked: Forked
     slow, fast = rows[-1], rows[-2]
     assert (fast[1], slow[1]) == ("2", "1,024")
     assert fast[2:5] == ["–", "–", "–"], "and under DDP nothing here"
+
+
+@pytest.mark.dist
+def test_the_ways_to_find_a_basis_together_are_timed(tmp_path: Path, forked: Forked) -> None:
+    """Each way finds the same subspace, or the benchmark says that it does not."""
+    words = ["data_parallel/run.py", "--rounds", "1", "--processes", "2", "--shapes", "60M, attention"]
+    printed = run(*words, forked=forked, folder=tmp_path)
+    assert re.search(r"\| 60M, attention: 512 x 512, 128 \| 2 \| \d+ \| \d+ \| \d+ \| 0\.197 M \|", printed)
 
 
 @pytest.mark.dist

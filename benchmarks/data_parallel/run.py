@@ -44,7 +44,7 @@ class Refresh:
         """The product's way: r-wide all-reduces."""
         grad = SharedGradient((self.factors,), self.factors.shape, torch.float32, torch.device("cpu"), self.processes)
         _, grad = grad.measured()
-        basis = linalg.power_step(grad.in_range(), self.basis, 1)
+        basis = linalg.power_step(grad, self.basis, 1)
         return basis, basis.mT @ grad
 
     def owner(self) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class Refresh:
         if self.rank == 0:
             basis = linalg.power_step(dense, self.basis, 1).contiguous()
             low = basis.mT @ dense
-        self.processes.from_first([basis, low])
+        self.processes.from_one([basis, low])
         return basis, low
 
     def everybody(self) -> tuple[Tensor, Tensor]:
@@ -74,12 +74,13 @@ def sent(way: str, shape: tuple[int, int, int], processes: int) -> float:
     return share * (m * n + m * r + r * n) if way == "owner" else 2 * share * m * n
 
 
-def process(rank: int, size: int, port: int, rounds: int, out: multiprocessing.SimpleQueue) -> None:
+def process(rank: int, size: int, port: int, rounds: int, names: list[str], out: multiprocessing.SimpleQueue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=size)
     processes = Processes(distributed.group.WORLD)
-    for name, shape in SHAPES.items():
+    for name in names:
+        shape = SHAPES[name]
         one = Refresh(shape, rank, processes)
         ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {way: getattr(one, way) for way in WAYS}
         found = {way: run()[0] for way, run in ways.items()}
@@ -97,30 +98,32 @@ def process(rank: int, size: int, port: int, rounds: int, out: multiprocessing.S
     distributed.destroy_process_group()
 
 
-def measured(size: int, rounds: int) -> list[tuple[str, dict[str, float]]]:
+def measured(size: int, rounds: int, names: list[str]) -> list[tuple[str, dict[str, float]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     out = context.SimpleQueue()
-    group = [context.Process(target=process, args=(rank, size, port, rounds, out)) for rank in range(size)]
+    group = [context.Process(target=process, args=(rank, size, port, rounds, names, out)) for rank in range(size)]
     for each in group:
         each.start()
-    found = [out.get() for _ in SHAPES]
     for each in group:
         each.join()
-    return found
+    if any(each.exitcode for each in group):
+        raise SystemExit("a process has failed: see above")
+    return [out.get() for _ in names]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
     print("| m x n, rank | processes | ms: power | owner | everybody | elements sent: power | owner | everybody |")
     print("|---|---|---|---|---|---|---|---|")
     for size in arguments.processes:
-        for name, times in measured(size, arguments.rounds):
+        for name, times in measured(size, arguments.rounds, arguments.shapes):
             m, n, r = SHAPES[name]
             cells = [f"{1000 * times[way]:.0f}" for way in WAYS] + [f"{sent(way, SHAPES[name], size) / 1e6:.3g} M" for way in WAYS]
             print(f"| {name}: {m} x {n}, {r} | {size} | {' | '.join(cells)} |", flush=True)

@@ -57,9 +57,9 @@ class Line:
 
 
 LINES = {
-    "adamw": Line("AdamW, fp32", False, 2e-3, 5e-3),
-    "galore": Line("GaLore, fp32", True, 1e-2, 5e-3),
-    "galore_bf16": Line("GaLore, bf16 weights rounded at random", True, 1e-2, 5e-3, "bfloat16"),
+    "adamw": Line("AdamW, fp32", False, 1e-3, 5e-3),
+    "galore": Line("GaLore, fp32", True, 5e-3, 5e-3),
+    "galore_bf16": Line("GaLore, bf16 weights rounded at random", True, 5e-3, 5e-3, "bfloat16"),
 }
 
 

@@ -14,7 +14,7 @@ from galore_torch.train.plan.methods import Cost
 
 FP32 = 4
 FLAG = 1  # whether any process has used the matrix: a number beside R
-SEEN = 6  # three pairs of extremes, by which processes agree on whether a gradient may make a basis
+SEEN = 4  # two pairs of extremes, by which processes agree on whether a gradient may make a basis
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,14 @@ CASES = {
             "wrapped, then compiled": {"compiled": "around"},
         }.items()
     },
+    **{f"fewer batches, {mode}": Run(mode, steps=25, lacks=8) for mode in ("project", "direct", "update", "direct_update")},
+    "fewer batches, the first process": Run("direct", steps=25, lacks=8, short=0, clip=0.5),
+    "no batch at all": Run("project", steps=20, lacks=15),
+    "fewer batches, 8-bit": Run("direct_update", steps=25, lacks=8, cls="QGaLoreAdamW8bit", group={"min_8bit_size": 64}),
+    "fewer batches, INT8 weights": Run("direct", steps=25, lacks=8, int8=True, wrap={"init_sync": False}),
+    "fewer batches, layers that are not used": Run("direct", steps=25, lacks=8, model="Branches", wrap={"find_unused_parameters": True}),
+    "fewer batches, a row that reads the gradient": Run("update", steps=25, lacks=8, group={"recovery": "fira"}),
+    "fewer batches, gaps that adapt": Run("direct", steps=25, lacks=8, group={"gap_range": (2, 20)}),
     "gaps that adapt": Run("direct", group={"gap_range": (2, 20)}, steps=30),
 }
 
@@ -201,10 +209,33 @@ def test_updates_inside_the_backward_pass_refuse_no_sync(mode: str, group: None)
         loss_of(wrapped, ids_of(0, 0, 0, False)).backward()
 
 
-def test_uneven_numbers_of_batches_are_refused(group: None) -> None:
+def test_what_does_not_work_inside_of_join_is_refused(group: None) -> None:
+    ids = ids_of(0, 0, 0, False)
     wrapped, _optimizer, _ = wrapped_model("direct")
-    with wrapped.join(), pytest.raises(ValueError, match=r"does not work inside of join\(\)"):
-        wrapped(ids_of(0, 0, 0, False))
+    with wrapped.join(), wrapped.no_sync(), pytest.raises(ValueError, match=r"under no_sync\(\) inside of join\(\)"):
+        wrapped(ids)
+    with wrapped.join(divide_by_initial_world_size=False), pytest.raises(ValueError, match=r"leave it True"):
+        wrapped(ids)
+    bare, _its, _ = wrapped_model("direct", Bare)
+    with bare.join(), pytest.raises(ValueError, match=r"train a parameter that is not projected too"):
+        bare(ids)
+    model = Net(Run())
+    optimizer = optimizer_of(model, Run())
+    g.fused_backward(model, optimizer, "direct")
+    late = nn.parallel.DistributedDataParallel(model)
+    with late.join(), pytest.raises(ValueError, match=r"fused before it was wrapped does not work inside of join\(\)"):
+        late(ids)
+
+
+@pytest.mark.filterwarnings(f"ignore:{TORCHS_OWN}:DeprecationWarning")
+def test_the_hook_refuses_join(group: None) -> None:
+    """What it sends depends on which bases are due, which a process without batches does not know."""
+    model = Net(Run())
+    optimizer = optimizer_of(model, Run())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped.register_comm_hook(g.LowRankHookState(optimizer), g.low_rank_hook)
+    with wrapped.join(), pytest.raises(ValueError, match=r"low_rank_hook does not work inside of join\(\)"):
+        loss_of(wrapped, ids_of(0, 0, 0, False)).backward()
 
 
 def test_a_removed_attachment_leaves_the_wrapper_as_it_was(group: None) -> None:

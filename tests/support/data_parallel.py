@@ -52,6 +52,8 @@ class Run:
     checkpoint: str | None = None
     int8: bool = False  # linear layers are quantised before the optimizer is built
     compiled: str | None = None  # "inside" of the wrapper, or "around" it
+    lacks: int = 0  # the process `short` has so many batches less, inside of `join()`; five steps come after it
+    short: int = 1
 
 
 class Net(nn.Module):
@@ -197,7 +199,10 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
         g.fused_backward(wrapped, optimizer, run.mode, reduce_dtype=dtype)
     called = torch.compile(wrapped, backend="aot_eager") if run.compiled == "around" else wrapped
     weights, norms, due, sizes = [], [], [], []
-    for step in range(run.steps):
+    early = range(run.steps - 5 if run.lacks else 0)  # the steps inside of `join()`
+    lone = early[len(early) - run.lacks :]
+
+    def one(step: int) -> None:
         due.append([name for name, p in model.named_parameters() if is_due(optimizer, p)])
         before = sent.bytes if sent else 0
         tokens = sum(len(ids_of(step, m, part, run.odd)) for m in range(run.micro_batches) for part in range(2)) * TOKENS
@@ -205,7 +210,7 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
             last = micro + 1 == run.micro_batches
             both = [ids_of(step, micro, part, run.odd) for part in range(2)]
             if size == 1:
-                (loss_of(called, torch.cat(both)) / tokens).backward()
+                (loss_of(called, both[1 - run.short] if step in lone else torch.cat(both)) / tokens).backward()
             else:
                 mine = both[rank % 2] if size == 2 else torch.cat(both).chunk(size)[rank]
                 with nullcontext() if last else wrapped.no_sync():
@@ -217,10 +222,16 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=run.set_to_none)
         flat = torch.cat([as_real(p.detach()).flatten() for p in model.parameters()])
         weights.append(flat)
-        if size > 1:
+        if size > 1 and step not in early:
             others = [torch.empty_like(flat) for _ in range(size)]
             distributed.all_gather(others, flat)
             assert all(torch.equal(flat, other) for other in others), f"processes differ after step {step}"
+
+    with wrapped.join() if early and size > 1 else nullcontext():
+        for step in early[: len(early) - run.lacks] if rank == run.short and size > 1 else early:
+            one(step)
+    for step in range(len(early), run.steps):
+        one(step)
     steps = [optimizer.state[p].get("step", 0) for p in model.parameters() if p in optimizer.state]
     return {"weights": torch.stack(weights), "norms": norms, "steps": steps, "due": due, "bytes": sizes}
 
@@ -242,11 +253,11 @@ def is_due(optimizer: Any, p: Tensor) -> bool:
 
 
 def in_processes(forked: Forked, size: int, run: Run, folder: Path) -> dict[str, Any]:
-    """What came of a run in several processes: of the first, which is what all have."""
+    """What came of a run in several processes: of one that has all batches, which is what all have in the end."""
     forked.together(size, [str(Path(__file__).resolve()), str(folder), json.dumps(asdict(run))])
     codes, said = forked.wait()
     assert codes == [0] * size, "\n".join(said)
-    found: dict[str, Any] = torch.load(folder / "0.pt")
+    found: dict[str, Any] = torch.load(folder / f"{1 - run.short}.pt")
     return found
 
 

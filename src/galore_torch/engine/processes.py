@@ -19,7 +19,7 @@ class Processes:
         """``like``: the process group whose members they are."""
         ranks = distributed.get_process_group_ranks(like)
         self.group = distributed.new_group(ranks, use_local_synchronization=True)
-        self.size, self.first = len(ranks), ranks[0]
+        self.size = len(ranks)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor of one shape, the same bits in each process."""
@@ -31,10 +31,18 @@ class Processes:
         """Begin to sum up, in place; ``wait()`` on the answer ends it."""
         return distributed.all_reduce(tensor, group=self.group, async_op=True)
 
-    def from_first(self, tensors: Sequence[Tensor]) -> None:
-        """The first process's values, in place."""
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest of the processes' values, in place."""
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def from_one(self, tensors: Sequence[Tensor], rank: int = 0, device: torch.device | None = None) -> None:
+        """The values of one process of the group, in place; ``device``: where the tensors travel, if some are kept elsewhere."""
         for tensor in tensors:
-            distributed.broadcast(tensor, self.first, group=self.group)
+            sent = tensor.to(device or tensor.device).contiguous()
+            distributed.broadcast(sent, group=self.group, group_src=rank)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def close(self) -> None:
         """End the group. Nothing where the processes have parted already."""

@@ -76,8 +76,9 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
     if not isinstance(grad, Tensor) and view.projector.whole:
         grad = grad.dense()
     is_usable, scaled = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
-    grad = grad if view.projector.follows else scaled  # a moment that is added to it is not scaled
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
+    keeps = scaled.is_zero if isinstance(scaled, SharedGradient) else None  # of a weight that no process has used: as if it were not asked
+    grad = grad if view.projector.follows else scaled  # a moment that is added to it is not scaled
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
     for warm in (True, False):
@@ -90,6 +91,7 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         if group["gap_range"] is not None and (warm or begins):
             _begin_gap(view, C if warm else None, can[chosen.to(can.device)] if view.layout.batch else can)
     after = can if not view.layout.batch else torch.where(wanted.to(can.device), can, ready.to(can.device))
+    after = after if keeps is None else torch.where(keeps.reshape(-1), ready.to(can.device), after)
     # Where processes share a matrix they must all know at the next step whether it has a basis: its refresh is theirs together.
     state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=view.place is None)
 

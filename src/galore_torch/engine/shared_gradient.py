@@ -23,7 +23,7 @@ class SharedGradient:
     """It stands in the place of G, (E x) m x n, where that is only multiplied, as `OuterProduct` does. Each product is one all-reduce.
 
     terms: what this process has of the gradient, which is their sum; none where it has not used the weight. All processes multiply, in
-    the same order.
+    the same order. is_zero: of what `measured` gives, which matrices are zero, as are those that no process has used.
     """
 
     terms: tuple[Tensor | OuterProduct, ...]
@@ -31,6 +31,7 @@ class SharedGradient:
     dtype: torch.dtype
     device: torch.device
     processes: Processes
+    is_zero: Tensor | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -91,13 +92,14 @@ class SharedGradient:
         seen = exact._total([term @ probe for term in exact.terms], (self.shape[-2], 1))
         peak = exact._total([_largest(term) for term in exact.terms], (1, 1))
         mean = self.processes.mean(torch.cat([seen, peak], -2)).squeeze(-1)
-        is_usable = mean.isfinite().all(-1) & (mean[..., :-1] != 0).any(-1)
+        is_zero = (mean[..., :-1] == 0).all(-1)
+        is_usable = mean.isfinite().all(-1) & ~is_zero
         peak = mean[..., -1:, None]
         fits = peak < product_bound(wide, self.shape[-2:])
         if readable(fits) and bool(fits.all()):
-            return is_usable, self
+            return is_usable, replace(self, is_zero=is_zero)
         scale = torch.where(fits, 1.0, peak).to(self.dtype)
-        return is_usable, replace(self, terms=tuple(_over(term, scale) for term in self.terms))
+        return is_usable, replace(self, terms=tuple(_over(term, scale) for term in self.terms), is_zero=is_zero)
 
     def where(self, wanted: Tensor) -> SharedGradient:
         """Zero but for the ``wanted`` matrices of a batch; wanted: a bool for each."""

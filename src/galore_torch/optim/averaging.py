@@ -24,8 +24,9 @@ from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.linalg import as_real
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
+from galore_torch.optim.joined import agree, hand_on
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
-from galore_torch.optim.wrapped import give_back, leave_out
+from galore_torch.optim.wrapped import give_back, is_joining, joins, leave_out
 
 Found = tuple["Tensor | None", "Tensor | OuterProduct | None"]  # R, and a part that is not projected
 
@@ -59,6 +60,9 @@ class Averaging:
         self._handles = [p.register_hook(before) for p in weights]
         self._weights = set(weights)
         self._idle: set[Tensor] = set()  # not used by this process in this step, whose gradient of zeros took part in a refresh
+        self._is_away = False  # inside of `join()`, without batches
+        own = weakref.ref(self)
+        self._leaves_join = joins(wrapper, _Weakly(own, Averaging.shadow), _Weakly(own, Averaging.end_join))
         self._reset()
 
     def _reset(self) -> None:
@@ -82,6 +86,7 @@ class Averaging:
         for handle in self._handles:
             handle.remove()
         self._gives_back()
+        self._leaves_join()
         self._processes.close()
 
     # --- one backward pass ------------------------------------------------------------------------------------------------
@@ -112,10 +117,43 @@ class Averaging:
         for p in self._order:
             if isinstance(p.grad, LowRankGrad):
                 self._held[p], p.grad = p.grad, None
-            elif p.grad is not None and not isinstance(p.grad, ConsumedGrad):  # made before there was an attachment
+            elif p.grad is not None and not isinstance(p.grad, ConsumedGrad) and not self._is_away:  # made before there was an attachment
                 self._parts[p], p.grad = _Part(terms=[p.grad]), None
-        engine_of_autograd: Any = torch.autograd.Variable._execution_engine
-        engine_of_autograd.queue_callback(self._end)
+        if is_joining(wrapper):
+            self._agree()
+        if not self._is_away:
+            engine_of_autograd: Any = torch.autograd.Variable._execution_engine
+            engine_of_autograd.queue_callback(self._end)
+
+    def _agree(self) -> None:
+        """What has to be known in a process that is away: how far the others are."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        begins = [p not in self._held or self._held[p].empty for p in self._order]
+        for p, begins_step in zip(self._order, agree(optimizer, self._order, begins, self._processes, self._is_away), strict=True):
+            if self._is_away:
+                p.grad = None
+                if begins_step:
+                    self._held.pop(p, None)
+
+    def shadow(self) -> None:
+        """A backward pass of the others inside of `join()`: this process, which has no batch, takes all turns without gradients."""
+        if self._optimizer() is None:
+            return
+        self._is_away = True
+        self.begin(True)
+        self._end()
+
+    def end_join(self, source: int) -> None:
+        """All processes have joined, and go on from what the ``source`` process has."""
+        if (optimizer := self._optimizer()) is None:
+            return
+        if self._is_away:
+            for p in self._weights:
+                p.grad = None
+        self._is_away = False
+        with torch.no_grad():
+            hand_on(optimizer, self._order, self._processes, source)
 
     def has(self, p: Tensor, kind: str) -> bool:
         return (p, kind) in self._seen
@@ -226,7 +264,7 @@ class Averaging:
             assert not payload.is_conj(), "its real view would be a copy"
             to = as_real(payload)
             to.copy_(mean.view(to.shape))
-            if self.averaged is not None:
+            if self.averaged is not None and not self._is_away:
                 self.averaged(p)
 
     @torch.no_grad()
@@ -254,8 +292,19 @@ class Averaging:
         place = {p: i for i, p in enumerate(self._order)}
         order = list(dict.fromkeys([*ready, *self._order]))
         places = torch.tensor([place[p] for p in order], device=order[0].device)
-        self._processes.from_first([places])
+        self._processes.from_one([places])
         self._order = [self._order[int(i)] for i in places]
+
+
+class _Weakly:
+    """A method of what it holds weakly."""
+
+    def __init__(self, averaging: Callable[[], Averaging | None], method: Callable[..., None]) -> None:
+        self.averaging, self.method = averaging, method
+
+    def __call__(self, *arguments: Any) -> None:
+        if (averaging := self.averaging()) is not None:
+            self.method(averaging, *arguments)
 
 
 class _Before:

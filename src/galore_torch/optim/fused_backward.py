@@ -6,7 +6,6 @@ model is not fused, and the hooks of an optimizer that is gone do nothing.
 
 from __future__ import annotations
 
-import gc
 import warnings
 import weakref
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from galore_torch.optim.direct_backward import DirectLayer, is_linear
 from galore_torch.optim.direct_experts import DirectExperts
 from galore_torch.optim.in_model import Held, places_of
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
-from galore_torch.optim.wrapped import active_wrapper, holds, refuse_join
+from galore_torch.optim.wrapped import active_wrapper, check_join, holds, refuse_join, wrappers
 
 MODES = ("project", "update", "direct", "direct_update")
 _DIRECT, UPDATING = ("direct", "direct_update"), ("update", "direct_update")
@@ -93,11 +92,12 @@ class FusedBackward:
     def meet(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
         """Take the projected weights from this wrapper, where it holds them: their gradients are averaged as R."""
         if self._averaging is not None and self._averaging.serves(wrapper):
-            refuse_join(wrapper)
+            check_join(wrapper)
             return
         optimizer = self._optimizer()
         if optimizer is None or not holds(wrapper, self._params):
             return
+        refuse_join(wrapper, "a model that was fused before it was wrapped")
         weights = [p for p in self._params if optimizer.view_of(p).layout.ranks]
         if self._averaging is not None:
             self._averaging.close()
@@ -283,8 +283,9 @@ def fused_backward(
     projected weights, in ``reduce_dtype`` (torch.float32 or torch.bfloat16; None: in that of R), and the bases stay the same in all. The
     wrapper averages the others, which are then updated by ``optimizer.step()`` in every mode. `no_sync` adds up micro-batches as always.
 
-    Under `fully_shard` mode "update" alone: the optimizer takes each shard of a gradient as soon as FSDP2 has made it. Call `fully_shard`
-    first, and load with `assign=True` first: ``optimizer.step()`` raises ValueError where the model has exchanged its parameters since.
+    Under `fully_shard` modes "project" and "update": the optimizer takes each shard of a gradient as soon as FSDP2 has made it. Call
+    `fully_shard` first, and load with `assign=True` first: ``optimizer.step()`` raises ValueError where the model has exchanged its
+    parameters since.
 
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
@@ -329,10 +330,8 @@ def _has_processes() -> bool:
 
 def _refuse_unseen_wrapper(p: Tensor) -> None:
     """Raise ValueError where the model is in a wrapper that has not been met. DistributedDataParallel leaves no mark on a parameter."""
-    if _has_processes():
-        wrappers = [each for each in gc.get_objects() if type(each) is nn.parallel.DistributedDataParallel]
-        if any(p is other for wrapper in wrappers for other in wrapper.parameters()):
-            raise ValueError(
-                "the model is in a DistributedDataParallel that fused_backward has not seen, so its gradients would be used before they "
-                "are averaged: call init_process_group() before fused_backward, or give fused_backward the wrapped model"
-            )
+    if _has_processes() and any(p is other for wrapper in wrappers() for other in wrapper.parameters()):
+        raise ValueError(
+            "the model is in a DistributedDataParallel that fused_backward has not seen, so its gradients would be used before they "
+            "are averaged: call init_process_group() before fused_backward, or give fused_backward the wrapped model"
+        )

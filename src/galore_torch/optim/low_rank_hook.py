@@ -7,6 +7,7 @@ again. What the optimizer would drop is not sent.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from galore_torch.engine.recipe import needs_gradient
 from galore_torch.engine.refresh import refresh_is_due
 from galore_torch.ops.linalg import as_real
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
+from galore_torch.optim.wrapped import refuse_join, wrappers
 
 
 class LowRankHookState:
@@ -36,6 +38,15 @@ class LowRankHookState:
             raise ValueError(f"reduce_dtype={reduce_dtype!r} is not torch.float32, torch.bfloat16 or None, which is the gradients' dtype")
         self.process_group, self.reduce_dtype = process_group, reduce_dtype
         self._optimizer = weakref.ref(optimizer)
+        self._wrapper: Callable[[], Any] = lambda: None
+
+    def check_join(self, p: Tensor) -> None:
+        """Raise ValueError inside of the wrapper's `join()`: a process without batches does not know which bases are due."""
+        wrapper = self._wrapper()
+        if wrapper is None:
+            wrapper = next(each for each in wrappers() if any(p is other for other in each.parameters()))
+            self._wrapper = weakref.ref(wrapper)
+        refuse_join(wrapper, "low_rank_hook")
 
     def projected(self, p: Tensor) -> ParamView | None:
         """The parameter as a step sees it, where R of its gradient is all that the step will use; else None."""
@@ -52,6 +63,7 @@ def low_rank_hook(state: LowRankHookState, bucket):  # type: ignore[no-untyped-d
 
     Register it with ``wrapped.register_comm_hook(LowRankHookState(optimizer), low_rank_hook)``.
     """
+    state.check_join(bucket.parameters()[0])
     buffer, grads = bucket.buffer(), _gradients(bucket)
     views = [state.projected(p) for p in bucket.parameters()]
     with torch.no_grad(), without_autocast([buffer]):
