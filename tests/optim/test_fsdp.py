@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from galore_torch.optim.methods import METHODS
-from support.sharded import Cut, Run, adafactor_rate, kept_gradients, parameters, redundancy_free, sharded_late, weights
+from support.sharded import Cut, Run, adafactor_rate, flattened, kept_gradients, parameters, redundancy_free, sharded_late, weights
 from support.world import World
 
 pytestmark = pytest.mark.dist
@@ -288,6 +288,12 @@ def test_what_is_kept_of_a_gradient_is_its_low_rank_part_of_the_rows_that_are_he
 def test_a_model_that_is_sharded_after_it_was_fused_is_an_error_of_the_step(mode: str, worlds: dict[int, World]) -> None:
     with pytest.raises(ValueError, match=r"is another parameter now.*fully_shard.*Call them first"):
         worlds[2].run(sharded_late, mode)
+
+
+@pytest.mark.parametrize("keeps_originals", [True, False])
+def test_what_fsdp1_has_flattened_is_refused_with_the_cure(keeps_originals: bool, worlds: dict[int, World]) -> None:
+    with pytest.raises(ValueError, match=r"vectors that FSDP1 .*fully_shard.*leave rank out"):
+        worlds[2].run(flattened, keeps_originals)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from typing import Any
 
 import pytest
@@ -140,19 +139,30 @@ def test_keys_that_nothing_reads_are_named_and_those_of_schedulers_are_not() -> 
     GaLoreAdamW([{"params": model().parameters(), "rank": 2, "initial_lr": 1e-3, "max_lr": 1e-2, "name": "body", "lr_mult": 1.0}])
 
 
-def test_a_rank_on_vectors_alone_is_a_warning_also_after_an_exchange() -> None:
+def test_a_rank_on_vectors_alone_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="projects none.*FSDP1"):
         GaLoreAdamW([{"params": [Parameter(torch.zeros(64)), Parameter(torch.zeros(64))], "rank": 2}])
+
+
+def test_matrices_that_were_exchanged_for_one_flat_vector_are_refused_at_every_step() -> None:
+    """As DeepSpeed ZeRO-1 and 2 do it, in the groups of an optimizer that is there."""
     net = model()
     optimizer = GaLoreAdamW([{"params": net.parameters(), "rank": 2}])
     flat = Parameter(torch.zeros(1 << 15))
     flat.grad = torch.ones(1 << 15)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.warns(UserWarning, match="projects none.*FSDP1"):
-        optimizer.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"rank=2 projects matrices.*1 parameters are vectors.*fully_shard"):
+            optimizer.step()
+    assert not flat.any()
+
+
+def test_a_vector_that_zero_3_has_flattened_is_refused() -> None:
+    flat = Parameter(torch.zeros(64))
+    flat.ds_id = 0  # type: ignore[attr-defined]  # as DeepSpeed marks them
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO .*made.*leave rank out"):
+        GaLoreAdamW([flat], rank=2)
+    GaLoreAdamW([flat])
 
 
 def test_adafactor_schedule_reads_the_rate_in_use() -> None:

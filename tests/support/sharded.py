@@ -191,6 +191,15 @@ def sharded_late(mode: str) -> None:
     train(shard(model, run), optimizer, run)
 
 
+def flattened(keeps_originals: bool) -> None:
+    """An optimizer of a model that FSDP1 has cut."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    run = Run(steps=range(1))
+    model = FullyShardedDataParallel(model_of(run), use_orig_params=keeps_originals, device_id=torch.device("cpu"))
+    galore_torch.GaLoreAdamW(model.parameters(), rank=2)
+
+
 def placed(tensor: Tensor, cut: Cut, mesh: Any) -> Tensor:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

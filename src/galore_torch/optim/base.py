@@ -22,7 +22,7 @@ from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec
 from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
-from galore_torch.optim.left_behind import left_behind
+from galore_torch.optim.left_behind import left_behind, refuse_flattened
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
 from galore_torch.optim.param_groups import PLACE
 from galore_torch.optim.quantize import refuse_replaced
@@ -144,8 +144,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 return  # a norm or bias with an optimizer of its own, as layer-wise loops make them
             warnings.warn(
                 f"rank={group['rank']} projects none of this group's {len(group['params'])} parameters, for all are vectors: they train at "
-                "full rank, and no memory is saved. FSDP1 and DeepSpeed ZeRO flatten matrices into vectors: train such a model under "
-                "DistributedDataParallel. In a group of true vectors leave rank out",
+                "full rank, and no memory is saved. If something has flattened matrices, as FSDP1 and DeepSpeed ZeRO do, train under "
+                "fully_shard or DistributedDataParallel. In a group of true vectors leave rank out",
                 stacklevel=_callers_level(),
             )
             return
@@ -353,8 +353,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in changed:
             for p in group["params"]:
                 check_shared(engine.layout_of(p, group), group, self.rule)
-        self._present = [(p, group) for group in self.param_groups for p in group["params"]]
-        self._places = {p: place for place, (p, _) in enumerate(self._present)}
+        present = [(p, group) for group in self.param_groups for p in group["params"]]
+        places = {p: place for place, (p, _) in enumerate(present)}
+        for group in changed:
+            refuse_flattened(group, [p for p in known if p not in places])
+        self._present, self._places = present, places
         for p in [p for p in self.state if p not in self._places]:
             del self.state[p]
         for p, group in self._present:

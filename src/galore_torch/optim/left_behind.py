@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from galore_torch.engine.sharding import place_of
+
+
+def refuse_flattened(group: Mapping[str, Any], lost: Iterable[Tensor]) -> None:
+    """Raise ValueError where a group with a rank holds vectors that were matrices: FSDP1 and DeepSpeed ZeRO-3 mark theirs, and ZeRO-1 and 2
+    put theirs into the place of the optimizer's own, which are ``lost`` since."""
+    params = group["params"]
+    if group["rank"] is None or not params or any(p.dim() > 1 for p in params):
+        return
+    if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id") for p in params) or any(p.dim() > 1 for p in lost):
+        raise ValueError(
+            f"rank={group['rank']} projects matrices, and this group's {len(params)} parameters are vectors that FSDP1 or DeepSpeed ZeRO "
+            "has made of them: every step would be at full rank. Use torch.distributed.fsdp.fully_shard, which keeps matrices, or "
+            "DistributedDataParallel; or leave rank out"
+        )
 
 
 def left_behind(params: Iterable[Tensor]) -> str | None:
