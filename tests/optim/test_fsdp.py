@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,19 @@ import torch
 from torch.testing import assert_close
 
 from galore_torch.optim.methods import METHODS
-from support.sharded import Cut, Run, adafactor_rate, flattened, kept_gradients, parameters, redundancy_free, sharded_late, weights
+from support.sharded import (
+    Cut,
+    Run,
+    adafactor_rate,
+    flattened,
+    kept_gradients,
+    on_the_wire,
+    parameters,
+    reduced_in_bf16,
+    redundancy_free,
+    sharded_late,
+    weights,
+)
 from support.world import World
 
 pytestmark = pytest.mark.dist
@@ -23,7 +36,7 @@ ROWS = (Cut((16, 12)), Cut((9, 20)), Cut((3, 20)), Cut((6, 3, 2, 2)), Cut((7,)))
 
 def assert_same_training(world: World, run: Run, atol: float = 1e-5) -> None:
     """Weights as those of one process; what several ranks hold is the same bits on each."""
-    mode = run.mode if run.mode == "project" and not run.once else ""  # what one process does to the same
+    mode = "" if run.once or run.mode == "update" else run.mode  # what one process does to the same
     assert_same(world, weights, (run,), (replace(run, mesh=(), plan=False, options=(), mode=mode),), atol)
 
 
@@ -52,6 +65,26 @@ def test_fully_shard_equals_one_process(size: int, worlds: dict[int, World]) -> 
     assert_same_training(worlds[size], Run(mesh=(size,), keys=RIGHT))
 
 
+@pytest.mark.parametrize("size", BOTH)
+def test_direct_passes_under_fully_shard_equal_one_process(size: int, worlds: dict[int, World]) -> None:
+    assert_same_training(worlds[size], Run(mesh=(size,), mode="direct", keys=RIGHT))
+
+
+@pytest.mark.parametrize("mode", ["", "direct"])
+def test_direct_passes_share_out_low_rank_gradients_in_place_of_whole_ones(mode: str, worlds: dict[int, World]) -> None:
+    """In a step without a refresh: (elements that FSDP2 scatters, elements of all-reduces). A shard is as large as the largest one."""
+    pairs = [*pairwise(Run.sizes)]
+    vectors = sum(rows(m) for _, m in pairs) + 2 * sum(rows(m) for _, m in pairs[1:-1:2])
+    found = worlds[2].run(on_the_wire, Run(mesh=(2,), mode=mode, keys=RIGHT))
+    matrices = sum(rows(m) * n for n, m in pairs)
+    assert found == [(vectors, 2 * sum(m for _, m in pairs)) if mode else (vectors + matrices, 0)] * 2
+
+
+def rows(whole: int) -> int:
+    """Of two padded shards."""
+    return 2 * -(-whole // 2)
+
+
 CASES: dict[str, Run] = {
     "full rank": Run(keys={"rank": None}),
     "accumulated": Run(micro=3, keys=RIGHT),
@@ -67,6 +100,15 @@ CASES: dict[str, Run] = {
     "projected, accumulated, shared out once": Run(mode="project", micro=3, once=True, keys=RIGHT),
     "projected, offload": Run(mode="project", options=("offload",), micro=2, keys=RIGHT),
     "projected, HSDP, clipped": Run(mode="project", mesh=(2, 1), clip=0.1, keys=RIGHT),
+    "direct, clipped": Run(mode="direct", clip=0.1, keys=RIGHT),
+    "direct, accumulated, clipped": Run(mode="direct", micro=3, clip=0.1, keys=RIGHT),
+    "direct, updated": Run(mode="direct_update", keys=RIGHT),
+    "direct, HSDP": Run(mode="direct", mesh=(2, 1), micro=2, keys=RIGHT),
+    "direct, checkpointing": Run(mode="direct", options=("checkpointing",), keys=RIGHT),
+    "direct, offload": Run(mode="direct_update", options=("offload",), keys=RIGHT),
+    "direct, the published projector": Run(mode="direct", keys={"projector": "svd", **RIGHT}),
+    "direct, a rank too small for power steps alone": Run(mode="direct", keys={"rank": 1, **RIGHT}),
+    "direct, tensor parallel": Run(mode="direct", mesh=(2,), micro=2, plan=True),  # which goes on as "project" does
     "projected, tensor parallel": Run(mode="project", mesh=(2,), micro=2, plan=True),
     "projected, tensor parallel and FSDP2": Run(mode="project", mesh=(1, 2), micro=2, plan=True, sizes=(12, 16, 8, 20, 20)),
     "tensor parallel": Run(mesh=(2,), plan=True),
@@ -80,10 +122,11 @@ def test_what_users_do_with_fully_shard_equals_one_process(name: str, worlds: di
     assert_same_training(worlds[2], replace(run, mesh=run.mesh or (2,)))
 
 
+@pytest.mark.parametrize("mode", ["", "direct"])
 @pytest.mark.parametrize("options", [("mixed",), pytest.param(("compile",), marks=pytest.mark.slow)])
-def test_mixed_precision_and_compiled_models_equal_replicas_of_them(options: tuple[str, ...], worlds: dict[int, World]) -> None:
+def test_mixed_precision_and_compiled_models_equal_replicas_of_them(mode: str, options: tuple[str, ...], worlds: dict[int, World]) -> None:
     """Against HSDP whose replicas hold everything, which does the same arithmetic: bf16 passes, or those that torch.compile makes."""
-    run = Run(options=options, steps=range(13), keys={"update_proj_gap": 4, **RIGHT})
+    run = Run(options=options, mode=mode, steps=range(13), keys={"update_proj_gap": 4, **RIGHT})
     (found, _), (other, _) = worlds[2].run(weights, replace(run, mesh=(2,)))
     (expected, _), _ = worlds[2].run(weights, replace(run, mesh=(2, 1)))
     for mine, theirs, twin in zip(found, expected, other, strict=True):
@@ -264,10 +307,9 @@ REFUSED: dict[str, tuple[Run, tuple[Cut, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize(("mode", "cure"), [("direct", "project"), ("direct_update", "update")])
-def test_gradients_that_are_never_made_are_refused_for_shards(mode: str, cure: str, worlds: dict[int, World]) -> None:
-    with pytest.raises(ValueError, match=rf"mode='{mode}' makes no full gradients.*Use mode='{cure}'"):
-        worlds[2].run(weights, Run(mesh=(2,), mode=mode, keys=RIGHT))
+def test_a_dtype_on_the_wire_is_refused_for_shards(worlds: dict[int, World]) -> None:
+    with pytest.raises(ValueError, match=r"reduce_dtype=torch.bfloat16 is of DistributedDataParallel.*leave it None"):
+        worlds[2].run(reduced_in_bf16)
 
 
 def test_a_second_gradient_of_a_shard_that_was_used_up_is_an_error(worlds: dict[int, World]) -> None:

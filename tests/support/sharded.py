@@ -171,6 +171,40 @@ def kept_gradients(run: Run) -> list[tuple[int, ...]]:
     return [tuple(grad.to_local().low.shape) for grad in grads]
 
 
+def on_the_wire(run: Run) -> tuple[int, int]:
+    """Elements of one step's gradients that are shared out by FSDP2 and by all-reduces, in a step in which no basis is due."""
+    from torch import distributed
+
+    model = shard(model_of(run), run)
+    optimizer = optimizer_of(model, replace(run, keys={"update_proj_gap": 10**6, **run.keys}))
+    if run.mode:
+        galore_torch.fused_backward(model, optimizer, run.mode)  # type: ignore[arg-type]
+    train(model, optimizer, replace(run, steps=range(2)))
+    names = [name for name in ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce") if hasattr(distributed, name)]
+    calls, sent = {name: getattr(distributed, name) for name in names}, [0, 0]
+
+    def counted(name: str, *arguments: Any, **kwargs: Any) -> Any:
+        given = [each for each in (*arguments, *kwargs.values()) if isinstance(each, Tensor)]
+        sent[name == "all_reduce"] += max(each.numel() for each in given)
+        return calls[name](*arguments, **kwargs)
+
+    try:
+        for name in names:
+            setattr(distributed, name, partial(counted, name))
+        train(model, optimizer, replace(run, steps=range(2, 3)))
+    finally:
+        for name, call in calls.items():
+            setattr(distributed, name, call)
+    return sent[0], sent[1]
+
+
+def reduced_in_bf16() -> None:
+    run = Run(mesh=(2,), keys={"proj_type": "right"})
+    model = shard(model_of(run), run)
+    optimizer: Any = optimizer_of(model, run)
+    galore_torch.fused_backward(model, optimizer, "direct", reduce_dtype=torch.bfloat16)
+
+
 # --- parameters without a model: any shape, cut any way ---------------------------------------------------------------------
 
 

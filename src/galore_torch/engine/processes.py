@@ -16,8 +16,8 @@ class Processes:
     """
 
     def __init__(self, like: Any) -> None:
-        """``like``: the process group whose members they are."""
-        ranks = distributed.get_process_group_ranks(like)
+        """``like``: the process group whose members they are, or their ranks."""
+        ranks = like if isinstance(like, list) else distributed.get_process_group_ranks(like)
         self.group = distributed.new_group(ranks, use_local_synchronization=True)
         self.size = len(ranks)
 

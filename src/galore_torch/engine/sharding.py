@@ -37,6 +37,11 @@ class Place:
     def placed(self) -> Placed:
         return _placed(self)
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of all of its processes, replicas too."""
+        return sorted(self.mesh.mesh.flatten().tolist())
+
     def part(self, dim: int) -> Part | None:
         """This process' part of a dimension of the parameter; None where it is whole."""
         axes = tuple(axis for axis, placement in enumerate(self.placements) if _dim(placement) == dim)

@@ -239,11 +239,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         group = self.group_of(p)
         view = self._check(p, group)
-        if isinstance(p.grad, ConsumedGrad):
-            p.grad.refuse()
-        if p.grad is not None and not isinstance(p.grad, LowRankGrad):
-            self.compress_gradient(p, group)
-        held = p.grad
+        if p.grad is not None:
+            if isinstance(stand_in := local(p.grad), ConsumedGrad):
+                stand_in.refuse()
+            if not isinstance(stand_in, LowRankGrad):
+                self.compress_gradient(p, group)
+        held = None if p.grad is None else local(p.grad)
         assert held is None or isinstance(held, LowRankGrad)
         if factors is not None:
             with without_autocast([p]):
@@ -251,7 +252,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             low = more if low is None else low + more
         assert low is not None
         if held is None:
-            p.grad = self._low_rank_grad(p, low)
+            p.grad = _in_place_of(view, self._low_rank_grad(p, low))
         else:
             held.low.add_(low)
             held.empty = False

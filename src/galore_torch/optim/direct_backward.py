@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from galore_torch.engine import step as engine
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import refresh_is_due
+from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.int8_weight import check_unwritten
 from galore_torch.ops.linear import input_grad, linear
 from galore_torch.ops.outer import OuterProduct
@@ -31,7 +32,7 @@ from galore_torch.optim.direct_compiled import compiled_linear, register
 from galore_torch.optim.swapped_class import SwappedClass, plain_class, restore_class, swap_class
 
 F = TypeVar("F", bound=Callable[..., Any])
-Finish = Callable[[Tensor, "Tensor | None", "OuterProduct | None"], None]
+Finish = Callable[[Tensor, "Tensor | None", "OuterProduct | SharedGradient | None"], None]
 
 
 def _untraced(method: F) -> F:
@@ -69,11 +70,34 @@ class DirectLayer:
 
     def new_probe(self) -> Tensor:
         """The leaf whose gradient is R, on the weight's device: one zero, seen in R's shape."""
-        layout = self.seen().layout
-        probe = torch.zeros((), dtype=layout.compute_dtype, device=self.weight.device).expand(layout.low_shape).requires_grad_()
+        probe = self.zero(self.used_weight().device).requires_grad_()
         self._arrival = _Arrival(weakref.ref(self))
         probe.register_post_accumulate_grad_hook(self._arrival)
         return probe
+
+    def zero(self, device: torch.device) -> Tensor:
+        """A tensor of R's shape, of one element."""
+        layout = self.seen().layout.entire
+        return torch.zeros((), dtype=layout.compute_dtype, device=device).expand(layout.low_shape)
+
+    def used_weight(self) -> Tensor:
+        """What products are made with."""
+        return self.weight
+
+    def in_graph(self) -> Tensor:
+        """The weight as the forward pass takes it."""
+        return in_graph(self)
+
+    def version(self) -> int:
+        """Changes with the weight; `check` raises RuntimeError where it has changed."""
+        return self.weight._version
+
+    def check(self, version: int) -> None:
+        check_unwritten(self.weight, version)
+
+    def deliver(self, low: Tensor | None, factors: OuterProduct | None) -> None:
+        """Hand on what a backward pass has made."""
+        self.finish(self.weight, low, factors)
 
     def seen(self) -> ParamView:
         """`view`, where it is needed."""
@@ -103,13 +127,17 @@ class DirectLayer:
 
     def serves(self, weight: Tensor) -> bool:
         """Whether the layer's low-rank gradient is wanted: not where a caller has put another weight in, and not without gradients."""
-        wanted = torch.is_grad_enabled() and weight is self.weight and weight.requires_grad and self.probe is not None
+        wanted = torch.is_grad_enabled() and self.is_own(weight) and weight.requires_grad and self.probe is not None
         return wanted and self._optimizer() is not None and not _is_transformed()
+
+    def is_own(self, weight: Tensor) -> bool:
+        """Whether what the module has for its weight is the one that the optimizer trains."""
+        return weight is self.weight
 
     def move(self) -> Tensor:
         """The probe, on the device where the model has gone since."""
         assert self.probe is not None
-        if self.probe.device != self.weight.device:
+        if self.probe.device != self.used_weight().device:
             self.probe = self.new_probe()
             self._node = get_gradient_edge(self.probe).node
         return self.probe
@@ -149,7 +177,7 @@ class DirectLayer:
     @_untraced
     def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
         """R, the gradient of the probe: from dy (T x m) and what `keep` returned. Zero where the basis is due: `arrived` adds it."""
-        zero = output_grad.new_zeros((), dtype=view.layout.compute_dtype).expand(view.layout.low_shape)
+        zero = self.zero(output_grad.device)
         wanted, number = self.is_wanted(), torch._C._current_graph_task_id()
         if not wanted and not is_named(self.weight):
             return zero
@@ -180,7 +208,7 @@ class DirectLayer:
         self._passes = {number: other for number, other in self._passes.items() if other.step == this.step}  # others have failed
         if self._optimizer() is not None and self.weight.requires_grad:  # it may have been frozen since the forward pass
             total = OuterProduct.total(this.terms) if this.terms else None
-            self.finish(self.weight, low if this.reduced or not this.terms else None, total)
+            self.deliver(low if this.reduced or not this.terms else None, total)
 
 
 @dataclass
@@ -306,7 +334,7 @@ class _DirectForward(SwappedClass):
             out = compiled_linear(flat, weight.detach(), bias, self._direct_probe, self._direct_key, *self._direct_form)
         else:
             self._direct_probe = self._direct_layer.move()
-            out = _Linear.apply(flat, in_graph(self._direct_layer), bias, self._direct_probe, self._direct_layer)  # type: ignore[no-untyped-call]
+            out = _Linear.apply(flat, self._direct_layer.in_graph(), bias, self._direct_probe, self._direct_layer)  # type: ignore[no-untyped-call]
         # A view that is made inside of the function cannot be written in place, as nn.ReLU(inplace=True) does.
         return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
@@ -324,7 +352,7 @@ class _Linear(torch.autograd.Function):
         view = layer.seen()
         kept, ctx.projected = layer.keep(view, input.detach().to(out.dtype))
         ctx.save_for_backward(kept)
-        ctx.layer, ctx.weight_version, ctx.basis_version = layer, layer.weight._version, layer.basis_version(view)
+        ctx.layer, ctx.weight_version, ctx.basis_version = layer, layer.version(), layer.basis_version(view)
         ctx.dtypes = input.dtype, None if bias is None else bias.dtype
         return out
 
@@ -332,10 +360,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,), layer, (dtype, bias_dtype) = ctx.saved_tensors, ctx.layer, ctx.dtypes
-        check_unwritten(layer.weight, ctx.weight_version)
+        layer.check(ctx.weight_version)
         view = layer.seen()
         if ctx.projected:
             layer.check_basis(ctx.basis_version)
-        back = input_grad(grad, layer.weight, layer.transposed).to(dtype) if ctx.needs_input_grad[0] else None
+        back = input_grad(grad, layer.used_weight(), layer.transposed).to(dtype) if ctx.needs_input_grad[0] else None
         of_bias = grad.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
         return back, None, of_bias, layer.reduce(view, grad, kept, ctx.projected), None

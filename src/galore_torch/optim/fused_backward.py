@@ -17,13 +17,16 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from galore_torch.choices import one_of
+from galore_torch.engine.processes import Processes
 from galore_torch.engine.recipe import check_kept
-from galore_torch.engine.sharding import local, place_of
+from galore_torch.engine.sharding import Place, local, place_of
+from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.averaging import Averaging
 from galore_torch.optim.base import LowRankOptimizer
 from galore_torch.optim.direct_backward import DirectLayer, is_linear
 from galore_torch.optim.direct_experts import DirectExperts
+from galore_torch.optim.direct_sharded import ShardedLayer
 from galore_torch.optim.in_model import Held, places_of
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
 from galore_torch.optim.wrapped import active_wrapper, check_join, holds, refuse_join, wrappers
@@ -44,6 +47,7 @@ class FusedBackward:
         self._checked = False
         self._averaging: Averaging | None = None  # where a DistributedDataParallel has left the gradients of projected weights to us
         self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
+        self._processes: dict[tuple[int, ...], Processes] = {}  # by ranks: those that share weights of such layers
         self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
         # Called with each R of a linear layer, and with each part of a gradient, before it is used up.
         self.look: Callable[[Tensor], None] | None = None
@@ -62,6 +66,9 @@ class FusedBackward:
             handle.remove()
         self._handles.clear()
         self._direct.clear()
+        for processes in self._processes.values():
+            processes.close()
+        self._processes.clear()
         if self._averaging is not None:
             self._averaging.close()
             self._averaging = None
@@ -116,10 +123,11 @@ class FusedBackward:
         if optimizer is None or p.grad is None:
             return
         self._check_parallel()
-        if p in self._direct and (isinstance(p.grad, ConsumedGrad) or (isinstance(p.grad, LowRankGrad) and not p.grad.has_dense)):
+        held = local(p.grad)
+        if p in self._direct and (isinstance(held, ConsumedGrad) or (isinstance(held, LowRankGrad) and not held.has_dense)):
             return  # weights of layers come here for no gradient at all
-        if isinstance(p.grad, LowRankGrad):
-            p.grad.has_dense = False
+        if isinstance(held, LowRankGrad):
+            held.has_dense = False
         layer = self._direct.get(p)
         waits = self._averaging is not None and layer is not None and layer.is_wanted() and not self._averaging.has(p, "direct")
         if layer is not None and not layer.takes_plain():
@@ -151,9 +159,10 @@ class FusedBackward:
             if not (layout := view.layout).ranks:
                 continue
             name, module = names[p][0]
-            whole = len(names[p]) == 1 and tuple(p.shape) == layout.view and name.rpartition(".")[2] == "weight"
+            whole = len(names[p]) == 1 and tuple(p.shape) == layout.whole and name.rpartition(".")[2] == "weight"
             if whole and is_linear(module) and not view.projector.elements:
-                self._direct[p] = DirectLayer(name, module, optimizer, finish)
+                of_layer = name, module, optimizer, finish
+                self._direct[p] = DirectLayer(*of_layer) if view.place is None else ShardedLayer(self._meet(view.place), *of_layer)
             elif len(names[p]) == 1 and layout.batch and tuple(p.shape) == layout.view:
                 self._direct[p] = DirectExperts(name, module, p, optimizer, finish)
             else:
@@ -165,6 +174,13 @@ class FusedBackward:
                 stacklevel=3,
             )
 
+    def _meet(self, place: Place) -> Processes:
+        """The processes that share a weight, in one group for all weights that the same ones share."""
+        ranks = tuple(place.ranks)
+        if ranks not in self._processes:
+            self._processes[ranks] = Processes(place.ranks)
+        return self._processes[ranks]
+
     def _give_up(self, p: Tensor, layer: DirectLayer | DirectExperts) -> None:
         layer.remove()
         del self._direct[p]
@@ -175,13 +191,14 @@ class FusedBackward:
             stacklevel=2,
         )
 
-    def finish(self, p: Tensor, low: Tensor | None, factors: OuterProduct | None) -> None:
+    def finish(self, p: Tensor, low: Tensor | None, factors: OuterProduct | SharedGradient | None) -> None:
         """What a layer's backward pass has made: R, or the factors of a part whose basis is due."""
         self._check_parallel()
         optimizer = self._optimizer()
         if optimizer is None:
             return
         if self._averaging is not None and p in self._averaging:
+            assert not isinstance(factors, SharedGradient), "a wrapper averages what is whole"
             waits = torch._C._will_engine_execute_node(get_gradient_edge(p).node) and not self._averaging.has(p, "plain")
             self._averaging.arrived(p, "direct", (low, factors), waits)
             return
@@ -193,8 +210,8 @@ class FusedBackward:
         """The gradient of one weight is whole: use it up."""
         optimizer = self._optimizer()
         if optimizer is not None:
-            if self.look is not None and isinstance(p.grad, LowRankGrad):
-                self.look(p.grad.low)
+            if self.look is not None and p.grad is not None and isinstance(held := local(p.grad), LowRankGrad):
+                self.look(held.low)
             optimizer.update_parameter(p, optimizer.group_of(p))
 
 
@@ -204,7 +221,7 @@ class _Finish:
     def __init__(self, attachment: Callable[[], FusedBackward | None], optimizer: Callable[[], LowRankOptimizer | None]):
         self.attachment, self.optimizer = attachment, optimizer
 
-    def __call__(self, p: Tensor, low: Tensor | None, factors: OuterProduct | None) -> None:
+    def __call__(self, p: Tensor, low: Tensor | None, factors: OuterProduct | SharedGradient | None) -> None:
         if (attachment := self.attachment()) is not None:
             attachment.finish(p, low, factors)
         elif (optimizer := self.optimizer()) is not None:  # removed since the forward pass
@@ -283,9 +300,9 @@ def fused_backward(
     projected weights, in ``reduce_dtype`` (torch.float32 or torch.bfloat16; None: in that of R), and the bases stay the same in all. The
     wrapper averages the others, which are then updated by ``optimizer.step()`` in every mode. `no_sync` adds up micro-batches as always.
 
-    Under `fully_shard` modes "project" and "update": the optimizer takes each shard of a gradient as soon as FSDP2 has made it. Call
-    `fully_shard` first, and load with `assign=True` first: ``optimizer.step()`` raises ValueError where the model has exchanged its
-    parameters since.
+    Under `fully_shard` modes "project" and "update" take each shard of a gradient as soon as FSDP2 has made it; in the direct modes the
+    processes average R of linear layers in its place, in every backward pass. Call `fully_shard` first, and load with `assign=True` first:
+    ``optimizer.step()`` raises ValueError where the model has exchanged its parameters since.
 
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
@@ -303,11 +320,9 @@ def fused_backward(
     model = model if wrapper is None else wrapper.module
     own = {p for group in optimizer.param_groups for p in group["params"]}
     mine = [p for p in model.parameters() if p in own and p.requires_grad]
-    if mode in _DIRECT and any(place_of(p) is not None for p in mine):
+    if reduce_dtype is not None and any(place_of(p) is not None for p in mine):
         raise ValueError(
-            f"mode={mode!r} makes no full gradients, and the model's parameters are DTensors, as fully_shard and tensor parallelism make "
-            f"them, which share full gradients out. Use mode={'project' if mode == 'direct' else 'update'!r}, which frees each as soon as "
-            "it has been shared out"
+            f"reduce_dtype={reduce_dtype} is of DistributedDataParallel, and fully_shard has its own MixedPrecisionPolicy: leave it None"
         )
     if not mine:
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")

@@ -44,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated, clipped, the loss in chunks": {"total_batch_size": 16, "grad_clipping": 0.5, "loss_chunk": 24},
     "updated layer by layer": {"optimizer": "galore_adamw_per_layer", "loss_chunk": 0},
     "projected, accumulated, clipped": {"gradients": "project", "total_batch_size": 16, "grad_clipping": 0.5},
+    "direct, accumulated, clipped": {"gradients": "direct", "total_batch_size": 16, "grad_clipping": 0.5},
+    "direct, layer by layer": {"gradients": "direct", "optimizer": "galore_adamw_per_layer", "activation_checkpointing": True},
     "layer by layer, accumulated": {"optimizer": "galore_adamw_per_layer", "total_batch_size": 16},
     "layer by layer at full rank, clipped": {"optimizer": "adamw_per_layer", "grad_clipping": 0.5},
     # 11 windows of validation text: one process has a batch more than the other.

@@ -145,12 +145,6 @@ class PretrainConfig(Settings):
                 )
 
     def _check_gradients(self) -> None:
-        for name, _ in self.contenders if self.sharded and self.gradients else ():
-            if optimizer_spec(name).low_rank and self.gradients != self.gradients_of(name):
-                raise UserError(
-                    f"--gradients {self.gradients} under --parallel {self.parallel}: a process has the whole gradient of its own text "
-                    f"alone, and of all text its rows; give {name} --gradients {self.gradients_of(name)}, or --parallel ddp"
-                )
         for name, _ in self.contenders if self.gradients == "full" else ():
             if optimizer_spec(name).per_layer and optimizer_spec(name).low_rank_gradients:
                 raise UserError(

@@ -290,13 +290,13 @@ def _gap_and_scale(spec: OptimizerSpec, usual: Settings) -> dict[str, Any]:
 def settled_gradients(name: str, gradients: str | None, sharded: bool = False) -> str:
     """One of GRADIENTS for the optimizer `name`, where --gradients says `gradients`; `sharded`: `fully_shard` has cut the model.
 
-    Of a cut weight a process gets its part of the mean gradient, whole rows, which are kept until the step, projected or used up at once.
+    A cut weight has parts of gradients, whole rows, which are kept until the step unless the settings or the optimizer say otherwise.
     """
     spec = optimizer_spec(name)
     if not spec.low_rank_gradients:
         return "full"
     if sharded:
-        return "project" if spec.per_layer or gradients == "project" else "full"
+        return gradients or ("project" if spec.per_layer else "full")
     return gradients or "direct"
 
 
