@@ -72,12 +72,12 @@ def test_direct_passes_under_fully_shard_equal_one_process(size: int, worlds: di
 
 @pytest.mark.parametrize("mode", ["", "direct"])
 def test_direct_passes_share_out_low_rank_gradients_in_place_of_whole_ones(mode: str, worlds: dict[int, World]) -> None:
-    """In a step without a refresh: (elements that FSDP2 scatters, elements of all-reduces). A shard is as large as the largest one."""
+    """In a step without a refresh, in elements: what FSDP2 scatters, R, all-reduces. A shard is as large as the largest one."""
     pairs = [*pairwise(Run.sizes)]
     vectors = sum(rows(m) for _, m in pairs) + 2 * sum(rows(m) for _, m in pairs[1:-1:2])
     found = worlds[2].run(on_the_wire, Run(mesh=(2,), mode=mode, keys=RIGHT))
     matrices = sum(rows(m) * n for n, m in pairs)
-    assert found == [(vectors, 2 * sum(m for _, m in pairs)) if mode else (vectors + matrices, 0)] * 2
+    assert found == [(vectors, 2 * sum(rows(m) for _, m in pairs), 0) if mode else (vectors + matrices, 0, 0)] * 2
 
 
 def rows(whole: int) -> int:

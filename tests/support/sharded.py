@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import galore_torch
@@ -171,8 +172,21 @@ def kept_gradients(run: Run) -> list[tuple[int, ...]]:
     return [tuple(grad.to_local().low.shape) for grad in grads]
 
 
-def on_the_wire(run: Run) -> tuple[int, int]:
-    """Elements of one step's gradients that are shared out by FSDP2 and by all-reduces, in a step in which no basis is due."""
+class Scattered(TorchDispatchMode):
+    """Counts the elements that go into reduce-scatters of DTensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.reduce_scatter_tensor.default:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def on_the_wire(run: Run) -> tuple[int, int, int]:
+    """Elements of one step's gradients in FSDP2's reduce-scatters, in those of R, and in all-reduces; no basis is due in the step."""
     from torch import distributed
 
     model = shard(model_of(run), run)
@@ -191,11 +205,12 @@ def on_the_wire(run: Run) -> tuple[int, int]:
     try:
         for name in names:
             setattr(distributed, name, partial(counted, name))
-        train(model, optimizer, replace(run, steps=range(2, 3)))
+        with Scattered() as scattered:
+            train(model, optimizer, replace(run, steps=range(2, 3)))
     finally:
         for name, call in calls.items():
             setattr(distributed, name, call)
-    return sent[0], sent[1]
+    return sent[0], scattered.elements, sent[1]
 
 
 def reduced_in_bf16() -> None:

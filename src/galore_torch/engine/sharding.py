@@ -50,6 +50,14 @@ class Place:
         start, length = _extent(self, dim)
         return Part(start, length, self.shape[dim], partial(_reduced, self.mesh, axes, "SUM"), partial(_reduced, self.mesh, axes, "MAX"))
 
+    def scattered_mean(self, tensor: Tensor, dims: Mapping[int, int]) -> Tensor:
+        """This process' part of the mean over processes of a tensor that each has whole, with its own values. ``dims``: as for `wrap`."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        placements = [_moved(placement, dims) or Replicate() for placement in self.placements]
+        parts = DTensor.from_local(tensor / self.mesh.size(), self.mesh, [Partial()] * len(placements), run_check=False)
+        return _waited(parts.redistribute(self.mesh, placements).to_local())
+
     def wrap(self, local: Tensor, shape: tuple[int, ...], dims: Mapping[int, int]) -> Tensor:
         """A DTensor of ``shape`` around this process' part of a state tensor; they share their memory.
 
@@ -91,8 +99,12 @@ def local_grad(grad: Tensor, place: Place | None) -> Tensor:
     dtensor: Any = grad
     if tuple(dtensor.placements) != place.placements:  # such as a sum that is still to be made, under tensor parallelism
         dtensor = dtensor.redistribute(place.mesh, place.placements)
-    found = dtensor.to_local()
-    return found.wait() if hasattr(found, "wait") else found
+    return _waited(dtensor.to_local())
+
+
+def _waited(tensor: Any) -> Tensor:
+    """A tensor that a collective may still be writing."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
 def unwrap(saved: Tensor, like: Tensor | None) -> Tensor:

@@ -21,7 +21,6 @@ from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State,
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
 from galore_torch.engine.one_pass import in_one_pass
-from galore_torch.engine.processes import Processes
 from galore_torch.engine.refresh import STREAMS, Gradient, add_momentum, blend_of, moments_of, refresh, refresh_is_due
 from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
@@ -115,7 +114,7 @@ def project(view: ParamView, grad: Gradient) -> Tensor:
         low = torch.zeros(view.layout.entire.low_shape, dtype=view.layout.compute_dtype, device=grad.device)
         for term in grad.terms:
             low += project(view, term)
-        return share_out(view, low, grad.processes) if view.place else low
+        return share_out(view, low) if view.place else low
     if isinstance(grad, OuterProduct):
         low = OuterProduct(project_factor(view, grad.left, -2), project_factor(view, grad.right, -1)).dense()
     else:
@@ -126,13 +125,11 @@ def project(view: ParamView, grad: Gradient) -> Tensor:
     return low.to(view.layout.compute_dtype)
 
 
-def share_out(view: ParamView, low: Tensor, processes: Processes) -> Tensor:
+def share_out(view: ParamView, low: Tensor) -> Tensor:
     """Of the mean over processes of R, of a whole weight that is cut between them, the part that belongs to the part of the weight here."""
-    low = processes.mean(low.to(view.layout.compute_dtype))
-    for axis in (-2, -1):
-        if part := view.part(axis):
-            low = part.of(low, axis)
-    return low.to(view.weight.device).contiguous()
+    assert view.place is not None
+    dims = {cut.dim: cut.axis for cut in view.layout.cuts}
+    return view.place.scattered_mean(low.to(view.layout.compute_dtype), dims).to(view.weight.device)
 
 
 def project_factor(view: ParamView, factor: Tensor, axis: int) -> Tensor:

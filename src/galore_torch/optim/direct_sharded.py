@@ -55,4 +55,4 @@ class ShardedLayer(DirectLayer):
         if factors is not None:
             size = self.weight.shape
             shared = SharedGradient((factors,), size, factors.dtype, factors.device, self.processes)
-        self.finish(self.weight, None if low is None else engine.share_out(view, low, self.processes), shared)
+        self.finish(self.weight, None if low is None else engine.share_out(view, low), shared)
