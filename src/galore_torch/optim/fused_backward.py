@@ -163,7 +163,7 @@ class FusedBackward:
             if whole and is_linear(module) and not view.projector.elements:
                 of_layer = name, module, optimizer, finish
                 self._direct[p] = DirectLayer(*of_layer) if view.place is None else ShardedLayer(self._meet(view.place), *of_layer)
-            elif len(names[p]) == 1 and layout.batch and tuple(p.shape) == layout.view:
+            elif len(names[p]) == 1 and layout.batch and view.place is None and tuple(p.shape) == layout.view:
                 self._direct[p] = DirectExperts(name, module, p, optimizer, finish)
             else:
                 left.append(name if len(names[p]) == 1 else " = ".join(name for name, _ in names[p]))
