@@ -56,12 +56,12 @@ class Averaging:
         self._is_shown = False
         self._gives_back = weakref.finalize(optimizer, give_back, self._wrapper, leave_out(wrapper, weights))
         self._gives_back.atexit = False
-        before = _Before(weakref.ref(self))
+        own = weakref.ref(self)
+        before = _Weakly(own, Averaging.before)
         self._handles = [p.register_hook(before) for p in weights]
         self._weights = set(weights)
         self._idle: set[Tensor] = set()  # not used by this process in this step, whose gradient of zeros took part in a refresh
         self._is_away = False  # inside of `join()`, without batches
-        own = weakref.ref(self)
         self._leaves_join = joins(wrapper, _Weakly(own, Averaging.shadow), _Weakly(own, Averaging.end_join))
         self._reset()
 
@@ -154,6 +154,10 @@ class Averaging:
         self._is_away = False
         with torch.no_grad():
             hand_on(optimizer, self._order, self._processes, source)
+
+    def before(self, _: Tensor) -> None:
+        """A weight's gradient is about to be added to what it has."""
+        self.begin()
 
     def has(self, p: Tensor, kind: str) -> bool:
         return (p, kind) in self._seen
@@ -305,17 +309,6 @@ class _Weakly:
     def __call__(self, *arguments: Any) -> None:
         if (averaging := self.averaging()) is not None:
             self.method(averaging, *arguments)
-
-
-class _Before:
-    """What a weight calls before its gradient is added to what it has. It holds the rest weakly."""
-
-    def __init__(self, averaging: Callable[[], Averaging | None]) -> None:
-        self.averaging = averaging
-
-    def __call__(self, _: Tensor) -> None:
-        if (averaging := self.averaging()) is not None:
-            averaging.begin()
 
 
 def _sum(terms: Sequence[Any]) -> Tensor | None:
