@@ -40,7 +40,7 @@ class Place:
     @property
     def ranks(self) -> list[int]:
         """Of all of its processes, replicas too."""
-        return sorted(self.mesh.mesh.flatten().tolist())
+        return sorted(int(rank) for rank in self.mesh.mesh.flatten())  # which is kept on the host
 
     def part(self, dim: int) -> Part | None:
         """This process' part of a dimension of the parameter; None where it is whole."""

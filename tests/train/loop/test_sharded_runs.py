@@ -186,14 +186,9 @@ def test_what_the_processes_hold_is_what_the_plan_says(make_config: Make, tmp_pa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gradients": ({"optimizer": "galore_adamw", "gradients": "direct"}, "--gradients direct under --parallel fsdp.*leave --gradients out"),
     "INT8 weights": ({"optimizer": "qgalore_adamw8bit"}, "weights held as INT8 are not cut; choose galore_adamw8bit"),
     "exchanged layers": ({"optimizer": "low_rank"}, "it exchanges layers of the model.*choose adamw, or --parallel ddp"),
     "transformers' Adafactor": ({"optimizer": "adafactor"}, "takes whole weights alone; choose galore_adafactor"),
-    "accumulated, per layer": (
-        {"optimizer": "galore_adamw_per_layer", "total_batch_size": 16},
-        "a step has one forward pass and no clipping; choose galore_adamw,",
-    ),
     "three replicas": ({"parallel": "hsdp", "processes": 3}, "3 processes, 3 on this machine, are no equal replicas"),
 }
 
