@@ -71,6 +71,15 @@ def test_resume_is_bit_exact_through_torch_save_with_its_default_load(name: str,
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_state_loads_by_keyword(name: str) -> None:
+    """As torch.distributed.checkpoint calls it."""
+    first, second = (CLASSES[name](model(torch.float32).parameters(), lr=0.01, rank=3) for _ in range(2))
+    first.param_groups[0]["lr"] = 0.5
+    second.load_state_dict(state_dict=first.state_dict())
+    assert second.param_groups[0]["lr"] == 0.5
+
+
 def test_state_keeps_its_dtypes_under_bf16_weights() -> None:
     m = model(torch.bfloat16)
     optimizer = g.GaLoreAdamW8bit(m.parameters(), lr=0.01, rank=3, min_8bit_size=0, basis_codec="fp32")
