@@ -13,7 +13,20 @@ import torch
 from torch import nn
 
 import galore_torch as g
-from support.data_parallel import TORCHS_OWN, WORDS, Bare, Net, Run, ids_of, in_processes, loss_of, mean_in_two_orders, optimizer_of, train
+from support.data_parallel import (
+    TORCHS_OWN,
+    WORDS,
+    Bare,
+    Net,
+    Run,
+    attached_again,
+    ids_of,
+    in_processes,
+    loss_of,
+    mean_in_two_orders,
+    optimizer_of,
+    train,
+)
 from support.forked import Forked
 from support.world import World
 
@@ -116,6 +129,8 @@ QUICK = {
     "the published projector",
     "the residual of fira",
     "the hook",
+    "fewer batches, the first process",
+    "fewer batches, layers that are not used",
     "experts, direct",
     "INT8 weights, direct_update",
 }
@@ -171,6 +186,12 @@ def test_a_mean_is_that_of_the_elements_in_whatever_order_a_process_holds_them(w
     """A product with a factor by columns is one by columns: the processes' memory orders may differ."""
     for mean, wanted in worlds[2].run(mean_in_two_orders):
         assert torch.equal(mean, wanted)
+
+
+def test_an_attachment_may_come_after_another(worlds: dict[int, World]) -> None:
+    """Their processes meet in one group: torch gives a group that is made after one has ended its name, and both wait for ever."""
+    first, second = worlds[2].run(attached_again)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
 
 
 def test_the_hook_refuses_what_it_cannot_do() -> None:

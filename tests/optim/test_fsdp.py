@@ -116,7 +116,20 @@ CASES: dict[str, Run] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = {  # whose like is among the others
+    "projected in the backward pass, clipped",
+    "projected, accumulated, shared out once",
+    "projected, HSDP, clipped",
+    "projected, tensor parallel",
+    "direct, clipped",
+    "direct, HSDP",
+    "direct, checkpointing",
+    "direct, the published projector",
+    "direct, a rank too small for power steps alone",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_CASES else ()) for name in CASES])
 def test_what_users_do_with_fully_shard_equals_one_process(name: str, worlds: dict[int, World]) -> None:
     run = replace(CASES[name], steps=range(13), keys={"update_proj_gap": 4, **CASES[name].keys})
     assert_same_training(worlds[2], replace(run, mesh=run.mesh or (2,)))

@@ -236,13 +236,27 @@ def train(run: Run, rank: int, size: int) -> dict[str, Any]:
     return {"weights": torch.stack(weights), "norms": norms, "steps": steps, "due": due, "bytes": sizes}
 
 
+def attached_again() -> list[Tensor]:
+    """The weights of a model that is trained, detached, and attached and trained again."""
+    run = Run("direct")
+    torch.manual_seed(0)
+    model = Net(run)
+    optimizer = optimizer_of(model, run)
+    wrapped = DistributedDataParallel(model)
+    for step in range(4):
+        with g.fused_backward(wrapped, optimizer, "direct"):
+            loss_of(wrapped, ids_of(step, 0, distributed.get_rank(), False)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def mean_in_two_orders() -> tuple[Tensor, Tensor]:
     """(mean over two processes, what it should be) of matrices of which the second process holds its by columns."""
     matrices = [torch.arange(12.0).view(3, 4) * (1 + rank) for rank in range(2)]
     mine = matrices[0] if distributed.get_rank() == 0 else matrices[1].mT.contiguous().mT
     processes = Processes(distributed.group.WORLD)
     mean = processes.mean(mine)
-    processes.close()
     return mean, torch.stack(matrices).mean(0)
 
 

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+_GROUPS: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the default group that it was made under, and the group
+
+
+def _group_of(ranks: Sequence[int]) -> Any:
+    """One group of these ranks for as long as the default group lasts.
+
+    torch names groups by how many there are: one that is made after another has ended has its name, finds what that has left in the store,
+    and waits for ever.
+    """
+    world, held = distributed.group.WORLD, _GROUPS.get(tuple(ranks))
+    if held is None or held[0] is not world:
+        held = _GROUPS[tuple(ranks)] = world, distributed.new_group(list(ranks), use_local_synchronization=True)
+    return held[1]
+
 
 class Processes:
-    """The processes that average their gradients, in a group of their own, so that no other's collectives come between theirs.
+    """The processes that average their gradients, in a group beside the model's, so that no other's collectives come between theirs.
 
     Made by all of them together. All of them call its methods in the same order.
     """
@@ -18,7 +32,7 @@ class Processes:
     def __init__(self, like: Any) -> None:
         """``like``: the process group whose members they are, or their ranks."""
         ranks = like if isinstance(like, list) else distributed.get_process_group_ranks(like)
-        self.group = distributed.new_group(ranks, use_local_synchronization=True)
+        self.group = _group_of(ranks)
         self.size = len(ranks)
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -43,11 +57,6 @@ class Processes:
             distributed.broadcast(sent, group=self.group, group_src=rank)
             if sent is not tensor:
                 tensor.copy_(sent)
-
-    def close(self) -> None:
-        """End the group. Nothing where the processes have parted already."""
-        if distributed.is_initialized():
-            distributed.destroy_process_group(self.group)
 
 
 class MeanBucket:

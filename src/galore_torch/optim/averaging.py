@@ -87,7 +87,6 @@ class Averaging:
             handle.remove()
         self._gives_back()
         self._leaves_join()
-        self._processes.close()
 
     # --- one backward pass ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from galore_torch.choices import one_of
 from galore_torch.engine.processes import Processes
 from galore_torch.engine.recipe import check_kept
-from galore_torch.engine.sharding import Place, local, place_of
+from galore_torch.engine.sharding import local, place_of
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.averaging import Averaging
@@ -47,7 +47,6 @@ class FusedBackward:
         self._checked = False
         self._averaging: Averaging | None = None  # where a DistributedDataParallel has left the gradients of projected weights to us
         self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
-        self._processes: dict[tuple[int, ...], Processes] = {}  # by ranks: those that share weights of such layers
         self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
         # Called with each R of a linear layer, and with each part of a gradient, before it is used up.
         self.look: Callable[[Tensor], None] | None = None
@@ -66,9 +65,6 @@ class FusedBackward:
             handle.remove()
         self._handles.clear()
         self._direct.clear()
-        for processes in self._processes.values():
-            processes.close()
-        self._processes.clear()
         if self._averaging is not None:
             self._averaging.close()
             self._averaging = None
@@ -162,7 +158,7 @@ class FusedBackward:
             whole = len(names[p]) == 1 and tuple(p.shape) == layout.whole and name.rpartition(".")[2] == "weight"
             if whole and is_linear(module) and not view.projector.elements:
                 of_layer = name, module, optimizer, finish
-                self._direct[p] = DirectLayer(*of_layer) if view.place is None else ShardedLayer(self._meet(view.place), *of_layer)
+                self._direct[p] = DirectLayer(*of_layer) if view.place is None else ShardedLayer(Processes(view.place.ranks), *of_layer)
             elif len(names[p]) == 1 and layout.batch and view.place is None and tuple(p.shape) == layout.view:
                 self._direct[p] = DirectExperts(name, module, p, optimizer, finish)
             else:
@@ -173,13 +169,6 @@ class FusedBackward:
                 f"layer alone, or keeps single elements (sparse): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
                 stacklevel=3,
             )
-
-    def _meet(self, place: Place) -> Processes:
-        """The processes that share a weight, in one group for all weights that the same ones share."""
-        ranks = tuple(place.ranks)
-        if ranks not in self._processes:
-            self._processes[ranks] = Processes(place.ranks)
-        return self._processes[ranks]
 
     def _give_up(self, p: Tensor, layer: DirectLayer | DirectExperts) -> None:
         layer.remove()
