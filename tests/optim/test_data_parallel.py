@@ -112,6 +112,9 @@ CASES = {
     "fewer batches, 8-bit": Run("direct_update", steps=25, lacks=8, cls="QGaLoreAdamW8bit", group={"min_8bit_size": 64}),
     "fewer batches, INT8 weights": Run("direct", steps=25, lacks=8, int8=True, wrap={"init_sync": False}),
     "fewer batches, layers that are not used": Run("direct", steps=25, lacks=8, model="Branches", wrap={"find_unused_parameters": True}),
+    "fewer batches, layers that are not used, gram": Run(
+        "direct", steps=25, lacks=8, model="Branches", wrap={"find_unused_parameters": True}, projector="gram"
+    ),
     "fewer batches, a row that reads the gradient": Run("update", steps=25, lacks=8, group={"recovery": "fira"}),
     "fewer batches, gaps that adapt": Run("direct", steps=25, lacks=8, group={"gap_range": (2, 20)}),
     "gaps that adapt": Run("direct", group={"gap_range": (2, 20)}, steps=30),
@@ -257,6 +260,36 @@ def test_the_hook_refuses_join(group: None) -> None:
     wrapped.register_comm_hook(g.LowRankHookState(optimizer), g.low_rank_hook)
     with wrapped.join(), pytest.raises(ValueError, match=r"low_rank_hook does not work inside of join\(\)"):
         loss_of(wrapped, ids_of(0, 0, 0, False)).backward()
+
+
+class Own(nn.parallel.DistributedDataParallel):
+    """A wrapper of a framework's own."""
+
+
+@pytest.mark.filterwarnings(f"ignore:{TORCHS_OWN}:DeprecationWarning")
+def test_the_hook_works_in_a_subclass_of_the_wrapper_and_refuses_its_join(group: None) -> None:
+    model = Net(Run())
+    wrapped = Own(model)
+    wrapped.register_comm_hook(g.LowRankHookState(optimizer := optimizer_of(model, Run())), g.low_rank_hook)
+    loss_of(wrapped, ids_of(0, 0, 0, False)).backward()
+    optimizer.step()
+    with wrapped.join(), pytest.raises(ValueError, match=r"low_rank_hook does not work inside of join\(\)"):
+        loss_of(wrapped, ids_of(0, 0, 0, False)).backward()
+
+
+def test_a_subclass_of_the_wrapper_that_was_not_seen_is_refused(tmp_path: Path) -> None:
+    """Fused before there were processes: its gradients would be used before they are averaged."""
+    model = Net(Run())
+    optimizer = optimizer_of(model, Run())
+    attachment = g.fused_backward(model, optimizer, "update")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = Own(model)
+        with pytest.raises(ValueError, match=r"a DistributedDataParallel that fused_backward has not seen"):
+            loss_of(wrapped, ids_of(0, 0, 0, False)).backward()
+    finally:
+        attachment.remove()
+        torch.distributed.destroy_process_group()
 
 
 def test_a_removed_attachment_leaves_the_wrapper_as_it_was(group: None) -> None:

@@ -22,6 +22,7 @@ from support.sharded import (
     reduced_in_bf16,
     redundancy_free,
     sharded_late,
+    stepped_in_between,
     weights,
 )
 from support.world import World
@@ -148,10 +149,13 @@ def test_mixed_precision_and_compiled_models_equal_replicas_of_them(mode: str, o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "plan"), [((2, 2), False), ((2, 2), True), ((4,), True)])
-def test_meshes_of_four(mesh: tuple[int, ...], plan: bool, worlds: dict[int, World]) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "plan", "mode"),
+    [((2, 2), False, ""), ((2, 2), False, "project"), ((2, 2), False, "direct"), ((2, 2), True, ""), ((4,), True, "")],
+)
+def test_meshes_of_four(mesh: tuple[int, ...], plan: bool, mode: str, worlds: dict[int, World]) -> None:
     """HSDP, FSDP2 with tensor parallelism, tensor parallelism alone."""
-    run = Run(mesh=mesh, plan=plan, sizes=(12, 16, 8, 20, 20) if plan else Run.sizes, keys={} if plan else RIGHT)
+    run = Run(mesh=mesh, plan=plan, mode=mode, sizes=(12, 16, 8, 20, 20) if plan else Run.sizes, keys={} if plan else RIGHT)
     assert_same_training(worlds[4], run)
 
 
@@ -328,6 +332,11 @@ def test_a_dtype_on_the_wire_is_refused_for_shards(worlds: dict[int, World]) -> 
 def test_a_second_gradient_of_a_shard_that_was_used_up_is_an_error(worlds: dict[int, World]) -> None:
     with pytest.raises(AssertionError, match=r"consumed inside the backward pass .*use mode='project' or 'direct'"):
         worlds[2].run(weights, Run(mesh=(2,), mode="update", micro=2, keys=RIGHT))
+
+
+def test_a_direct_pass_of_a_shard_that_was_stepped_in_between_is_an_error(worlds: dict[int, World]) -> None:
+    with pytest.raises(AssertionError, match=r"modified by an inplace operation between the forward and the backward pass"):
+        worlds[2].run(stepped_in_between)
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])

@@ -213,6 +213,19 @@ def on_the_wire(run: Run) -> tuple[int, int, int]:
     return sent[0], scattered.elements, sent[1]
 
 
+def stepped_in_between() -> None:
+    """A backward pass of a loss that was made before a step."""
+    run = Run(mesh=(torch.distributed.get_world_size(),), keys={"proj_type": "right"})
+    model = shard(model_of(run), run)
+    optimizer: Any = optimizer_of(model, run)
+    galore_torch.fused_backward(model, optimizer, "direct")
+    x, y = batch_of(0, 0, run.sizes[-1])
+    (model(x) - y).square().mean().backward()
+    late = (model(x) - y).square().mean()
+    optimizer.step()
+    late.backward()
+
+
 def reduced_in_bf16() -> None:
     run = Run(mesh=(2,), keys={"proj_type": "right"})
     model = shard(model_of(run), run)

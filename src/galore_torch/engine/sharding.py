@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from galore_torch.ops.sharded import Part
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def _place(mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]) -> Pl
     return Place(mesh, placements, shape)
 
 
-def local(p: Tensor) -> Tensor:
-    """The tensor that this process holds; it shares its memory. A plain tensor is that itself."""
+def local(p: T) -> T:
+    """The tensor that this process holds; it shares its memory. A plain tensor is that itself, and so is no gradient."""
     dtensor: Any = p
     return dtensor._local_tensor if _is_dtensor(p) else p
 
@@ -127,7 +129,7 @@ def unwrap(saved: Tensor, like: Tensor | None) -> Tensor:
     return saved
 
 
-def _is_dtensor(p: Tensor) -> bool:
+def _is_dtensor(p: Tensor | None) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(p, module.DTensor)
 

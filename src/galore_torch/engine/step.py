@@ -109,7 +109,8 @@ def _own_rows(view: ParamView) -> slice | None:
 
 
 def project(view: ParamView, grad: Gradient) -> Tensor:
-    """R in the bases as they are, in fp32 or fp64. A new tensor. Of a shared gradient, this process's R alone."""
+    """R in the bases as they are, in fp32 or fp64. A new tensor. Of a shared gradient this process's R alone, or its part of
+    the mean where the weight is cut."""
     if isinstance(grad, SharedGradient):
         low = torch.zeros(view.layout.entire.low_shape, dtype=view.layout.compute_dtype, device=grad.device)
         for term in grad.terms:

@@ -129,8 +129,9 @@ class Averaging:
         optimizer = self._optimizer()
         assert optimizer is not None
         begins = [p not in self._held or self._held[p].empty for p in self._order]
-        for p, begins_step in zip(self._order, agree(optimizer, self._order, begins, self._processes, self._is_away), strict=True):
-            if self._is_away:
+        begins = agree(optimizer, self._order, begins, self._processes, self._is_away)
+        if self._is_away:
+            for p, begins_step in zip(self._order, begins, strict=True):
                 p.grad = None
                 if begins_step:
                     self._held.pop(p, None)

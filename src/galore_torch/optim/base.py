@@ -23,7 +23,7 @@ from galore_torch.engine.stored import state_spec
 from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.left_behind import left_behind, refuse_flattened
-from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, owner_of
+from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, in_place_of, owner_of
 from galore_torch.optim.param_groups import PLACE
 from galore_torch.optim.quantize import refuse_replaced
 from galore_torch.optim.shared_arguments import SHARED, Projection, signature
@@ -229,7 +229,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             check_kept(group)
             with without_autocast([p]):
                 low = engine.compress(view, local_grad(grad, view.place))
-            p.grad = _in_place_of(view, self._low_rank_grad(p, low))
+            p.grad = in_place_of(view, self._low_rank_grad(p, low))
 
     @torch.no_grad()
     def add_low_rank(self, p: Tensor, low: Tensor | None, factors: OuterProduct | SharedGradient | None) -> None:
@@ -239,12 +239,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         group = self.group_of(p)
         view = self._check(p, group)
-        if p.grad is not None:
-            if isinstance(stand_in := local(p.grad), ConsumedGrad):
-                stand_in.refuse()
-            if not isinstance(stand_in, LowRankGrad):
-                self.compress_gradient(p, group)
-        held = None if p.grad is None else local(p.grad)
+        if isinstance(held := local(p.grad), ConsumedGrad):
+            held.refuse()
+        if held is not None and not isinstance(held, LowRankGrad):
+            self.compress_gradient(p, group)
+            held = local(p.grad)
         assert held is None or isinstance(held, LowRankGrad)
         if factors is not None:
             with without_autocast([p]):
@@ -252,7 +251,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             low = more if low is None else low + more
         assert low is not None
         if held is None:
-            p.grad = _in_place_of(view, self._low_rank_grad(p, low))
+            p.grad = in_place_of(view, self._low_rank_grad(p, low))
         else:
             held.low.add_(low)
             held.empty = False
@@ -292,7 +291,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         view = self._check(p, group)
         with without_autocast([p]):
             self._update(view, p.grad)
-        p.grad = _in_place_of(view, ConsumedGrad(local(p), owner_of(self)))
+        p.grad = in_place_of(view, ConsumedGrad(local(p), owner_of(self)))
 
     def _view(self, p: Tensor, group: dict[str, Any]) -> ParamView:
         return engine.view_of(p, self.state[p], group, self.rule)
@@ -304,7 +303,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
                 "layer with sparse=False (such as nn.Embedding(..., sparse=False)) or give it to torch.optim.SparseAdam"
             )
-        if p.grad is not None and isinstance(stand_in := local(p.grad), LowRankGrad | ConsumedGrad):
+        if isinstance(stand_in := local(p.grad), LowRankGrad | ConsumedGrad):
             stand_in.check_owner(self)
         self._check_compiler(p, group)
         if not self.state.get(p):
@@ -390,17 +389,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
         unseal(self)
         self._adopt()
-
-
-def _in_place_of(view: ParamView, stand_in: Tensor) -> Tensor:
-    """What stands in for this process' part of a gradient, as the gradient does: in a DTensor where the parameter is one.
-
-    Along a projected axis that is cut, R is the sum over its processes, and each has all of it.
-    """
-    if view.place is None:
-        return stand_in
-    summed = {cut.dim for cut in view.layout.cuts if cut.axis - len(view.layout.view) in view.layout.ranks}
-    return view.place.wrap(stand_in, view.place.shape, {dim: dim for dim in range(len(view.place.shape)) if dim not in summed})
 
 
 def _with_dtensors(optimizer: Any, state_dict: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from galore_torch.engine import step as engine
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import refresh_is_due
+from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.int8_weight import check_unwritten
 from galore_torch.ops.linear import input_grad, linear
@@ -89,11 +90,11 @@ class DirectLayer:
         return in_graph(self)
 
     def version(self) -> int:
-        """Changes with the weight; `check` raises RuntimeError where it has changed."""
-        return self.weight._version
+        """Changes with what the optimizer writes; `check` raises RuntimeError where it has changed."""
+        return local(self.weight)._version
 
     def check(self, version: int) -> None:
-        check_unwritten(self.weight, version)
+        check_unwritten(local(self.weight), version)
 
     def deliver(self, low: Tensor | None, factors: OuterProduct | None) -> None:
         """Hand on what a backward pass has made."""

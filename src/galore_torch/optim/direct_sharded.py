@@ -37,13 +37,8 @@ class ShardedLayer(DirectLayer):
     def in_graph(self) -> Tensor:
         return self.used_weight().detach()
 
-    def version(self) -> int:
-        """That of the shard, which the optimizer writes."""
-        return self.weight._version
-
     def check(self, version: int) -> None:
-        if self.weight._version != version:
-            raise RuntimeError(f"the weight of layer {self.name} was changed between its forward and its backward pass")
+        super().check(version)
         if not self.is_own(self.used_weight()):
             raise RuntimeError(
                 f"the weight of layer {self.name} is not put together in its backward pass: call backward() on the whole model's loss"
@@ -51,8 +46,7 @@ class ShardedLayer(DirectLayer):
 
     def deliver(self, low: Tensor | None, factors: OuterProduct | None) -> None:
         """The mean over processes, and of that this process' rows."""
-        view, shared = self.seen(), None
+        shared = None
         if factors is not None:
-            size = self.weight.shape
-            shared = SharedGradient((factors,), size, factors.dtype, factors.device, self.processes)
-        self.finish(self.weight, None if low is None else engine.share_out(view, low), shared)
+            shared = SharedGradient((factors,), self.weight.shape, factors.dtype, factors.device, self.processes)
+        self.finish(self.weight, None if low is None else engine.share_out(self.seen(), low), shared)

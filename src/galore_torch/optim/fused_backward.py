@@ -199,7 +199,7 @@ class FusedBackward:
         """The gradient of one weight is whole: use it up."""
         optimizer = self._optimizer()
         if optimizer is not None:
-            if self.look is not None and p.grad is not None and isinstance(held := local(p.grad), LowRankGrad):
+            if self.look is not None and isinstance(held := local(p.grad), LowRankGrad):
                 self.look(held.low)
             optimizer.update_parameter(p, optimizer.group_of(p))
 

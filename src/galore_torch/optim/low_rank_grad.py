@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from galore_torch.engine.layout import ParamView
+
 aten = torch.ops.aten
 Owner = Callable[[], Any]  # a weak reference to the optimizer
 _VIEWS = (aten.detach.default, aten.alias.default)
@@ -162,3 +164,14 @@ class ConsumedGrad(_StandIn):
 def owner_of(optimizer: object) -> Owner:
     """What a stand-in remembers of the optimizer that makes it."""
     return weakref.ref(optimizer)
+
+
+def in_place_of(view: ParamView, stand_in: Tensor) -> Tensor:
+    """What stands in for this process' part of a gradient, as the gradient does: in a DTensor where the parameter is one.
+
+    Along a projected axis that is cut, R is the sum over its processes, and each has all of it.
+    """
+    if view.place is None:
+        return stand_in
+    summed = {cut.dim for cut in view.layout.cuts if cut.axis - len(view.layout.view) in view.layout.ranks}
+    return view.place.wrap(stand_in, view.place.shape, {dim: dim for dim in range(len(view.place.shape)) if dim not in summed})

@@ -22,8 +22,8 @@ def active_wrapper() -> DistributedDataParallel | None:
 
 
 def wrappers() -> list[DistributedDataParallel]:
-    """All that there are."""
-    return [each for each in gc.get_objects() if type(each) is DistributedDataParallel]
+    """All that there are, of subclasses too."""
+    return [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
 
 
 def holds(wrapper: DistributedDataParallel, weights: Iterable[Tensor]) -> bool:

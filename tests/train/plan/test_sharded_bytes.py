@@ -25,7 +25,10 @@ def planned_gradients(request: PlanRequest) -> int:
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("optimizer", "gradients"),
-    [*((name, None) for name in ("galore_adamw", "galore_adamw8bit", "galore_adafactor", "adamw")), ("galore_adamw", "project")],
+    [
+        *((name, None) for name in ("galore_adamw", "galore_adamw8bit", "galore_adafactor", "adamw")),
+        *(("galore_adamw", mode) for mode in ("project", "direct")),
+    ],
 )
 def test_what_lasts_is_what_the_first_process_holds(
     optimizer: str, gradients: str | None, size: int, worlds: dict[int, World], tmp_path: Any
