@@ -50,13 +50,13 @@ class Solver:
 
 
 def random_vorticity(samples: int, size: int, seed: int) -> Tensor:
-    """Gaussian fields with a spectrum that falls as (k^2 + 9)^-2, of mean 0 and root mean square 3."""
+    """Gaussian fields with a spectrum that falls as (k^2 + 9)^-2, of mean 0 and root mean square 1."""
     k = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
     amplitude = (k[:, None] ** 2 + k[None, : size // 2 + 1] ** 2 + 9) ** -2
     amplitude[0, 0] = 0
     noise = torch.randn(samples, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     w = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(size, size))
-    return 3 * w / w.square().mean((-2, -1), keepdim=True).sqrt()
+    return w / w.square().mean((-2, -1), keepdim=True).sqrt()
 
 
 def pairs(samples: int, size: int = 32, fine: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def test_both_sides_at_once_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> N
         {"compile": False},
         {"state_codec": "bf16"},
         {"lr": torch.tensor(0.01)},
-        {"carry": "error_feedback"},
+        {"carry": "error_feedback", "recovery": "project_back"},
         {"recovery": "fira"},
         {"weight": torch.zeros(64, 64, dtype=torch.bfloat16)},
         {"weight": torch.zeros(64, 64).double()},

@@ -67,7 +67,7 @@ def test_onecycle_without_momentum_is_refused_by_its_cause() -> None:
 @pytest.mark.parametrize("bad", ["complex", "compiler"])
 def test_a_refused_group_changes_nothing(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = GaLoreAdamW([{"params": model().parameters(), "rank": 2}])
-    monkeypatch.setattr("galore_torch.optim.base.has_compiler", lambda kind: False)
+    monkeypatch.setattr("galore_torch.optim.parameter_checks.has_compiler", lambda kind: False)
     before, held = [dict(group) for group in optimizer.param_groups], list(optimizer.state)
     group: dict[str, Any] = {"params": [Parameter(torch.zeros(8, 8)), Parameter(torch.zeros(8, 8))], "rank": 2}
     if bad == "complex":

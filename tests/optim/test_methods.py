@@ -217,3 +217,59 @@ def test_beta2_halves_a_gradients_weight_after_the_half_life() -> None:
             g.beta2_of_half_life(bad)
         with pytest.raises(ValueError, match=r"half_life=.* is no number of tokens"):
             g.beta2_of_half_life(1024, bad)
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_a_group_that_is_added_later_is_of_the_method_too(name: str) -> None:
+    first = [{"params": [nn.Parameter(torch.zeros(32, 48))], "rank": 8}]
+    optimizer = g.low_rank_optimizer(first, name, **({"random_after": 2} if name == "golore" else {}))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(32, 48))], "rank": 8})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(32))]})
+    given, added, rest = ({k: v for k, v in group.items() if k not in ("params", "param_names")} for group in optimizer.param_groups)
+    assert added == given
+    plain = g.GaLoreAdamW([nn.Parameter(torch.zeros(2))], lr=optimizer.defaults["lr"]).param_groups[0]
+    assert (rest["recovery"], rest["projector"]) == (plain["recovery"], plain["projector"])
+
+
+def test_a_method_needs_its_setting_in_every_group_with_a_rank() -> None:
+    p, v = nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(8))
+    for groups, settings in (
+        ([{"params": [p], "rank": 4}], {"random_after": None}),
+        ([{"params": [v], "random_after": 5}, {"params": [p], "rank": 4}], {}),
+    ):
+        with pytest.raises(ValueError, match="recipe='golore' needs random_after"):
+            g.low_rank_optimizer(groups, "golore", **settings)
+
+
+def test_no_parameters_are_refused() -> None:
+    parameters = Body().parameters()
+    list(parameters)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        g.low_rank_optimizer(parameters, "apollo", rank=4)
+    with pytest.raises(TypeError, match="params is one tensor"):
+        g.low_rank_optimizer(nn.Parameter(torch.zeros(8, 8)), "apollo", rank=4)
+
+
+@each_method
+def test_a_learning_rate_of_one_element_is_that_number(name: str) -> None:
+    moved = []
+    for lr in (0.01, torch.tensor(0.01), torch.tensor([0.01])):
+        torch.manual_seed(0)
+        model = Body()
+        train(model, made(name, model, lr=lr))
+        moved.append([p.detach() for p in model.parameters()])
+    for found, zero_d, one_d in zip(*moved, strict=True):
+        torch.testing.assert_close(one_d, found, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one_d, zero_d, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("factors", "text"),
+    [({"(": 2.0}, "no regular expression"), ({"0": float("inf")}, "makes no rank"), ({"0": True}, "makes no rank"), (["0"], "must map")],
+)
+def test_rank_factors_that_are_none(factors: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        g.galore_param_groups(Body(), 8, targets=LAYERS, rank_factors=factors)

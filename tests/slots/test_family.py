@@ -260,3 +260,58 @@ def test_a_gradient_that_is_skipped_moves_nothing_even_where_what_lies_outside_o
             W.grad[3] *= 1e30
         optimizer.step()
         assert torch.equal(W, before) == (t == 2)
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_muon_on_rows_skips_a_gradient_that_is_not_finite_outside_of_them(value: float) -> None:
+    W = Parameter(torch.zeros(24, 40))
+    optimizer = g.GaLoreMuon([W], lr=1e-3, rank=8, projector="rows", transport="keep", update_proj_gap=200)
+    for G in [G.float() for G in gradients((24, 40), 3)]:
+        W.grad = G
+        optimizer.step()
+    before, G = W.detach().clone(), torch.randn(24, 40)
+    G[20, 3] = value
+    W.grad = G
+    optimizer.step()
+    assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("recovery", ["project_back", "sign", "rms"])
+def test_rows_have_a_set_also_where_the_first_gradient_is_not_finite(recovery: str) -> None:
+    """Without one every index is 0, and the first row would be stepped as often as there are ranks."""
+    W = Parameter(torch.zeros(24, 40))
+    optimizer = g.GaLoreAdamW([W], lr=1.0, rank=8, projector="rows", recovery=recovery, scale=1.0, update_proj_gap=200)
+    G = torch.randn(24, 40)
+    G[20, 3] = float("inf")
+    W.grad = G
+    optimizer.step()
+    assert W.detach().abs().max() < 1.01, "Adam's first step is at most lr long"
+    assert torch.equal(optimizer.state[W]["basis"], torch.arange(8))
+
+
+def test_fira_leaves_out_a_residual_of_rounding_errors() -> None:
+    """A first gradient of fewer directions than the rank: later ones must not be held to 1 % a step above nothing."""
+    W = Parameter(torch.zeros(48, 64))
+    optimizer = g.GaLoreAdamW([W], lr=0.01, rank=16, recovery="fira", update_proj_gap=200)
+    W.grad = torch.randn(48, 8) @ torch.randn(8, 64)
+    optimizer.step()
+    assert optimizer.state[W]["residual_norm"] == 0
+    W.grad = torch.randn(48, 64)
+    optimizer.step()
+    assert optimizer.state[W]["residual_norm"] > 1
+
+
+def test_a_switch_keeps_each_direction_on_its_side() -> None:
+    start = torch.linalg.qr(torch.randn(48, 16)).Q
+    A = torch.randn(48, 6) @ torch.randn(6, 64)
+    warm = switched_basis(A, switched_basis(A, start, 16, 0), 16, 1)
+    again = switched_basis(A, warm, 16, 2)
+    assert (again * warm)[:, :6].sum(0).min() > 0.9
+
+
+def test_no_rank_means_nothing_is_random_later() -> None:
+    with pytest.raises(ValueError, match="random_after=5 has no effect with rank='full'"):
+        g.GaLoreMuon([Parameter(torch.zeros(8, 8))], rank="full", random_after=5)

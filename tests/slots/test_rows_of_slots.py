@@ -27,10 +27,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "rows": {"projector": "rows"},
     "fira": {"recovery": "fira"},
     "error_feedback": {"carry": "error_feedback"},
-    "all": {"projector": "rows", "recovery": "fira", "carry": "error_feedback"},
+    "rows, fira": {"projector": "rows", "recovery": "fira"},
+    "rows, error_feedback": {"projector": "rows", "carry": "error_feedback"},
     "block_mean": {"projector": "block_mean", "update_proj_gap": 200},
     "foam": {"projector": "block_mean", "recovery": "foam", "update_proj_gap": 200},
-    "all on means": {"projector": "block_mean", "recovery": "foam", "carry": "error_feedback", "update_proj_gap": 200},
+    "means, error_feedback": {"projector": "block_mean", "carry": "error_feedback", "update_proj_gap": 200},
 }
 CHOICES |= {
     name: {
@@ -261,7 +262,7 @@ def test_what_reads_the_full_gradient_works_where_it_is_kept_and_is_refused_wher
 
 def test_a_key_set_after_attaching_is_refused_too_and_a_group_without_a_rank_is_not() -> None:
     model = nn.Linear(64, 32)
-    optimizer = g.GaLoreAdamW(model.parameters(), recovery="fira", carry="error_feedback")
+    optimizer = g.GaLoreAdamW(model.parameters(), recovery="fira")
     with g.fused_backward(model, optimizer, "project"):
         model(torch.randn(4, 64)).sum().backward()
         optimizer.step()
@@ -284,6 +285,8 @@ def test_a_key_set_after_attaching_is_refused_too_and_a_group_without_a_rank_is_
         ({"projector": "block_mean", "update_proj_gap": 50}, "update_proj_gap=50 has no effect with projector='block_mean'"),
         ({"projector": "block_mean", "transport": "reset"}, "transport='reset' has no effect with projector='block_mean'"),
         ({"projector": "block_mean", "basis_codec": "int4"}, "basis_codec='int4' has no effect .* nothing that is stored"),
+        ({"recovery": "fira", "carry": "error_feedback"}, "recovery='fira' has made a step of it: leave one of them out"),
+        ({"projector": "gaussian", "transport": "keep", "carry": "error_feedback"}, "needs orthonormal bases.*projector='gaussian'"),
         ({"recovery": "foam"}, "recovery='foam' is Adam's step .* met projector='power'"),
     ],
 )

@@ -17,22 +17,15 @@ from galore_torch.slots.projectors import PROJECTORS
 
 def check_group(group: Mapping[str, Any], row: Recipe) -> None:
     """Refuse a parameter group that cannot work: ValueError with the value, the bound and the cure."""
-    rank, gap, scale = group["rank"], group["update_proj_gap"], group["scale"]
-    many = isinstance(rank, list | tuple) and all(r is None or _is_count(r) for r in rank)
-    if not (rank in (None, FULL) or many or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
-        raise ValueError(
-            f"rank={rank!r} is not a rank: give a whole number from 1 (such as 128), a fraction of the short side between 0 and 1 "
-            "(such as 0.25; of a tensor's elements), a list with a number or None for each dimension of a tensor, 'full' for GaLoreMuon "
-            "without a projection, or None to train the group at full rank"
-        )
+    gap, scale = group["update_proj_gap"], group["scale"]
+    check_rank(group["rank"])
     one_of("projector", group["projector"], PROJECTORS)
-    if many and not takes_tensors(group):
+    if isinstance(group["rank"], list | tuple) and not takes_tensors(group):
         raise ValueError(
-            f"rank={rank!r} has a number for each dimension, which a tensor projection alone reads: give tensor=True too, or one whole "
-            "number from 1"
+            f"rank={group['rank']!r} has a number for each dimension, which a tensor projection alone reads: give tensor=True too, or one "
+            "whole number from 1"
         )
-    if not _is_count(gap):
-        raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
+    check_gap(gap)
     _check_adaptive(group)
     if not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise ValueError(
@@ -57,6 +50,23 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         _check_numbers(group)
     elif group["decay"] != "before":  # a torch.optim class checks its own numbers, and decays where it does
         raise ValueError(f"decay={group['decay']!r} needs a rule of this package, such as GaLoreAdamW: leave it 'before' for GaLore(base)")
+
+
+def check_rank(rank: object) -> None:
+    """Refuse what is no rank of a matrix or of a tensor."""
+    many = isinstance(rank, list | tuple) and all(r is None or _is_count(r) for r in rank)
+    named = rank is None or (isinstance(rank, str) and rank == FULL)
+    if not (named or many or _is_count(rank) or (isinstance(rank, float) and 0.0 < rank < 1.0)):
+        raise ValueError(
+            f"rank={rank!r} is not a rank: give a whole number from 1 (such as 128), a fraction of the short side between 0 and 1 "
+            "(such as 0.25; of a tensor's elements), a list with a number or None for each dimension of a tensor, 'full' for GaLoreMuon "
+            "without a projection, or None to train the group at full rank"
+        )
+
+
+def check_gap(gap: object) -> None:
+    if not _is_count(gap):
+        raise ValueError(f"update_proj_gap={gap!r} is not a number of steps: give a whole number from 1 (such as 200)")
 
 
 def _check_adaptive(group: Mapping[str, Any]) -> None:
@@ -120,14 +130,26 @@ def unread_keys(keys: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def plain_numbers(group: MutableMapping[str, Any]) -> None:
-    """Make other numbers, such as ``numpy.float32``, Python's in place: the host computes in double, and torch.load reads them."""
+    """Make other numbers, such as ``numpy.float32``, Python's in place: the host computes in double, and torch.load reads them.
+
+    Those in lists and tuples too, and an array becomes a list.
+    """
     for key, value in group.items():
-        if type(value) in (float, int, bool, str, list, tuple, type(None)) or isinstance(value, torch.Tensor):
-            continue
-        if isinstance(value, Integral):
-            group[key] = int(value)
-        elif isinstance(value, Real) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
-            group[key] = float(value)
+        if key not in ("params", "param_names") and (plain := _plain(value)) is not value:
+            group[key] = plain
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (float, int, bool, str, type(None)) or isinstance(value, torch.Tensor):
+        return value
+    if type(value) in (list, tuple):
+        found = [_plain(each) for each in value]
+        return value if all(new is old for new, old in zip(found, value, strict=True)) else type(value)(found)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
+        return float(value)
+    return _plain(list(value)) if getattr(value, "shape", None) else value
 
 
 def _is_pair(value: object) -> bool:

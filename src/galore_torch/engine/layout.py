@@ -225,7 +225,9 @@ def _make_layout(
     whole = _as_matrices(full, leading)
     scaled = rank is not None and len(shape) > 1
     if tensor and (tensor != "auto" or dtype.is_complex or (len(shape) > 2 and len(whole) == 2)):
-        projector = "tucker" if sparse is None else "tucker_sparse"
+        projector = "tucker"
+    if projector == "tucker" and sparse is not None:
+        projector = "tucker_sparse"
     row = PROJECTORS[projector]
     if row.modes is not None:
         modes = row.modes(full, rank) if scaled else {}
@@ -238,10 +240,10 @@ def _make_layout(
             )
         return Layout(shape, dtype, shape, modes, scaled, projector, codec, full, own)
     if scaled and (isinstance(rank, tuple) or dtype.is_complex):
+        auto = "" if tensor else ", or tensor='auto', which leaves real matrices to a single rank"
         raise ValueError(
             f"rank={rank!r} of a parameter of shape {full} and {dtype}: complex weights, and a rank for each dimension, are projected as "
-            "tensors. Give their group tensor=True, or tensor='auto', which leaves real matrices to a single rank; without a rank complex "
-            "weights train at full rank"
+            f"tensors. Give their group tensor=True{auto}; without a rank complex weights train at full rank"
         )
     resolved = fits(whole, rank, row.axes)
     if resolved is None and scaled and unshortened:

@@ -62,6 +62,16 @@ class Recipe:
                 "leave recovery out"
             )
         carry = CARRIES[self.carry]
+        if carry is not None and self.recovery != "project_back":
+            raise ValueError(
+                f"carry={self.carry!r} adds what the projection drops to the next gradient, and recovery={self.recovery!r} has made a step "
+                "of it: leave one of them out"
+            )
+        if carry is not None and PROJECTORS[self.projector].find and PROJECTORS[self.projector].overlap is None:
+            raise ValueError(
+                f"carry={self.carry!r} needs orthonormal bases, for others let the error grow, and those of projector={self.projector!r} "
+                "are not: use 'power'"
+            )
         for key, follows in (("projector", PROJECTORS[self.projector].follows), ("carry", carry is not None and carry.momentum)):
             if follows and (rule is None or rule.blend is None):
                 raise ValueError(
@@ -140,7 +150,7 @@ def _check_full(group: Mapping[str, Any], row: Recipe) -> None:
             "orthogonalises the matrices of groups with a rank"
         )
     defaults = {"projector": row.projector, "transport": row.transport, "update_proj_gap": row.update_proj_gap}
-    for key, default in {**defaults, "gap_range": None, "proj_type": "std"}.items():
+    for key, default in {**defaults, "gap_range": None, "proj_type": "std", "random_after": None}.items():
         if group[key] != default:
             raise ValueError(f"{key}={group[key]!r} has no effect with rank={FULL!r}, which projects nothing: leave it out")
     if group["basis_codec"] not in ("weight", row.basis_codec):

@@ -77,6 +77,8 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         grad = grad.dense()
     is_usable, scaled = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
+    if view.projector.part is not None:  # rows: the first set needs no gradient, and none is the first row, many times
+        can = can | ~ready.to(can.device)
     keeps = scaled.is_zero if isinstance(scaled, SharedGradient) else None  # of a weight that no process has used: as if it were not asked
     grad = grad if view.projector.follows else scaled  # a moment that is added to it is not scaled
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready

@@ -211,6 +211,8 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
     weight, group, layout, step = view.weight, view.group, view.layout, view.state["step"] + 1
     rule = whole_rule(view, rule)
     lr = rule.lr(weight, group, step)
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # torch allows a tensor of one element
     decay_factor = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
     scale = group["scale"] if layout.scaled else 1.0
     late = decay_factor if group["decay"] == "after" else 1.0  # decay after the update shrinks the update too

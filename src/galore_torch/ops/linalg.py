@@ -181,8 +181,7 @@ def gram_bases(grad_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         right, left = gram_bases(grad_MN.mT, rank)
         return left, right
     grad_MN = unit(grad_MN)
-    _, vectors = torch.linalg.eigh(grad_MN @ grad_MN.mT)  # (m, m), eigenvalues ascending
-    left_MR = vectors[..., -rank:].flip(-1).contiguous()
+    left_MR = _strongest_eigenvectors(grad_MN @ grad_MN.mT, rank).contiguous()  # of (m, m)
     right_NR = orthonormalize(grad_MN.mT @ left_MR)  # (n, m) @ (m, r)
     return left_MR, right_NR
 
@@ -208,8 +207,22 @@ def sketched_basis(A_MN: Tensor, rank: int, seed: int) -> Tensor:
 def strongest(A_MN: Tensor, Q_ML: Tensor, rank: int) -> Tensor:
     """The ``rank`` directions (m x r) of an orthonormal span that hold most of A, strongest first: Rayleigh-Ritz on A A^H."""
     small = unit(Q_ML.mH @ A_MN)  # (l, m) @ (m, n)
-    _, rotation = torch.linalg.eigh(small @ small.mH)  # ascending
-    return Q_ML @ rotation[..., -rank:].flip(-1)
+    return Q_ML @ _strongest_eigenvectors(small @ small.mH, rank)
+
+
+def _strongest_eigenvectors(gram_LL: Tensor, rank: int) -> Tensor:
+    """Those of the ``rank`` largest eigenvalues of a Gram matrix (l x r), largest first.
+
+    Of a matrix with elements near underflow LAPACK's fp32 makes NaN, or an error: then fp64 does it.
+    """
+    try:
+        _, vectors = torch.linalg.eigh(gram_LL)  # ascending
+    except torch.linalg.LinAlgError:
+        vectors = torch.full_like(gram_LL, math.nan)
+    if readable(vectors) and not bool(vectors.isfinite().all()):
+        wide = torch.complex128 if gram_LL.is_complex() else torch.float64
+        vectors = torch.linalg.eigh(gram_LL.to(wide))[1].to(gram_LL.dtype)
+    return vectors[..., -rank:].flip(-1)
 
 
 def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
@@ -224,9 +237,12 @@ def power_step(A_MN: Tensor, start_MR: Tensor, seed: int) -> Tensor:
     fresh = max(1, rank // FRESH)
     if rank >= FEW:
         return _iterated(A_MN, start_MR[..., : rank - fresh], fresh, seed)
-    found = strongest(A_MN, _iterated(A_MN, start_MR, fresh, seed), rank)
-    turned = (found * start_MR).sum(-2, keepdim=True) < 0  # an eigenvector's sign is arbitrary: its old side
-    return torch.where(turned, -found, found)
+    return _facing(strongest(A_MN, _iterated(A_MN, start_MR, fresh, seed), rank), start_MR)
+
+
+def _facing(found_MR: Tensor, old_MR: Tensor) -> Tensor:
+    """Each vector on the side of the old one in its place: an eigenvector's sign is arbitrary."""
+    return torch.where((found_MR * old_MR).sum(-2, keepdim=True) < 0, -found_MR, found_MR)
 
 
 def followed(A_MN: Tensor, start_MR: Tensor) -> Tensor:
@@ -255,6 +271,7 @@ def switched_basis(A_MN: Tensor, start_MR: Tensor, keep: int, seed: int) -> Tens
     rows, rank = start_MR.shape[-2:]
     drawn = min(rank - keep, rows - rank)
     found = strongest(A_MN, orthonormalize(A_MN @ unit(A_MN.mH @ start_MR)), rank)  # (m, n) @ (n, m) @ (m, r)
+    found = _facing(found, start_MR)
     random = gaussian((*found.shape[:-1], drawn), seed, A_MN)
     random = random - found @ (found.mH @ random)  # (m, r) @ (r, k)
     return torch.cat([found[..., : rank - drawn], orthonormalize(random)], dim=-1)
@@ -290,8 +307,18 @@ def gaussian(shape: tuple[int, ...], seed: int, like: Any) -> Tensor:
 
 
 def orthonormalize(columns_MR: Tensor) -> Tensor:
-    """An orthonormal basis of the columns' span, by QR, with the sign (or phase) that keeps each new vector on its old side."""
-    Q, R = torch.linalg.qr(whole(columns_MR))
+    """An orthonormal basis of the columns' span, by QR, with the sign (or phase) that keeps each new vector on its old side.
+
+    LAPACK's QR makes NaN near underflow. So each column comes over a power of two, which changes no digit; and complex ones with noise of
+    the size of their rounding error, for what is left of columns that depend on one another goes down to underflow.
+    """
+    columns_MR = whole(columns_MR)
+    size = as_real(columns_MR).abs().amax(-1) if columns_MR.is_complex() else columns_MR.abs()
+    largest = size.amax(-2, keepdim=True).clamp_min(torch.finfo(columns_MR.dtype).tiny)
+    columns_MR = columns_MR * (torch.frexp(largest).mantissa / largest)
+    if columns_MR.is_complex():
+        columns_MR += torch.finfo(columns_MR.dtype).eps * gaussian(columns_MR.shape, 0, columns_MR)
+    Q, R = torch.linalg.qr(columns_MR)
     side = R.diagonal(dim1=-2, dim2=-1)
     sign = torch.where(side == 0, 1.0, side.sgn()) if side.is_complex() else torch.where(side < 0, -1.0, 1.0)
     return Q.mul_(sign.to(Q.dtype).unsqueeze(-2))

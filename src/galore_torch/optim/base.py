@@ -14,9 +14,8 @@ from torch import Tensor
 
 from galore_torch.engine import step as engine
 from galore_torch.engine.checks import check_group, plain_numbers, unread_keys
-from galore_torch.engine.inductor import has_compiler
 from galore_torch.engine.layout import AnyRule, ParamView
-from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept, takes_tensors
+from galore_torch.engine.recipe import PROJECTION_DEFAULTS, Recipe, check_kept
 from galore_torch.engine.sharding import local, local_grad
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec
@@ -25,6 +24,7 @@ from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.left_behind import left_behind, refuse_flattened
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, in_place_of, owner_of
 from galore_torch.optim.param_groups import PLACE
+from galore_torch.optim.parameter_checks import check_compiler, check_parameter, notes
 from galore_torch.optim.quantize import refuse_replaced
 from galore_torch.optim.shared_arguments import SHARED, Projection, signature
 from galore_torch.optim.state import seal, unseal, whole_state
@@ -65,6 +65,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     row: ClassVar[Recipe]
     fixed: ClassVar[dict[str, Any]] = {"capturable": False, "differentiable": False}  # settings with one value only
     _has_stepped = False
+    of_ranked_groups: Mapping[str, Any] = {}  # beside the defaults, of groups that are added later
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
@@ -103,7 +104,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; nothing changes when it is refused."""
-        group = {**self.defaults, **param_group}  # the caller's own dict stays as it is: it may serve another optimizer
+        own = self.of_ranked_groups if param_group.get("rank", self.defaults["rank"]) is not None else {}
+        group = {**self.defaults, **own, **param_group}  # the caller's own dict stays as it is: it may serve another optimizer
         plain_numbers(group)
         if group.get("dim", 2) != 2 and "tensor" not in param_group:  # as galore-torch 1.0 asked for its tensor projector
             group["tensor"] = True
@@ -118,9 +120,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             for p in group["params"]:
-                if p.is_complex():
-                    self._check_complex(p, group)
-                self._check_compiler(p, group)
+                check_parameter(p, group, self.row, type(self).__name__)
             self._adopt()
         except BaseException:
             self.param_groups.pop()
@@ -135,50 +135,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self._check_fixed(group)
         check_group(group, self.row)
-
-    def _warn_of_full_rank(self, group: dict[str, Any]) -> None:
-        if group["rank"] is None or not group["params"]:
-            return
-        if all(p.dim() < 2 for p in group["params"]):
-            if len(self._present) == 1 and group["params"][0].numel() <= 1 << 14:
-                return  # a norm or bias with an optimizer of its own, as layer-wise loops make them
-            warnings.warn(
-                f"rank={group['rank']} projects none of this group's {len(group['params'])} parameters, for all are vectors: they train at "
-                "full rank, and no memory is saved. If something has flattened matrices, as FSDP1 and DeepSpeed ZeRO do, train under "
-                "fully_shard or DistributedDataParallel. In a group of true vectors leave rank out",
-                stacklevel=_callers_level(),
-            )
-            return
-        whole = [tuple(p.shape) for p in group["params"] if p.dim() > 1 and not engine.layout_of(p, group).ranks]
-        if whole:
-            blocks = "leaves no means of 2, 4, 8, ... neighbours, which divide it, on the projected side"
-            why = blocks if group["projector"] == "block_mean" else "is not smaller than the short side"
-            if takes_tensors(group):
-                why = "leaves no dimension above 4, or above its own rank, to shorten"
-            warnings.warn(
-                f"rank={group['rank']} {why} of {len(whole)} of {len(group['params'])} parameters "
-                f"(such as {min(whole, key=min)}): they are trained at full rank. Choose a smaller rank to save their memory.",
-                stacklevel=_callers_level(),
-            )
-
-    def _check_complex(self, p: Tensor, group: Mapping[str, Any]) -> None:
-        what = f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
-        if p.dtype == torch.complex32:
-            raise ValueError(what + "torch computes little in halves of complex numbers; keep the weight in torch.complex64")
-        if self.row.rule == "torch":
-            raise ValueError(
-                what + f"{type(self).__name__} runs another class in the subspace of real ones alone; give complex parameters to another "
-                "optimizer, such as GaLoreAdamW or GaLoreSGD"
-            )
-        if group["compile"]:
-            raise ValueError(what + "the compiler has no complex arithmetic; leave compile=None, or give complex weights a group")
-
-    def _check_compiler(self, p: Tensor, group: Mapping[str, Any]) -> None:
-        if group["compile"] and not has_compiler(p.device.type):
-            raise ValueError(
-                f"compile=True found no compiler for a parameter on {p.device}: torch.compile needs a C++ compiler such as g++ on a CPU "
-                "and Triton on a GPU. Install it, or use compile=None, which compiles only where it can"
-            )
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -305,7 +261,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
         if isinstance(stand_in := local(p.grad), LowRankGrad | ConsumedGrad):
             stand_in.check_owner(self)
-        self._check_compiler(p, group)
+        check_compiler(p, group)
         if not self.state.get(p):
             self._adopt(also=p)
         view, state = self._view(p, group), self.state[p]
@@ -364,7 +320,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if (p.requires_grad or p is also) and not self.state.get(p):
                 self.state[p] = engine.new_state(p, group, self.rule, getattr(p, PLACE, self._places[p]))
         for group in changed:
-            self._warn_of_full_rank(group)
+            for note in notes(group, self.row, len(self._present) == 1):
+                warnings.warn(note, stacklevel=_callers_level())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.
@@ -379,7 +336,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule}  # torch lists what a copy keeps
+        return {**super().__getstate__(), "rule": self.rule, "of_ranked_groups": self.of_ranked_groups}  # torch lists what a copy keeps
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -156,6 +156,7 @@ class FusedBackward:
                 continue
             name, module = names[p][0]
             whole = len(names[p]) == 1 and tuple(p.shape) == layout.whole and name.rpartition(".")[2] == "weight"
+            whole = whole and not p.is_complex()  # whose products have conjugates
             if whole and is_linear(module) and not view.projector.elements:
                 of_layer = name, module, optimizer, finish
                 self._direct[p] = DirectLayer(*of_layer) if view.place is None else ShardedLayer(Processes(view.place.ranks), *of_layer)
@@ -166,7 +167,7 @@ class FusedBackward:
         if left:
             warnings.warn(
                 f"the gradients of {len(left)} matrices are made in full and then projected, for each is not the weight of one linear "
-                f"layer alone, or keeps single elements (sparse): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
+                f"layer alone, is complex, or keeps single elements (sparse): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
                 stacklevel=3,
             )
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from galore_torch.choices import one_of
 
 if TYPE_CHECKING:
@@ -134,24 +136,30 @@ def low_rank_optimizer(params: Any, recipe: str, lr: float | None = None, **sett
     one_of("recipe", recipe, METHODS)
     method = METHODS[recipe]
     groups = _as_groups(params)
-    if method.needs and method.needs not in settings and not any(method.needs in group for group in groups):
+    rank = settings.get("rank")
+    ranked = [group for group in groups if group.get("rank", rank) is not None]
+    if method.needs and any(group.get(method.needs, settings.get(method.needs)) is None for group in ranked):
         raise ValueError(
             f"recipe={recipe!r} needs {method.needs}: the step from which on bases are random, such as half the steps of the run"
         )
     own = {key: value for key, value in method.settings.items() if key not in settings}
     common = {key: value for key, value in settings.items() if key not in ("random_after", "carry_codec")}
     alone = {key: settings[key] for key in settings.keys() - common.keys()}  # what groups without a rank would refuse
-    rank = settings.get("rank")
-    if all(group.get("rank", rank) is None for group in groups):
+    if not ranked:
         raise ValueError(
             f"recipe={recipe!r} is what groups with a rank do, and none has one: give galore_param_groups(model, rank=128), or rank=128"
         )
     groups = [{**own, **alone, **group} if group.get("rank", rank) is not None else group for group in groups]
     optimizer: LowRankOptimizer = getattr(galore, method.class_name)(groups, lr=method.lr if lr is None else lr, **common)
+    optimizer.of_ranked_groups = {**own, **alone}
     return optimizer
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:
     """Groups, or one group of all parameters."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params is one tensor: give an iterable of parameters, or groups such as galore_param_groups builds")
     params = list(params)
+    if not params:
+        raise ValueError("low_rank_optimizer got an empty parameter list: a generator such as model.parameters() can be read once")
     return params if params and isinstance(params[0], dict) else [{"params": params}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,15 +178,21 @@ def _ranks(chosen: list[LinearWeight], rank: int | float | str, factors: Mapping
     """id of each weight -> its rank: that of all, times the factor of the first pattern that is found in its name."""
     found = {id(weight.parameter): rank for weight in chosen}
     free = {weight.name: id(weight.parameter) for weight in chosen}
+    if not isinstance(factors, Mapping):
+        raise ValueError(f"rank_factors={factors!r} must map patterns of layer names to factors, such as {{'q_proj|k_proj': 0.5}}")
     for pattern, factor in factors.items():
-        new = rank * factor if isinstance(rank, int | float) and isinstance(factor, int | float) and factor > 0 else 0
+        good = isinstance(rank, int | float) and isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf
+        new = rank * factor if good else 0  # type: ignore[operator]
         new = max(1, round(new)) if isinstance(rank, int) and new else new
         if not new or (isinstance(rank, float) and new >= 1):
             raise ValueError(
                 f"rank_factors={{{pattern!r}: {factor!r}}} makes no rank of rank={rank!r}: give a factor above 0, and with a fraction "
                 "one that keeps it below 1"
             )
-        names = [name for name in free if re.search(pattern, name)]
+        try:
+            names = [name for name in free if re.search(pattern, name)]
+        except re.error as error:
+            raise ValueError(f"rank_factors: the pattern {pattern!r} is no regular expression: {error}") from error
         if not names:
             raise ValueError(
                 f"rank_factors: the pattern {pattern!r} matches none of the projected layers that no pattern before it has matched, among "

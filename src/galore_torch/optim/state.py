@@ -103,6 +103,11 @@ def _seal_one(
             f"{type(optimizer).__name__} with this group needs {sorted(spec)}: load it into the optimizer class and groups that wrote it"
         )
     for key, tensor in spec.items():
+        if saved[key].is_complex() != tensor.dtype.is_complex:
+            raise ValueError(
+                f"the checkpoint's {key} of parameter {index} is {saved[key].dtype}, but a parameter of {p.dtype} needs {tensor.dtype}: it "
+                "belongs to another model"
+            )
         if tuple(saved[key].shape) != tensor.shape:
             raise ValueError(
                 f"the checkpoint's {key} of parameter {index} has shape {tuple(saved[key].shape)}, but a parameter of shape "

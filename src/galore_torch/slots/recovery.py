@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.ops import write
+from galore_torch.ops import linalg, write
 from galore_torch.ops.codecs import TensorSpec
 from galore_torch.ops.orthogonal import unit_steps
 from galore_torch.ops.write import WeightUpdate
@@ -86,6 +86,7 @@ def project_back(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
 
 BOTH = (-2, -1)
 GROWTH = 1.01  # the most the norm may grow from step to step (Fira, section 4.3; APOLLO, section 4; Alice, Alg. 4)
+NOISE = 1e-4  # a residual that is shorter than this share of the update is one of rounding errors
 
 
 def one_norm(key: str, view: tuple[int, ...], axes: tuple[int, ...], compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -114,11 +115,15 @@ def scale_as_rule(full: Tensor, N: Tensor, seen: Seen, axes: tuple[int, ...]) ->
     full.mul_(norm_of(N, seen, axes) / norm_of(seen.low, seen, axes).clamp_min(torch.finfo(full.dtype).tiny))
 
 
-def limit_growth(full: Tensor, seen: Seen, key: str) -> None:
-    """full <- sign full, in place, at most 1 % longer than at the last step; zero where it is not finite. It carries the step size."""
+def limit_growth(full: Tensor, seen: Seen, key: str, least: Tensor | float = 0.0) -> None:
+    """full <- sign full, in place, at most 1 % longer than at the last step; zero where it is not finite. It carries the step size.
+
+    What is not longer than ``least`` (in the size of ``full``) is left out, and is not the last step.
+    """
     last = seen.state[key]
-    norm = norm_of(full, seen, BOTH)[..., 0, 0] / seen.lr
-    counts = norm.isfinite() & (norm > 0) & seen.is_finite  # no step is 0 long but one that was skipped
+    length = norm_of(full, seen, BOTH)[..., 0, 0]
+    norm = length / seen.lr
+    counts = norm.isfinite() & (length > least) & seen.is_finite  # no step is 0 long but one that was skipped
     shortened = torch.where((last > 0) & (norm > GROWTH * last), GROWTH * last / norm, 1.0)
     last.copy_(torch.where(counts, norm * shortened, last))
     factor = torch.where(counts, shortened, 0.0)
@@ -144,10 +149,11 @@ def fira(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
 
     phi_j = ||psi(R)_j|| / ||R_j|| for column j (for row j, where the basis is on the right): how the rule scaled that column. N is
     lr psi(R), so lr phi comes from N. S may grow by 1 % a step, else it is shortened to that. A residual that is not finite is left out.
+    So is one of rounding errors alone, as in a step of fewer samples than the rank: nothing would grow from it.
     """
     residual = residual_of(seen)  # (m, n): G - P R
     scale_as_rule(residual, N, seen, seen.axes)  # lr S
-    limit_growth(residual, seen, "residual_norm")
+    limit_growth(residual, seen, "residual_norm", NOISE * norm_of(N, seen, BOTH)[..., 0, 0])
     add_both(change, residual, N, seen)
 
 
@@ -287,8 +293,9 @@ def orthogonal(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     X = seen.grad.to(N.dtype, copy=True).mul_(seen.sign)
     seen.project_back(WeightUpdate(X, scale=-1.0), inside)  # (m, n): G + P (N / lr - R)
     update = seen.of_whole(unit_steps, X)
-    if seen.is_finite is not True:
-        update = torch.where(torch.as_tensor(seen.is_finite, device=update.device), update, 0.0)
+    is_finite = linalg.all_finite(update) & seen.is_finite  # what is not finite may be outside of the subspace
+    if is_finite is not True:
+        update = torch.where(torch.as_tensor(is_finite, device=update.device), update, 0.0)
     take(change, update, change.scale * seen.lr)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.ops import write
-from galore_torch.ops.linalg import squared
+from galore_torch.ops.linalg import squared, unit
 from galore_torch.slots import tucker
 
 V = TypeVar("V")
@@ -39,7 +39,7 @@ def modes(by_axis: Mapping[int, V]) -> dict[int, V]:
 
 def find(G: Tensor, ranks: tucker.Ranks, previous: tucker.Factors | None, seed: int) -> tucker.Factors:
     """The k largest elements by magnitude, and the factors of what they leave (TensorGRaD: the support, then a sweep of HOOI)."""
-    index = squared(G).flatten().topk(ranks[SET], sorted=False).indices.sort().values
+    index = squared(unit(G.reshape(1, -1))).flatten().topk(ranks[SET], sorted=False).indices.sort().values
     factors = tucker.find(_rest(G, index), modes(ranks), None if previous is None else modes(previous), seed)
     return {**factors, SET: index}
 

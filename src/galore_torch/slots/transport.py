@@ -74,7 +74,7 @@ def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Gr
 
 def predict(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:
     """Carry Adam's moments over as LDAdam does (arXiv 2410.16103, section 3.1): m' = C m, and v' from what they say of mean and variance,
-    v' = (1 - beta2^t) |(C * C) (v^ - m^^2) + (C m^)^2| with the bias-corrected m^ and v^.
+    v' = (1 - beta2^t) |(C * C) (v^ - |m^|^2) + |C m^|^2| with the bias-corrected m^ and v^.
 
     A new direction outside of the old subspace starts without history: write it with a beta2 such as 0.99.
     """
@@ -82,12 +82,12 @@ def predict(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: G
         return
     (beta1, beta2), m, v = group["betas"], values["exp_avg"], values["exp_avg_sq"]
     seen = 1 - beta2**step
-    mean = (m / (1 - beta1**step)).square_().mul_(seen)
+    mean = squared(m / (1 - beta1**step)).mul_(seen)
     spread, turned = v - mean, m
     for axis, matrix in C.items():
         spread = mode_product(spread, squared(matrix).to(v.dtype), axis)
         turned = mode_product(turned, matrix.to(m.dtype), axis)
-    yield "exp_avg_sq", spread.addcmul_(turned, turned, value=seen / (1 - beta1**step) ** 2).abs_()
+    yield "exp_avg_sq", spread.add_(squared(turned), alpha=seen / (1 - beta1**step) ** 2).abs_()
     yield "exp_avg", turned
 
 

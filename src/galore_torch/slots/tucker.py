@@ -28,17 +28,19 @@ def mode_ranks(shape: tuple[int, ...], rank: float | int | tuple[int | None, ...
     No rank is above the product of all other lengths of the core: an unfolding has no more directions.
     Raises ValueError for a tuple that does not fit the shape.
     """
+    if isinstance(rank, tuple) and len(rank) != len(shape):
+        raise ValueError(
+            f"rank={list(rank)} has {len(rank)} numbers, and a parameter of shape {shape} has {len(shape)} dimensions: give one for "
+            "each (None keeps it whole), one number for all, or a fraction of the elements"
+        )
+    if not prod(shape):
+        return {}
+    wished: list[int | None]
     if isinstance(rank, tuple):
-        if len(rank) != len(shape):
-            raise ValueError(
-                f"rank={list(rank)} has {len(rank)} numbers, and a parameter of shape {shape} has {len(shape)} dimensions: give one for "
-                "each (None keeps it whole), one number for all, or a fraction of the elements"
-            )
         wished = list(rank)
-    elif isinstance(rank, float):
-        wished = list(shared_ranks(shape, rank))
     else:
-        wished = [rank if size > SHORT else None for size in shape]
+        each = shared_ranks(shape, rank) if isinstance(rank, float) else [rank] * len(shape)
+        wished = [share if size > SHORT else None for size, share in zip(shape, each, strict=True)]
     core = [size if wish is None else min(wish, size) for wish, size in zip(wished, shape, strict=True)]
     for axis, wish in enumerate(wished):
         if wish is not None:
@@ -68,9 +70,24 @@ def find(G: Tensor, ranks: Ranks, previous: Factors | None, seed: int) -> Factor
     """The factors after one sweep of HOOI (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21, 2000, Alg. 4.2), from those in use.
 
     Mode by mode: G is contracted with all other factors, and one step of subspace iteration on that small unfolding replaces an SVD of
-    it. Without ``previous`` the sweep starts from a sequentially truncated HOSVD by random sketches.
+    it. Without ``previous`` the sweep starts from a sequentially truncated HOSVD by random sketches. So it does, too, where the factors
+    in use end with less than half of the gradient: a part of it that is orthogonal to two of them is in no contraction. What is found
+    so counts if it holds twice as much.
     """
-    factors = _sketched(G, ranks, seed) if previous is None else dict(previous)
+    if previous is None:
+        return _swept(G, ranks, _sketched(G, ranks, seed), seed)
+    factors = _swept(G, ranks, previous, seed)
+    held = linalg.norm(project(G, factors)).square()
+    missed = 2 * held < linalg.norm(G).square()
+    if linalg.readable(missed) and not bool(missed):
+        return factors
+    fresh = _swept(G, ranks, _sketched(G, ranks, seed), seed)
+    better = missed & (linalg.norm(project(G, fresh)).square() > 2 * held)
+    return {axis: torch.where(better, fresh[axis], factor) for axis, factor in factors.items()}
+
+
+def _swept(G: Tensor, ranks: Ranks, start: Factors, seed: int) -> Factors:
+    factors = dict(start)
     for place, axis in enumerate(ranks):
         others = {other: factor for other, factor in factors.items() if other != axis}
         factors[axis] = linalg.sharp_step(_unfolded(project(G, others), axis), factors[axis], seed + 2 * place)

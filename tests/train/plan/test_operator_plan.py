@@ -44,6 +44,11 @@ def test_weights_are_neuraloperators() -> None:
     assert sorted(tuple(p.shape) for p in real.parameters()) == sorted([*model.real, *[model.spectral] * 3])
 
 
+@pytest.mark.parametrize(("channels", "half"), [(3, 2), (5, 2), (7, 4), (12, 6)])
+def test_the_channels_of_the_mlp_are_half_of_all_rounded_as_neuraloperator_does(channels: int, half: int) -> None:
+    assert (half, channels, 1) in FourierOperator.parse(f"fno:8x6:{channels}:1").real
+
+
 def test_the_published_model_beside_the_published_numbers() -> None:
     """64 modes x 64 channels x 4 layers: 4 x 64^2 x 64 x 33 complex numbers, of 16 bytes in AdamW."""
     out = StringIO()

@@ -46,8 +46,9 @@ class FourierOperator:
     @property
     def real(self) -> list[tuple[int, ...]]:
         """Shapes of all other weights."""
+        half = round(self.channels / 2)
         C, d, ones = self.channels, len(self.modes), [1] * len(self.modes)
-        layer = [(C, *ones), (C, C, 1), (C // 2, C, 1), (C // 2,), (C, C // 2, 1), (C,), (1, C, *ones)]
+        layer = [(C, *ones), (C, C, 1), (half, C, 1), (half,), (C, half, 1), (C,), (1, C, *ones)]
         ends = [(2 * C, 1 + d, 1), (2 * C,), (C, 2 * C, 1), (C,), (2 * C, C, 1), (2 * C,), (1, 2 * C, 1), (1,)]
         return layer * self.layers + ends
 

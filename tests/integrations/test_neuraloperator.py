@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
+import neuralop
 import pytest
 import torch
+from neuralop.layers.spectral_convolution import SpectralConv
+from neuralop.models import FNO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from galore_torch import TensorGaLoreAdamW
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    neuralop = pytest.importorskip("neuralop", reason="neuraloperator is not installed")
-    from neuralop.layers.spectral_convolution import SpectralConv
-    from neuralop.models import FNO
-
+FRAMEWORK, PACKAGE = "neuraloperator", "neuraloperator"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -62,7 +59,7 @@ def trained(model: torch.nn.Module, epochs: int, **kwargs: Any) -> float:
     return float(metrics["test_l2"])
 
 
-def test_its_own_trainer_runs_unchanged() -> None:
+def test_its_own_trainer_runs_unchanged(record: Any) -> None:
     """Oracle: the same steps written out."""
     model, expected = operator(), operator()
     error = trained(model, 8)
@@ -77,9 +74,10 @@ def test_its_own_trainer_runs_unchanged() -> None:
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(p, q)
     assert error < 0.95 * trained(operator(), 1), "it learns"
+    record("`TensorGaLoreAdamW` in its own Trainer, unchanged")
 
 
-def test_its_checkpoints_hold_our_state_and_resume_bit_for_bit(tmp_path: Path) -> None:
+def test_its_checkpoints_hold_our_state_and_resume_bit_for_bit(tmp_path: Path, record: Any) -> None:
     """The Trainer counts from the last epoch that it has saved, and so does that one again: two epochs, and three after them."""
     whole, parted = operator(), operator()
     trained(whole, 5)
@@ -87,10 +85,11 @@ def test_its_checkpoints_hold_our_state_and_resume_bit_for_bit(tmp_path: Path) -
     trained(parted, 4, resume_from_dir=tmp_path)
     for p, q in zip(whole.parameters(), parted.parameters(), strict=True):
         assert torch.equal(p, q)
+    record("checkpoints of its Trainer", resume=0.0)
 
 
 @pytest.mark.parametrize("factorization", ["tucker", "cp", "tt"])
-def test_weights_that_are_stored_factorised_are_ordinary_tensors(factorization: str) -> None:
+def test_weights_that_are_stored_factorised_are_ordinary_tensors(factorization: str, record: Any) -> None:
     model = operator(factorization=factorization, implementation="factorized", rank=0.4)
     optimizer, _ = optimizer_of(model)
     complex_ones = [p for p in model.parameters() if p.is_complex() and p.dim() > 1]
@@ -98,3 +97,4 @@ def test_weights_that_are_stored_factorised_are_ordinary_tensors(factorization: 
     assert any("basis_ready" in optimizer.state[p] for p in complex_ones)
     untrained = operator(factorization=factorization, implementation="factorized", rank=0.4)
     assert trained(model, 8) < 0.95 * trained(untrained, 1), "it learns"
+    record(f"weights stored factorised, {factorization}")
