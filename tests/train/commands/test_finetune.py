@@ -120,7 +120,7 @@ def test_every_task_of_glue(task: str, make: Make, tmp_path: Path) -> None:
     sizes = {"train": 16} | {split: 6 + index for index, split in enumerate(spec.held_out.values())}
     for split, size in sizes.items():
         found = [{column: tasks.sentence(draw)[0] for column in spec.columns} for _ in range(size)]
-        labels = [index % spec.classes if spec.classes else index / 3 for index in range(size)]
+        labels = [index % len(spec.classes) if spec.classes else index / 3 for index in range(size)]
         tasks.write(tmp_path / "all" / task / f"{split}.jsonl", [row | {"label": label} for row, label in zip(found, labels, strict=True)])
     code, _ = command(make(task_name=task, data_dir=str(tmp_path / "all"), num_training_steps=2))
     assert code == 0
@@ -129,7 +129,7 @@ def test_every_task_of_glue(task: str, make: Make, tmp_path: Path) -> None:
     assert [last[f"eval_examples{suffix}"] for suffix in spec.held_out] == list(sizes.values())[1:]
     model = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert (len(model["id2label"]), model["problem_type"]) == (
-        (spec.classes, "single_label_classification") if spec.classes else (1, "regression")
+        (len(spec.classes), "single_label_classification") if spec.classes else (1, "regression")
     )
 
 
@@ -211,8 +211,25 @@ def test_killed_and_resumed_is_the_uninterrupted_run(method: str, tmp_path: Path
 def test_changed_examples_are_refused_when_a_run_goes_on(make: Make, tmp_path: Path) -> None:
     assert command(make(num_training_steps=3))[0] == 0
     tasks.glue(tmp_path / "other", train=65)
-    with pytest.raises(UserError, match=r"--data gives 65 examples.*was trained on 64 examples"):
+    with pytest.raises(
+        UserError, match=r"--data_dir gives 65 examples.*was trained on 64 examples.*; give the same text and --tokenizer, or"
+    ):
         command(make(num_training_steps=3, data_dir=str(tmp_path / "other"), resume="auto"))
+
+
+def test_columns_given_by_name_are_those_that_were_found(make: Make, tmp_path: Path) -> None:
+    """A run goes on with what was found anyway; other columns are other examples, and the flags named are the command's."""
+    file = tasks.write(tmp_path / "own.jsonl", [{"text": f"w{row}", "note": row, "other": "", "label": row % 2} for row in range(12)])
+    own: dict[str, Any] = {"task_name": "classification", "data_dir": None, "train_file": (file,), "num_training_steps": 2}
+    code, said = command(make(**own))
+    assert code == 0
+    assert "own.jsonl: 'text' of 10 examples in 1 epochs, 2 to evaluate on" in said
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]["text_columns"] == ["text"]
+    assert command(make(**own, text_columns=("text",), resume="auto"))[0] == 0
+    with pytest.raises(
+        UserError, match=r"--train_file gives 10 .*; give the same text, --validation_file, --text_columns and --tokenizer, or"
+    ):
+        command(make(**own, text_columns=("other",), resume="auto"))
 
 
 def test_batches_and_steps_are_those_of_a_loop_by_hand(make: Make, tmp_path: Path) -> None:
@@ -361,6 +378,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         "both say how long to train",
     ),
     "too long": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--max_length", "65"], "more than the 64 positions"),
+    "no such model": (["--model_name_or_path", "./nofolder", "--task_name", "rte"], "--hf_model ./nofolder does not exist"),
     "no such folder": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--data_dir", "nowhere"], "--data_dir nowhere is no folder"),
     "files of another task": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--data_dir", "GLUE"], "has no train file for rte"),
     "frozen whole": (
@@ -410,6 +428,40 @@ def test_rates_are_found_and_taken(method: str, make: Make, tmp_path: Path, monk
     )
     with house_style():
         assert _rates([run]) is not None
+
+
+def test_rates_of_which_none_trains_are_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("galore_torch.train.loop.find_lr.short_run", lambda *_: math.inf)
+    with pytest.raises(UserError, match=r"--find_lr: no rate of all \(lr\) from 3e-08 to 0.0001 trains 30 steps with finite losses"):
+        command(make(optimizer="full", find_lr=True, lr=1e-5, rank=None, update_proj_gap=None))
+    assert not (tmp_path / "run").exists()
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "cosine_restarts": {"scheduler": "cosine_restarts", "cycle_length": 100, "restart_warmup_steps": 40},
+    "relora": {"optimizer": "relora", "cycle_length": 100, "warmup_steps": 50},
+    "relora in short cycles": {"optimizer": "relora", "cycle_length": 2},
+    "golore": {"optimizer": "golore", "random_after": 100},
+    "wsd": {"scheduler": "wsd", "decay_steps": 100},
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_rates_of_a_long_schedule_are_found(case: str, make: Make) -> None:
+    """30 steps allow less than 300: a short run has what they do."""
+    if "relora" in case:
+        pytest.importorskip("peft", reason="relora needs the extra peft")
+    config, data = read(make(num_training_steps=300, batch_size=2, given=frozenset(LONG[case]), **LONG[case]))
+    ((name, lr),) = config.contenders
+    assert find_lr.short_run(config, name, lr, 2.0, data) == pytest.approx(0.69, abs=0.2)
+
+
+def test_fewer_examples_than_processes_are_refused(make: Make, tmp_path: Path) -> None:
+    """When they have been read, and in each of the processes: none is left without a batch."""
+    few = tasks.glue(tmp_path / "few", train=2)
+    with pytest.raises(UserError, match=r"2 training examples for 3 processes, .*; start 2 at most, or give more examples"):
+        read(make(data_dir=few, nproc=3))
+    assert read(make(data_dir=few, nproc=2))[0].num_training_steps == 3
 
 
 @pytest.mark.slow

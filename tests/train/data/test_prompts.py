@@ -21,7 +21,10 @@ from galore_torch.train.data.prompts import example, load_prompts, packed
 from galore_torch.train.data.sequences import Sequences
 from galore_torch.train.data.tokenizer import load_tokenizer
 from galore_torch.train.errors import UserError
+from galore_torch.train.loop.evaluate import held_out_loss
+from galore_torch.train.loop.tasks import task_for
 from galore_torch.train.model.loss import IGNORED, TokenLoss, attends_across, counted
+from galore_torch.train.plan.answer import plan_request
 from support import tasks
 from support.whole_runs import assert_same_run, rows
 
@@ -125,6 +128,20 @@ def gradients(model: nn.Module, examples: Sequences) -> tuple[float, dict[str, t
     total = loss(inputs, targets)
     total.backward()
     return total.item() / counted(targets), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("eval_batch_size", [2, 32])
+def test_evaluation_has_no_more_logits_at_once_than_the_setting(eval_batch_size: int, make: Make) -> None:
+    """Its batches may be larger than those of training; the plan is of the same loss."""
+    config, data = read(make(questions(60), batch_size=2, max_length=16, eval_batch_size=eval_batch_size, loss_chunk=40))
+    model = AutoModelForCausalLM.from_pretrained(config.hf_model, use_cache=False)
+    loss, whole = task_for(config, data).loss(model), TokenLoss(model)
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
+    evaluated = held_out_loss(loss, data.held_out[""].in_order(eval_batch_size), "cpu")
+    assert max(rows, default=0) <= 40
+    assert evaluated == pytest.approx(held_out_loss(whole, data.held_out[""].in_order(eval_batch_size), "cpu"), rel=1e-5)
+    assert plan_request(config, device="cpu").chunk == loss.chunk == (0 if eval_batch_size == 2 else 40)
 
 
 def test_packed_examples_do_not_see_each_other(make: Make) -> None:

@@ -31,6 +31,14 @@ def test_rows_of_every_kind_are_the_same(name: str, packed: bool, tmp_path: Path
     assert found == [("one, two", 1), ("three", 0)]
 
 
+def test_cell_of_a_csv_may_be_of_any_length(tmp_path: Path) -> None:
+    """csv's own limit is 131,072 characters."""
+    text = "long " * 30_000
+    (tmp_path / "long.csv").write_text(f"text,label\n{text},1\n")
+    ((_, row),) = table_rows([tmp_path / "long.csv"])
+    assert row == {"text": text, "label": "1"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [

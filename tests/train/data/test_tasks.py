@@ -62,9 +62,67 @@ def test_every_tenth_is_held_out_where_there_is_no_validation_file(make: Make) -
     assert data.scores == ("accuracy", "f1")
 
 
+@pytest.mark.parametrize("number", [3, 10, 11, 12, 40])
+def test_two_numbers_at_least_are_held_out(number: int, make: Make) -> None:
+    """Of one there is no correlation; from 12 rows on it is every tenth."""
+    data = load_labelled(make([{"text": f"w{index}", "label": index / 7} for index in range(number)], task_name="regression"))
+    held = max(2, -(-(number - 1) // 10))
+    assert (len(data.train), len(data.held_out[""])) == (number - held, held)
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "says"),
+    [
+        (2, None, "train.jsonl has 2 examples, of which 2 would be held out; give more, or --validation_file too"),
+        (1, None, "train.jsonl has one example; give more, or --validation_file too"),
+        (5, 1, "dev.jsonl has 1 example to evaluate on, and a correlation is of at least 2; give more"),
+    ],
+)
+def test_too_few_numbers_to_correlate_are_refused(train: int, held: int | None, says: str, make: Make) -> None:
+    rows = [{"text": "w1", "label": index / 2} for index in range(5)]
+    with pytest.raises(UserError) as caught:
+        load_labelled(make(rows[:train], None if held is None else rows[:held], task_name="regression"))
+    assert says in str(caught.value)
+
+
+CSV = {
+    "written by pandas": (",text,label\n0,w1 w2,1\n1,w3,0\n2,w4,0\n", ("text",)),
+    "with stars": ("text,label,stars\nw1 w2,1,5\nw3,0,\nw4,0,4.5\n", ("text",)),
+    "with rows' names": ("Unnamed: 0,ID,a,b,label\n0,x1,w1,w2,1\n1,x2,4,w4,0\n2,x3,5,w6,0\n", ("a", "b")),
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_numbers_of_a_csv_are_no_text(case: str, make: Make, tmp_path: Path) -> None:
+    """Those of rows, and what may tell the answer; a column with one cell of words is text. What was read is printed and recorded."""
+    text, columns = CSV[case]
+    (tmp_path / "own.csv").write_text(text)
+    config = make([], train_file=(str(tmp_path / "own.csv"),))
+    data = load_labelled(config)
+    assert data.columns == columns
+    assert (
+        data.train.batch([0])[0]["input_ids"][0].tolist()
+        == tasks.tokenizer()(*["w1 w2"] if len(columns) == 1 else ("w1", "w2"))["input_ids"]
+    )
+    assert data.amount(config).startswith(" and ".join(map(repr, columns)) + " of 2 examples in ")
+    assert data.record()["text_columns"] == list(columns)
+
+
+@pytest.mark.parametrize("first", [{"context": None}, {"context": ""}, {}])
+def test_text_columns_are_those_of_all_rows(first: dict[str, Any], make: Make) -> None:
+    """Not of the first one alone: a row without a text is named, an empty one is read."""
+    rows = [{"text": "w1", "label": 0} | first, {"text": "w2", "context": "w3", "label": 1}]
+    if first.get("context") == "":
+        assert load_labelled(make(rows, rows)).columns == ("text", "context")
+        return
+    has = "it is null there" if first else "it has 'text', 'label'"
+    with pytest.raises(UserError, match=f"train.jsonl line 1 has no text in 'context': {has}; name the right columns"):
+        load_labelled(make(rows, rows))
+
+
 def test_regression_takes_any_number(make: Make) -> None:
     rows = [{"a": "w1", "b": "w2", "score": value} for value in (0.5, "1e2", -3)]
-    data = load_labelled(make(rows, rows[:1], task_name="regression", label_column="score", text_columns=("b", "a")))
+    data = load_labelled(make(rows, rows[:2], task_name="regression", label_column="score", text_columns=("b", "a")))
     assert data.train.targets.tolist() == [0.5, 100.0, -3.0]
     assert (data.labels, data.scores) == ((), ("pearson", "spearman"))
     ids = data.train.batch([0])[0]["input_ids"][0].tolist()
@@ -81,11 +139,17 @@ def test_regression_takes_any_number(make: Make) -> None:
         ([{"text": "w1", "label": [1]}], "the label is list, not a class", {}),
         ([{"text": "w1", "label": index} for index in range(30)], "30 different labels", {}),
         (
-            [{"text": "w1", "label": "x"}],
+            [{"text": "w1", "label": "x"}] * 2,
             "the answer 'x' is no number; for classes give --task_name classification",
             {"task_name": "regression"},
         ),
-        ([{"text": "w1", "label": math.nan}], "the answer nan is no number", {"task_name": "regression"}),
+        ([{"text": "w1", "label": math.nan}] * 2, "the answer nan is no number", {"task_name": "regression"}),
+        (
+            [{"text": "w1", "label": 3e38}, {"text": "w1", "label": 1e39}],
+            "line 2: the answer 1e+39 is beyond 3.4e+38, the largest that float32 holds; scale the answers down",
+            {"task_name": "regression"},
+        ),
+        ([{"text": "w1", "label": -(10**400)}] * 2, "line 1: the answer inf is beyond 3.4e+38", {"task_name": "regression"}),
         ([{"a": "w", "b": "w", "c": "w", "label": index} for index in (0, 1)], "has text in 'a', 'b', 'c'; name the one or two", {}),
         ([{"label": index} for index in (0, 1)], "has text in no column", {}),
         ([{"text": "w", "label": index} for index in (0, 1)], "has no text in 'body': it has 'text', 'label'", {"text_columns": ("body",)}),
@@ -131,6 +195,41 @@ def test_long_pairs_are_cut_to_the_length(make: Make) -> None:
     long = " ".join(["w1"] * 100)
     rows = [{"a": long, "b": "w2", "label": index} for index in (0, 1)]
     assert load_labelled(make(rows, rows, max_length=10)).train.lengths.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(("columns", "length"), [(("a",), 2), (("a", "b"), 2), (("a", "b"), 3), (("a", "b"), 4)])
+def test_length_without_room_for_the_texts_is_refused(columns: tuple[str, ...], length: int, make: Make) -> None:
+    """Below the number of special tokens a tokenizer does not cut at all."""
+    rows = [{"a": "w1 w2", "b": "w3 w4 w5", "label": index} for index in (0, 1)]
+    least = 3 if len(columns) == 1 else 5
+    with pytest.raises(
+        UserError, match=rf"--max_length {length} leaves no room .* {least - len(columns)} special tokens; give at least {least}"
+    ):
+        load_labelled(make(rows, rows, max_length=length, text_columns=columns))
+    assert load_labelled(make(rows, rows, max_length=least, text_columns=columns)).train.lengths.tolist() == [least, least]
+
+
+@pytest.mark.parametrize("task", [name for name in GLUE if GLUE[name].classes])
+def test_words_are_numbered_in_the_order_of_the_task(task: str) -> None:
+    """And not by alphabet, which makes 0 of MRPC's `equivalent`, whose f1 is the task's. One class alone will do, and numbers."""
+    classes = GLUE[task].classes
+    assert label_names((("line", name) for name in sorted(classes)), classes) == classes
+    assert label_names([("line", classes[-1])], classes) == classes
+    assert label_names((("line", number) for number in reversed(range(len(classes)))), classes) == tuple(map(str, range(len(classes))))
+
+
+def test_hub_order_of_the_tasks_whose_score_is_of_one_class() -> None:
+    assert GLUE["mrpc"].classes == ("not_equivalent", "equivalent")
+    assert GLUE["qqp"].classes == ("not_duplicate", "duplicate")
+
+
+@pytest.mark.parametrize(("labels", "strange"), [((1, 2), "2"), (("no", "yes"), "no"), ((0, "equivalent"), "0"), ((0, -1), "-1")])
+def test_labels_that_are_not_the_task_s_are_refused(labels: tuple[Any, ...], strange: str, model: str, tmp_path: Path) -> None:
+    folder = tasks.glue(tmp_path / "glue")
+    tasks.write(tmp_path / "glue" / "mrpc" / "train.jsonl", [tasks.examples(1)[0] | {"label": label} for label in labels])
+    says = f"train.jsonl line {[str(label) for label in labels].index(strange) + 1}: the label '{strange}' is no class of the task"
+    with pytest.raises(UserError, match=rf"{says}, .*; give 'not_equivalent', 'equivalent', or 0 to 1 in place of all"):
+        load_labelled(FinetuneConfig(hf_model=model, task_name="mrpc", data_dir=folder))
 
 
 def test_every_task_that_the_command_names_has_a_reader() -> None:

@@ -24,7 +24,7 @@ _TOGETHER = frozenset({"processes", "batch_size"})  # compared as one number, wh
 _AMOUNT = frozenset(
     {
         *("model_config", "vocab_size", "data", "eval_data", "tokenizer", "text_field", "optimizer", "compare", "lr"),
-        *("data_dir", "train_file", "validation_file"),
+        *("data_dir", "train_file", "validation_file", "text_columns"),
     }
 )
 
@@ -73,8 +73,9 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
         if flag == "gradients" and not (config.deferred and "full" in (was, value)):
             continue  # the same numbers but for rounding; not where whole gradients are clipped, or averaged before a basis is found
         if flag == "data":
+            where, *others, last = (f"--{name}" for name in config.data_flags)
             raise UserError(
-                f"--data gives {value}, but {checkpoint} was trained on {was}; give the same text, --eval_data and --tokenizer, "
+                f"{where} gives {value}, but {checkpoint} was trained on {was}; give the same {', '.join(['text', *others])} and {last}, "
                 "or start a new run without --resume"
             )
         if flag == "proj_type" and config.sharded:

@@ -45,7 +45,7 @@ class PretrainConfig(Settings):
                 raise UserError(f"--hf_model {self.hf_model} does not exist; give a folder with a model, or a name on the hub")
             object.__setattr__(self, "hf_model", model_folder(self.hf_model))
         if self.max_length is None:
-            object.__setattr__(self, "max_length", 128 if (self.model_config, self.hf_model) == ("demo", None) else 256)
+            object.__setattr__(self, "max_length", self._usual_length())
         if self.gradient_accumulation is not None:
             total = self.gradient_accumulation * self.sequences_at_once
             if self.total_batch_size not in (None, total):
@@ -69,6 +69,10 @@ class PretrainConfig(Settings):
                     f"{self.sequences_per_update * self.max_length} tokens; give more, or a smaller batch"
                 )
             object.__setattr__(self, "num_training_steps", steps)
+
+    def _usual_length(self) -> int:
+        """--max_length where it is not given; the model is known to be there."""
+        return 128 if (self.model_config, self.hf_model) == ("demo", None) else 256
 
     def _check_model(self) -> None:
         if self.continue_from is not None:

@@ -161,6 +161,17 @@ class FinetuneConfig(PretrainConfig):
         return hf_shape(self.hf_model)
 
     @property
+    def tokens_at_once(self) -> int:
+        prompts = self.task_name == "prompts"  # whose tokens have logits in an evaluation too
+        return max(self.batch_size, self.eval_batch_size if prompts else 0) * self.max_length
+
+    @property
+    def data_flags(self) -> tuple[str, ...]:
+        if self.task_name not in OWN_TASKS:
+            return ("data_dir" if self.data_dir else "task_name", "tokenizer")
+        return ("train_file", "validation_file", *(() if self.task_name == "prompts" else ("text_columns",)), "tokenizer")
+
+    @property
     def epochs(self) -> float:
         """Passes over the examples, settled."""
         return self.epoch_of(self.num_training_steps)
@@ -176,6 +187,12 @@ class FinetuneConfig(PretrainConfig):
 
     def for_examples(self, examples: int) -> FinetuneConfig:
         """This config for so many training examples, which settle the number of steps."""
+        if examples < self.processes:
+            what = ("sequence" if self.packing else "example") + ("s" if examples > 1 else "")
+            raise UserError(
+                f"{examples} training {what} for {self.processes} processes, each of which needs one in every batch; start {examples} at "
+                "most, or give more examples"
+            )
         counted = replace(self, examples=examples)
         steps = self.num_training_steps or math.ceil(self.num_train_epochs * counted._batches / self.accumulation)
         return replace(counted, num_training_steps=steps)
@@ -213,10 +230,10 @@ class FinetuneConfig(PretrainConfig):
         self._check_task()
         object.__setattr__(self, "optimizer", METHODS.get(self.optimizer.lower(), self.optimizer))
         object.__setattr__(self, "compare", tuple(_translated(item) for item in self.compare))
-        if self.max_length is None:
-            length = _LENGTHS.get(self.task_name or "", 128)
-            object.__setattr__(self, "max_length", min(length, self.shape.max_position_embeddings))
         super()._settle()
+
+    def _usual_length(self) -> int:
+        return min(_LENGTHS.get(self.task_name or "", 128), self.shape.max_position_embeddings)
 
     def _check_task(self) -> None:
         if self.task_name is None:

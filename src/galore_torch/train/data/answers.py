@@ -12,6 +12,8 @@ from torch import Tensor
 from galore_torch.train.data.tables import Row
 from galore_torch.train.errors import UserError
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def targets_of(rows: list[Row], column: str, labels: tuple[str, ...]) -> Tensor:
     """(n,): the numbers of the classes among `labels` as int64, or numbers as float32 where there are no labels."""
@@ -22,21 +24,30 @@ def targets_of(rows: list[Row], column: str, labels: tuple[str, ...]) -> Tensor:
     return torch.tensor([_class(where, value, numbers) for where, value in answers])
 
 
-def label_names(answers: Iterable[tuple[str, Any]], classes: int | None = None) -> tuple[str, ...]:
-    """The classes among (where, label) of training examples, numbers by size and words by alphabet; `classes`: how many there must be."""
+def label_names(answers: Iterable[tuple[str, Any]], classes: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The classes among (where, label) of training examples, numbers by size and words by alphabet.
+
+    `classes`: those of the task in its order, where it has its own; labels are these names, or all of them are their numbers.
+    """
     seen: dict[str, str] = {}
     examples = 0
     for where, value in answers:
         seen.setdefault(_class_name(where, value), where)
         examples += 1
+    if classes:
+        numbers = tuple(map(str, range(len(classes))))
+        for known in (numbers, classes):
+            if seen.keys() <= set(known):
+                return known
+        strange = next((name for name in seen if name not in (*numbers, *classes)), next(iter(seen)))
+        raise UserError(
+            f"{seen[strange]}: the label {strange!r} is no class of the task, of {some(tuple(seen))} in all; give {some(classes)}, or 0 to "
+            f"{len(classes) - 1} in place of all; is it the task's own file?"
+        )
     try:
         names = tuple(sorted(seen, key=int))
     except ValueError:
         names = tuple(sorted(seen))
-    if classes is not None and set(names) <= set(map(str, range(classes))):
-        return tuple(map(str, range(classes)))
-    if classes is not None and len(names) != classes:
-        raise UserError(f"{seen[names[-1]]}: the labels are {some(names)}, but the task has {classes} classes; is it the task's own file?")
     if len(names) < 2:
         raise UserError(f"{seen[names[0]]}: every example has the label {names[0]!r}; a classification needs two classes")
     if len(names) > max(20, examples // 2):
@@ -77,10 +88,14 @@ def _class(where: str, value: Any, numbers: dict[str, int]) -> int:
 def _number(where: str, value: Any) -> float:
     try:
         found = float(value)
+    except OverflowError:  # a whole number beyond float64
+        found = math.inf
     except (TypeError, ValueError):
         found = math.nan
-    if not math.isfinite(found):
+    if math.isnan(found):
         raise UserError(f"{where}: the answer {value!r} is no number; for classes give --task_name classification")
+    if abs(found) > _LARGEST:
+        raise UserError(f"{where}: the answer {found:g} is beyond {_LARGEST:.3g}, the largest that float32 holds; scale the answers down")
     return found
 
 

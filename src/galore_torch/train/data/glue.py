@@ -17,26 +17,30 @@ _ALIASES = {"validation": "dev", "validation_matched": "dev_matched", "validatio
 
 @dataclass(frozen=True)
 class Glue:
-    """`classes` 0: a number. The first of `scores` is the task's own. `held_out`: what a set adds to its scores' names -> the split."""
+    """`classes`: their names in the hub's order, () for a number. The first of `scores` is the task's own; f1 is of the second class.
+
+    `held_out`: what a set adds to its scores' names -> the split.
+    """
 
     columns: tuple[str, ...]
-    classes: int
+    classes: tuple[str, ...]
     scores: tuple[str, ...]
     held_out: dict[str, str] = field(default_factory=lambda: {"": "validation"})
 
 
 _PAIR = ("sentence1", "sentence2")
-# Columns as on the hub; scores of Wang et al., GLUE, arXiv 1804.07461, table 1.
+_FOLLOWS = ("entailment", "not_entailment")
+# Columns and classes as on the hub; scores of Wang et al., GLUE, arXiv 1804.07461, table 1.
 GLUE = {
-    "cola": Glue(("sentence",), 2, ("matthews",)),
-    "mnli": Glue(("premise", "hypothesis"), 3, ("accuracy",), _MATCHED),
-    "mrpc": Glue(_PAIR, 2, ("f1", "accuracy")),
-    "qnli": Glue(("question", "sentence"), 2, ("accuracy",)),
-    "qqp": Glue(("question1", "question2"), 2, ("accuracy", "f1")),
-    "rte": Glue(_PAIR, 2, ("accuracy",)),
-    "sst2": Glue(("sentence",), 2, ("accuracy",)),
-    "stsb": Glue(_PAIR, 0, ("pearson", "spearman")),
-    "wnli": Glue(_PAIR, 2, ("accuracy",)),
+    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "mnli": Glue(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",), _MATCHED),
+    "mrpc": Glue(_PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "qnli": Glue(("question", "sentence"), _FOLLOWS, ("accuracy",)),
+    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "rte": Glue(_PAIR, _FOLLOWS, ("accuracy",)),
+    "sst2": Glue(("sentence",), ("negative", "positive"), ("accuracy",)),
+    "stsb": Glue(_PAIR, (), ("pearson", "spearman")),
+    "wnli": Glue(_PAIR, ("not_entailment", "entailment"), ("accuracy",)),
 }
 
 

@@ -15,6 +15,7 @@ Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 KINDS = (".jsonl", ".json", *_DELIMITERS)
 SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", ".gz"))
+_LONGEST_CELL = 2**31 - 1  # characters: the most that csv takes on every platform; its own limit is 131,072
 
 
 def check_tables(files: Iterable[str], flag: str) -> None:
@@ -41,6 +42,7 @@ def table_rows(files: Iterable[str | Path]) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader(lines_of(path), delimiter=delimiter, strict=True)
     try:
         for row in reader:

@@ -22,13 +22,15 @@ from galore_torch.train.data.tokenizer import TextTokenizer, load_tokenizer
 from galore_torch.train.errors import UserError
 
 _ENCODE_AT_ONCE = 1000
+_CORRELATED = 2  # examples that have a correlation, at least
 
 
 @dataclass(frozen=True)
 class TaskData:
     """Examples to fine-tune on. `labels`: the classes by number, () for a number; None where the answer is text.
 
-    `held_out`: what a set adds to its scores' names -> its examples; `scores`: their names, the first one the task's own.
+    `held_out`: what a set adds to its scores' names -> its examples; `scores`: their names, the first one the task's own; `columns`:
+    those that the texts are read from.
     """
 
     train: Sequences
@@ -38,6 +40,7 @@ class TaskData:
     text: str  # what it is, for people
     labels: tuple[str, ...] | None
     scores: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -51,15 +54,17 @@ class TaskData:
     def amount(self, config: FinetuneConfig) -> str:
         """How much there is, in words."""
         held = ", ".join(f"{len(examples):,}" for examples in self.held_out.values())
+        columns = f"{' and '.join(map(repr, self.columns))} of " if self.columns else ""
         read = f"{len(self.train):,} {'sequences' if config.packing else 'examples'} in {config.epochs:.3g} epochs, {held} to evaluate on"
         left_out = sum(part.left_out for part in (self.train, *self.held_out.values()))
-        return read + (f"; {left_out:,} left out, whose answers begin past --max_length {config.max_length}" if left_out else "")
+        return columns + read + (f"; {left_out:,} left out, whose answers begin past --max_length {config.max_length}" if left_out else "")
 
     def record(self) -> dict[str, Any]:
         """What was read, for config.json."""
         sets = {f"held_out{suffix}_examples": len(examples) for suffix, examples in self.held_out.items()}
         labels = {} if self.labels is None else {"labels": list(self.labels)}
-        return {"train_examples": len(self.train), **sets, "scores": list(self.scores), **labels}
+        columns = {"text_columns": list(self.columns)} if self.columns else {}
+        return {"train_examples": len(self.train), **sets, "scores": list(self.scores), **labels, **columns}
 
 
 def load_labelled(config: FinetuneConfig) -> TaskData:
@@ -67,17 +72,19 @@ def load_labelled(config: FinetuneConfig) -> TaskData:
     name = config.task_name or ""
     glue = GLUE.get(name)
     rows = own_rows(config) if glue is None else glue_rows(name, config.data_dir)
-    columns = _text_columns(rows["train"][0], config) if glue is None else glue.columns
+    columns = _text_columns(rows["train"], config) if glue is None else glue.columns
     column = config.label_column if glue is None else "label"
     if name == "regression" or (glue and not glue.classes):
         labels: tuple[str, ...] = ()
+        _check_held_out(rows, config)
     else:
-        labels = label_names((answer(row, column) for row in rows["train"]), glue.classes if glue else None)
+        labels = label_names((answer(row, column) for row in rows["train"]), glue.classes if glue else ())
     tokenizer = with_padding(load_tokenizer(config.tokenizer_name or "").within(config.shape.vocab_size))
+    _check_length(tokenizer, len(columns), config.max_length)
     sets = {key: _encoded(tokenizer, found, columns, targets_of(found, column, labels), config.max_length) for key, found in rows.items()}
     train = sets.pop("train")
     text = ", ".join(config.train_file) if glue is None else f"{name} of {config.data_dir or 'the hub'}"
-    return TaskData(train, sets, tokenizer, config.shape.vocab_size, text, labels, glue.scores if glue else _own_scores(labels))
+    return TaskData(train, sets, tokenizer, config.shape.vocab_size, text, labels, glue.scores if glue else _own_scores(labels), columns)
 
 
 def _own_scores(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,35 +109,66 @@ def own_rows(config: FinetuneConfig) -> dict[str, list[Row]]:
     train = list(table_rows(config.train_file))
     if config.validation_file:
         return {"train": train, "": list(table_rows(config.validation_file))}
-    if len(train) < 2:
-        raise UserError(f"--train_file {' '.join(config.train_file)} has one example; give more, or --validation_file too")
-    held = [row for index, row in enumerate(train) if index % HOLD_OUT == 1]  # the second: two are enough for both sides
-    return {"train": [row for index, row in enumerate(train) if index % HOLD_OUT != 1], "": held}
+    least = _CORRELATED if config.task_name == "regression" else 1
+    if len(train) <= least:
+        has = "one example" if len(train) == 1 else f"{len(train)} examples, of which {least} would be held out"
+        raise UserError(f"--train_file {' '.join(config.train_file)} has {has}; give more, or --validation_file too")
+    held = set(range(1, len(train), HOLD_OUT))  # from the second: two are enough for both sides
+    if len(held) < least:
+        held.add(len(train) - 1)
+    return {"train": [row for index, row in enumerate(train) if index not in held], "": [train[index] for index in sorted(held)]}
 
 
-def _text_columns(first: Row, config: FinetuneConfig) -> tuple[str, ...]:
-    """Those that are named, else those that hold text in the first row beside the answer."""
-    where, cells = first
+def _check_held_out(rows: dict[str, list[Row]], config: FinetuneConfig) -> None:
+    """Refuse a set of numbers that has no correlation."""
+    for key, found in rows.items():
+        if key != "train" and len(found) < _CORRELATED:
+            flag = f"--data_dir {config.data_dir}" if config.task_name in GLUE else "--validation_file " + " ".join(config.validation_file)
+            raise UserError(f"{flag} has {len(found)} example to evaluate on, and a correlation is of at least {_CORRELATED}; give more")
+
+
+def _check_length(tokenizer: TextTokenizer, texts: int, length: int) -> None:
+    """Refuse a length that the special tokens alone fill up, or all but one text of a pair."""
+    special = tokenizer.fast.num_special_tokens_to_add(pair=texts == 2)
+    if length < special + texts:
+        raise UserError(
+            f"--max_length {length} leaves no room for {'each text of a pair' if texts == 2 else 'the text'} beside the tokenizer's "
+            f"{special} special tokens; give at least {special + texts}"
+        )
+
+
+def _text_columns(rows: list[Row], config: FinetuneConfig) -> tuple[str, ...]:
+    """Those that are named, else those that hold text in any row: neither the answer nor numbers, such as the rows' own."""
     if config.text_columns:
         return config.text_columns
-    if config.label_column not in cells:
-        answer(first, config.label_column)
-    found = [
-        name
-        for name, value in cells.items()
-        if isinstance(value, str) and name != config.label_column and name.lower() not in ("id", "idx")
-    ]
+    answer(rows[0], config.label_column)
+    names = dict.fromkeys(name for _, cells in rows for name in cells)
+    others = (name for name in names if name != config.label_column and name.lower() not in ("", "id", "idx"))
+    found = tuple(name for name in others if any(_is_text(cells.get(name)) for _, cells in rows))
     if len(found) not in (1, 2):
         raise UserError(
-            f"{where} has text in {some(tuple(found)) if found else 'no column'}; name the one or two to read with --text_columns"
+            f"--train_file {' '.join(config.train_file)} has text in {some(found) if found else 'no column'}; name the one or two to read "
+            "with --text_columns"
         )
-    return tuple(found)
+    return found
+
+
+def _is_text(cell: Any) -> bool:
+    """Whether it says more than a number; in a .csv numbers are strings too."""
+    if not isinstance(cell, str) or not cell.strip():
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def _texts(rows: list[Row], column: str) -> list[str]:
     for where, cells in rows:
         if not isinstance(cells.get(column), str):
-            has = f"it has {some(tuple(cells))}" if column not in cells else f"it is {type(cells[column]).__name__} there"
+            kind = "null" if cells.get(column) is None else type(cells[column]).__name__
+            has = f"it is {kind} there" if column in cells else f"it has {some(tuple(cells))}"
             raise UserError(f"{where} has no text in {column!r}: {has}; name the right columns with --text_columns")
     return [encodable(cells[column]) for _, cells in rows]
 

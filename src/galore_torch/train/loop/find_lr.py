@@ -15,10 +15,12 @@ from typing import Any
 
 from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.data.tasks import TaskData
+from galore_torch.train.errors import UserError
 from galore_torch.train.loop.trainer import train
 from galore_torch.train.optimizers.registry import optimizer_spec, settled_settings
 
 STEPS = 30
+_WARMUP = 3
 _PLACES = range(-2, 3)  # of the grid ..., 0.1, 0.3, 1, 3, 10, ... of factors on the rate that a sweep begins with
 _FURTHER = 3  # more steps of the grid where the best one is at its end
 
@@ -64,7 +66,14 @@ def find_lr(config: FinetuneConfig, data: TaskData, say: Callable[[str], None]) 
             if best not in (min(found), max(found)):
                 break
             attempt(best - 1 if best == min(found) else best + 1)
-        return min(found.values(), key=lambda one: (one.loss, one.rate))
+        least = min(found.values(), key=lambda one: (one.loss, one.rate))
+        if not math.isfinite(least.loss):
+            rates = sorted(one.rate for one in found.values())
+            raise UserError(
+                f"--find_lr: no rate of {_WORDS[of]} from {rates[0]:.3g} to {rates[-1]:.3g} trains {STEPS} steps with finite losses; give "
+                "a much smaller --lr to begin with, and look at the model and the examples"
+            )
+        return least
 
     if not optimizer_spec(name).low_rank:
         best = sweep("all", lr, lambda rate: (rate, scale))
@@ -79,11 +88,15 @@ def short_run(config: FinetuneConfig, name: str, lr: float, scale: float, data: 
     short: dict[str, Any] = {
         "num_training_steps": STEPS,
         "scheduler": "constant",
-        "warmup_steps": 3,
+        "warmup_steps": _WARMUP,
         "decay_steps": None,
+        "cycle_length": min(max(config.cycle_length or 0, _WARMUP + 1), STEPS - 1) if name == "relora" else None,
+        "restart_warmup_steps": None,
+        "random_after": None if config.random_after is None else min(config.random_after, STEPS - 1),
         "throwaway": True,
     }
-    probe = replace(config, **short, lr=lr, galore_scale=scale, given=config.given - {"num_train_epochs", "min_lr_ratio"})
+    given = config.given - short.keys() - {"num_train_epochs", "min_lr_ratio"}
+    probe = replace(config, **short, lr=lr, galore_scale=scale, given=given)
     with tempfile.TemporaryDirectory(prefix="galore-find-lr-") as folder:
         result, _ = train(probe, name, lr, data, Path(folder), _Nobody())
     return fmean(loss for _, loss in result.losses[-(STEPS // 3) :]) if result.steps == STEPS and result.losses else math.inf

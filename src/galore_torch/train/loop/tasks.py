@@ -60,7 +60,7 @@ class Pretraining:
         self.length = float(config.max_length)
 
     def loss(self, model: nn.Module) -> TokenLoss:
-        return TokenLoss(model, self.config.loss_chunk, self.config.batch_size * self.config.max_length)
+        return TokenLoss(model, self.config.loss_chunk, self.config.tokens_at_once)
 
     def evaluate(self, loss: TokenLoss, place: Place) -> dict[str, Any] | None:
         row = _token_row(place.ranks.mean(held_out_loss(loss, self._windows(place.ranks), place.device, place.should_stop)))
@@ -94,7 +94,7 @@ class Prompts:
                 f"--packing: in {type(model).__name__} the examples of one sequence see each other, as it does not tell them apart by "
                 "their positions; leave it out"
             )
-        return TokenLoss(model, self.config.loss_chunk, self.config.batch_size * self.config.max_length)
+        return TokenLoss(model, self.config.loss_chunk, self.config.tokens_at_once)
 
     def evaluate(self, loss: TokenLoss, place: Place) -> dict[str, Any] | None:
         found = held_out_loss(loss, self.data.held_out[""].in_order(self.config.eval_batch_size), place.device, place.should_stop)

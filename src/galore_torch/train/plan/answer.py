@@ -101,7 +101,7 @@ def plan_request(
         accumulation=config.accumulation,
         deferred=config.deferred,
         checkpointing=config.activation_checkpointing,
-        chunk=settled_chunk(config.loss_chunk, sizes.vocabulary, config.batch_size * config.max_length),
+        chunk=settled_chunk(config.loss_chunk, sizes.vocabulary, config.tokens_at_once),
         device=device,
         settings=settled_settings(optimizer_spec(name), config.optimizer_settings),
         model=config.hf_model or config.model_config,
