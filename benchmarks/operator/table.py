@@ -99,7 +99,7 @@ def draw(problem: str, fields: Path, picture: Path) -> bool:
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(title, fontsize=9)
-        row[0].set_ylabel(name, fontsize=9)
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
