@@ -29,7 +29,8 @@ RUNS: dict[str, Run] = {
     "muon in a subspace, fp64": Run(
         "GaLoreMuon", {"lr": 0.01, "state_codec": "fp32", "basis_codec": "fp32"}, {**RIGHT, "update_proj_gap": 1}, dtype=torch.float64
     ),
-    "fira, error feedback": Run(keys={**RIGHT, "recovery": "fira", "carry": "error_feedback"}),
+    "fira": Run(keys={**RIGHT, "recovery": "fira"}),
+    "error feedback": Run(keys={**RIGHT, "carry": "error_feedback"}),
 }
 EXACT = ("fp32", "adafactor", "muon in a subspace, fp64")
 BEFORE, AFTER = range(6), range(6, 12)  # a refresh of each basis on both sides

@@ -65,7 +65,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     row: ClassVar[Recipe]
     fixed: ClassVar[dict[str, Any]] = {"capturable": False, "differentiable": False}  # settings with one value only
     _has_stepped = False
-    of_ranked_groups: Mapping[str, Any] = {}  # beside the defaults, of groups that are added later
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the shared arguments in ``help`` and in ``inspect.signature``, which frameworks filter keyword arguments by."""
@@ -75,6 +74,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         cls.__signature__ = signature(cls.__init__, defaults, cls.row.rule == "torch")  # type: ignore[attr-defined]
 
     def __init__(self, params: Any, settings: dict[str, Any], projection: Projection, rule: AnyRule | None = None):
+        self.of_ranked_groups: dict[str, Any] = {}  # beside the defaults, settings of groups with a rank that are added later
         self.attachments: list[Any] = []  # of `fused_backward`, which alone adds and removes them
         self.rule: AnyRule = RULES[self.row.rule] if rule is None else rule
         if unknown := projection.keys() - Projection.__annotations__.keys():
@@ -341,6 +341,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("attachments", [])  # a copy has none
+        self.__dict__.setdefault("of_ranked_groups", {})
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

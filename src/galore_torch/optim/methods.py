@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from galore_torch.choices import one_of
 
 if TYPE_CHECKING:
@@ -157,7 +155,9 @@ def low_rank_optimizer(params: Any, recipe: str, lr: float | None = None, **sett
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:
     """Groups, or one group of all parameters."""
-    if isinstance(params, torch.Tensor):
+    from torch import Tensor  # the command line reads this module, and loads no torch for its help
+
+    if isinstance(params, Tensor):
         raise TypeError("params is one tensor: give an iterable of parameters, or groups such as galore_param_groups builds")
     params = list(params)
     if not params:
