@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    XLNetConfig,
+    XLNetModel,
+)
 
 NOUNS = [f"w{index}" for index in range(40)]
 WORDS = [*NOUNS, "good", "bad", "even", "and", "user", "bot", ":", "a", "b"]
@@ -48,6 +58,25 @@ def llama(folder: Path, *, chat: bool = False, **changes: Any) -> str:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
     LlamaForCausalLM(LlamaConfig(**{"vocab_size": 60, **sizes, "eos_token_id": 3, "bos_token_id": 2, **changes})).save_pretrained(folder)
     tokenizer(pad=False, chat=chat).save_pretrained(folder)
+    return str(folder)
+
+
+def roberta(folder: Path) -> str:
+    """A RoBERTa of width 32: texts take the 64 positions behind number 1, which is its padding token's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 66}
+    RobertaModel(RobertaConfig(vocab_size=60, type_vocab_size=2, pad_token_id=1, **sizes)).save_pretrained(folder)
+    words = tokenizer()
+    words.pad_token = "[UNK]"
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def xlnet(folder: Path) -> str:
+    """An XLNet of width 32, which has no bound of positions and answers by the last place."""
+    torch.manual_seed(0)
+    XLNetModel(XLNetConfig(vocab_size=60, d_model=32, n_layer=2, n_head=2, d_inner=48, dropout=0.0)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return str(folder)
 
 

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,14 +20,16 @@ import torch
 from rich.console import Console
 
 from galore_torch import cli
-from galore_torch.train.checkpoint.storage import checkpoints_in
+from galore_torch.train.checkpoint.storage import checkpoints_in, verify
 from galore_torch.train.commands.finetune import finetune, read
 from galore_torch.train.config.finetune import METHODS, FinetuneConfig
 from galore_torch.train.config.flags import config_from
 from galore_torch.train.data.glue import GLUE
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import find_lr
+from galore_torch.train.loop.tasks import Labels
 from galore_torch.train.loop.trainer import train
+from galore_torch.train.model.baselines import to_dense
 from galore_torch.train.model.freeze import freeze
 from galore_torch.train.model.heads import load_classifier
 from galore_torch.train.optimizers.registry import build_optimizer, state_bytes
@@ -232,6 +236,42 @@ def test_columns_given_by_name_are_those_that_were_found(make: Make, tmp_path: P
         command(make(**own, text_columns=("other",), resume="auto"))
 
 
+def test_other_examples_to_evaluate_on_are_refused_when_a_run_goes_on(make: Make, tmp_path: Path) -> None:
+    """The best score would be the better of two sets."""
+    assert command(make(num_training_steps=3))[0] == 0
+    tasks.glue(tmp_path / "other", dev=25)
+    with pytest.raises(UserError, match=r"to evaluate on are 25 examples.*, but 24 examples.*; give the same --validation_file"):
+        command(make(num_training_steps=3, data_dir=str(tmp_path / "other"), resume="auto"))
+
+
+@pytest.mark.parametrize(("kept", "best"), [("best", 2), ("checkpoints", 2), ("neither", 3)])
+def test_branch_has_the_best_checkpoint_that_it_tells_of(
+    kept: str, best: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old run's where that still is; else the best of what there is, here the checkpoint that it branches off from."""
+
+    def values(*found: float) -> None:
+        stream = iter(found)
+        monkeypatch.setattr(Labels, "value", lambda self, row: next(stream))
+
+    old, new = tmp_path / "run", tmp_path / "new"
+    every: dict[str, Any] = {"num_training_steps": 4, "eval_every": 1, "save_every": 1, "keep": 9}
+    values(0.0, 0.1, 0.9, 0.4, 0.3)
+    assert command(make(**every))[0] == 0
+    saved = (old / "checkpoints" / f"step-{best:06d}" / "model.safetensors").read_bytes()
+    if kept != "best":
+        shutil.rmtree(old / "best")
+    if kept == "neither":
+        shutil.rmtree(old / "checkpoints" / "step-000002")
+    values(0.3)
+    assert command(make(**every, resume=str(old / "checkpoints" / "step-000003"), save_dir=str(new)))[0] == 0
+    (record,) = json.loads((new / "summary.json").read_text())
+    assert record["score_best_step"] == best
+    assert [path.name for path in checkpoints_in(new / "best")] == [f"step-{best:06d}"]
+    assert (new / "best" / f"step-{best:06d}" / "model.safetensors").read_bytes() == saved
+    verify(new / "best" / f"step-{best:06d}")
+
+
 def test_batches_and_steps_are_those_of_a_loop_by_hand(make: Make, tmp_path: Path) -> None:
     """The published faults: weight decay ignored, accumulation off by one. AdamW, the schedule and the mean over a step's examples, written
     out with torch's own pieces: the same losses and weights; the last step of all takes what is left of the last epoch."""
@@ -301,15 +341,49 @@ def test_exported_run_loads_as_a_classifier_and_answers_alike(make: Make, tmp_pa
     assert cli.main(["generate", str(tmp_path / "run" / "lora"), "--prompt", "w1"]) == 2
 
 
-def test_frozen_parameters_stay_as_they_are(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("galore", "embeddings"), ("full", r"layer\.0\."), ("muon", r"layer\.0\."), ("relora", r"layer\.0\.")]
+)
+def test_frozen_parameters_stay_as_they_are(method: str, pattern: str, make: Make, tmp_path: Path) -> None:
     """And cost no state."""
     from galore_torch.train.loop.build import model_for
 
-    config, data = read(make(freeze=("embeddings",), lr=1e-2, num_training_steps=2))
+    if method == "relora":
+        pytest.importorskip("peft", reason="relora needs the extra peft")
+    own = {"muon": {"rank": None, "update_proj_gap": None}, "full": {"rank": None, "update_proj_gap": None}}
+    own["relora"] = {"cycle_length": 1, "update_proj_gap": None}
+    config, data = read(make(optimizer=method, freeze=(pattern,), lr=1e-2, num_training_steps=2, **own.get(method, {})))
     before = dict(model_for(config, data).named_parameters())
-    _, model = train(config, "galore_adamw", 1e-2, data, tmp_path, Silent())
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if "embeddings" not in name}
+    ((name, lr),) = config.contenders
+    _, model = train(config, name, lr, data, tmp_path, Silent())
+    moved = {name for name, p in to_dense(model).named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if not re.search(pattern, name)}
+
+
+def test_lora_trains_no_frozen_layer_and_is_exported_as_it_stands(make: Make, tmp_path: Path) -> None:
+    """Neither in the model nor in a checkpoint, whose layers are put together again; a resumed run has the same adapters."""
+    pytest.importorskip("peft", reason="lora needs the extra peft")
+    from safetensors.torch import load_file
+
+    run, settings = tmp_path / "run", {"optimizer": "lora", "update_proj_gap": None, "freeze": (r"layer\.0\.",), "lr": 1e-2}
+    assert command(make(**settings, num_training_steps=4, save_every=2, eval_every=2))[0] == 0
+    whole = (run / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    assert command(make(**settings, num_training_steps=4, save_every=2, eval_every=2, resume="auto"))[0] == 0
+    assert (run / "checkpoints" / "step-000004" / "model.safetensors").read_bytes() == whole
+    assert cli.main(["export", str(next((run / "best").iterdir())), str(tmp_path / "best")]) == 0
+    before = load_file(Path(make().hf_model or "") / "model.safetensors")
+    for folder in (run / "model", tmp_path / "best"):
+        after = load_file(folder / "model.safetensors")
+        moved = {name for name, weight in before.items() if not torch.equal(after[f"bert.{name}"], weight)}
+        assert moved == {name for name in before if "layer.1." in name and name.endswith(".weight") and "LayerNorm" not in name}
+
+
+def test_lora_without_a_layer_to_train_is_refused(make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="lora needs the extra peft")
+    with pytest.raises(UserError, match=r"--freeze names all of them; freeze less"):
+        command(make(optimizer="lora", update_proj_gap=None, freeze=("layer",)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -321,6 +395,7 @@ def test_frozen_parameters_stay_as_they_are(make: Make, tmp_path: Path) -> None:
         ("galore", (r"layer\.0\.",)),
         ("lora", ()),
         ("lora", ("pooler",)),
+        ("lora", (r"layer\.0\.",)),
     ],
 )
 def test_what_is_frozen_is_planned_without_state(method: str, frozen: tuple[str, ...], make: Make) -> None:
@@ -499,6 +574,21 @@ def test_decoder_classifies(make: Make, tmp_path: Path) -> None:
     assert code == 0
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert (config["architectures"], config["pad_token_id"]) == (["LlamaForSequenceClassification"], 3)
+
+
+def test_as_long_as_the_positions_that_a_text_may_take(make: Make, tmp_path: Path) -> None:
+    """RoBERTa's 66 begin behind its padding token's number, which is 1; XLNet's have no end."""
+    long = [row | {"sentence2": "w1 " * 300} for row in tasks.examples(8)]
+    for split in ("train", "dev"):
+        tasks.write(tmp_path / "long" / "mrpc" / f"{split}.jsonl", long)
+    settings: dict[str, Any] = {"data_dir": str(tmp_path / "long"), "num_training_steps": 1}
+    roberta = tasks.roberta(tmp_path / "roberta")
+    with pytest.raises(UserError, match=r"--max_length 65 is more than the 64 positions"):
+        make(hf_model=roberta, max_length=65)
+    for model, length in ((roberta, 64), (tasks.xlnet(tmp_path / "xlnet"), 300)):
+        folder = tmp_path / f"run-{length}"
+        assert command(make(hf_model=model, max_length=length, save_dir=str(folder), **settings))[0] == 0
+        assert json.loads((folder / "summary.json").read_text())[0]["tokens_seen"] == 8 * length
 
 
 @pytest.mark.parametrize("how", [{"dtype": "bf16"}, {"activation_checkpointing": True}, {"grad_clipping": 0.5}, {"optimizer": "muon"}])

@@ -95,16 +95,16 @@ def test_prompt_has_the_special_tokens_that_the_model_was_trained_on(run: Path) 
     """LLaMA's tokenizer puts <s> first, T5's </s> last; a run of `galore pretrain` has seen neither."""
     tokenizer = load_tokenizer(run / "model")
     words = tokenizer(PROMPT).input_ids
-    assert _prompt_ids(tokenizer, PROMPT, ours=True) == _prompt_ids(tokenizer, PROMPT, ours=False) == words
-    assert _prompt_ids(tokenizer, "", ours=True) == [tokenizer.eos_token_id]
+    assert _prompt_ids(tokenizer, PROMPT, bare=True) == _prompt_ids(tokenizer, PROMPT, bare=False) == words
+    assert _prompt_ids(tokenizer, "", bare=True) == [tokenizer.eos_token_id]
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     special = [("<s>", tokenizer.bos_token_id), ("<|endoftext|>", 0)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A <|endoftext|>", pair=None, special_tokens=special
     )
     assert tokenizer(PROMPT).input_ids == [tokenizer.bos_token_id, *words, 0]
-    assert _prompt_ids(tokenizer, PROMPT, ours=True) == words
-    assert _prompt_ids(tokenizer, PROMPT, ours=False) == [tokenizer.bos_token_id, *words]
+    assert _prompt_ids(tokenizer, PROMPT, bare=True) == words
+    assert _prompt_ids(tokenizer, PROMPT, bare=False) == [tokenizer.bos_token_id, *words]
 
 
 @pytest.mark.parametrize(

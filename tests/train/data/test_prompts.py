@@ -19,7 +19,7 @@ from galore_torch.train.commands.finetune import finetune, read
 from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.data.prompts import example, load_prompts, packed
 from galore_torch.train.data.sequences import Sequences
-from galore_torch.train.data.tokenizer import load_tokenizer
+from galore_torch.train.data.tokenizer import load_tokenizer, trained_tokenizer
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.evaluate import held_out_loss
 from galore_torch.train.loop.tasks import task_for
@@ -77,6 +77,35 @@ def test_chat_template_makes_the_text(make: Make) -> None:
     assert targets == "w2 w3 [SEP] w5 [SEP]"
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("prompt", ["the cat ", "the cat", "the cat:\n", ""])
+@pytest.mark.parametrize("answer", ["sat", " sat  on ", "\n  é sat", "the"])
+def test_every_token_with_a_character_of_the_answer_is_a_target(prompt: str, answer: str, chat: bool, trimmed: bool) -> None:
+    """Where a space and the word behind it are one token too, as in byte-level tokenizers, whether or not they say so in their offsets.
+
+    Oracle: the tokens' lengths in bytes, added up; a token's name has one letter a byte.
+    """
+    from tokenizers import processors
+
+    tokenizer = trained_tokenizer(["the cat sat on the mat . user: assistant: "] * 9, 300)
+    fast = tokenizer.fast
+    fast.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=trimmed)
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}" if chat else None
+    if fast.chat_template:
+        fast.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    ids, targets = example(("line 1", {"prompt": prompt, "response": answer}), tokenizer)
+    seam = "" if prompt[-1:].isspace() or answer[:1].isspace() or not prompt else "\n"
+    before = f"user: {prompt}<|endoftext|>assistant: " if chat else prompt + seam
+    first, stop = len(before.encode()), 0
+    for token, target in zip(ids, targets, strict=True):
+        stop += len(fast.convert_ids_to_tokens(token))
+        assert (target != IGNORED) == (stop > first), f"{fast.convert_ids_to_tokens(token)} up to {stop}"
+    assert fast.decode(ids).startswith(before + answer)
+    assert stop == first + len(f"{answer}<|endoftext|>".encode())
+    assert targets[-1] == tokenizer.end_id
+
+
 @pytest.mark.parametrize(
     ("cells", "chat", "says"),
     [
@@ -110,6 +139,12 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(make: Make) 
     assert max(data.train.lengths) == 32
     with pytest.raises(UserError, match="none of the 9 train examples has an answer within --max_length 32"):
         load_prompts(make([{"prompt": "w1 " * 40, "response": "w2"}] * 10))
+
+
+def test_long_contexts_are_no_matter_of_the_tokens_to_evaluate_on(make: Make, tmp_path: Path) -> None:
+    """--eval_tokens is no flag of galore finetune: it evaluates on examples."""
+    long = tasks.llama(tmp_path / "long", max_position_embeddings=131072)
+    assert make(questions(4), hf_model=long, max_length=70000).max_length == 70000
 
 
 def test_packed_groups_fill_the_room_and_hold_each_once() -> None:
@@ -170,6 +205,17 @@ def test_model_that_would_let_them_is_refused(make: Make, tmp_path: Path) -> Non
         finetune(config, Console(file=io.StringIO()))
 
 
+def test_encoder_is_no_language_model(make: Make, tmp_path: Path) -> None:
+    """transformers loads it as one, and it would read each answer that it is to predict."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=60, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "bert")
+    tasks.tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match=r"bert is no causal language model: BertLMHeadModel sees the tokens .*; give a decoder"):
+        finetune(make(questions(20), hf_model=str(tmp_path / "bert")), Console(file=io.StringIO()))
+
+
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_answers_are_learnt_and_a_run_goes_on(packing: bool, make: Make, tmp_path: Path) -> None:
     """The validation loss is of answers alone; stopped at half way and resumed the run is the same."""
@@ -197,3 +243,32 @@ def test_answers_are_learnt_and_a_run_goes_on(packing: bool, make: Make, tmp_pat
     assert finetune(config, Console(file=io.StringIO())) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert cli.main(["generate", str(tmp_path / "whole"), "--prompt", "w1 w2", "--max_new_tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize("source", ["", "model", "checkpoints/step-000001"])
+@pytest.mark.parametrize("how", ["first token", "chat"])
+def test_generate_asks_as_the_run_was_trained(
+    how: str, source: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the token that begins a text, or in the user's turn of the chat template. Oracle: an example's tokens before its answer."""
+    from tokenizers import processors
+    from transformers import LlamaForCausalLM
+
+    config = make(questions(8), chat=how == "chat", num_training_steps=1)
+    tokenizer = tasks.tokenizer(pad=False, chat=how == "chat")
+    if how == "first token":
+        tokenizer.bos_token = "[CLS]"
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A", "[CLS] $A $B", [("[CLS]", 2)])
+        tokenizer.save_pretrained(config.hf_model or "")
+    assert finetune(config, Console(file=io.StringIO())) == 0
+    ids, targets = example(("line 1", {"prompt": "w1 w2", "response": "w3"}), load_tokenizer(config.hf_model or ""))
+    asked = [token for token, target in zip(ids, targets, strict=True) if target == IGNORED]
+    seen: list[list[int]] = []
+    answer = LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        LlamaForCausalLM, "generate", lambda self, prompt, **how: seen.append(prompt[0].tolist()) or answer(self, prompt, **how)
+    )
+    assert cli.main(["generate", str(tmp_path / "run" / source), "--prompt", "w1 w2", "--max_new_tokens", "2"]) == 0
+    assert seen == [asked]
+    assert capsys.readouterr().out.startswith("user : w1 w2" if how == "chat" else "w1 w2")
+    assert len(asked) == (7 if how == "chat" else 3)

@@ -177,9 +177,10 @@ def test_hidden_answers_of_a_test_set_are_refused(model: str, tmp_path: Path) ->
         load_labelled(config)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "roberta", "xlnet"])
 def test_padding_changes_no_answer(family: str, make: Make, tmp_path: Path) -> None:
-    """An example alone, and in a batch with longer ones; of a decoder whose tokenizer names no padding too."""
+    """An example alone, and in a batch with longer ones; of a decoder whose tokenizer names no padding too, and of XLNet, which
+    reads the last place of all."""
     model = getattr(tasks, family)(tmp_path / family)
     rows = [{"text": "w1 w2 w3 w4 w5 w6 w7 w8", "label": 0}, {"text": "w9 good", "label": 1}]
     data = load_labelled(make(rows, rows, hf_model=model))

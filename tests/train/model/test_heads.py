@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.freeze import new_head
 from galore_torch.train.model.heads import classifier_sizes, load_classifier
+from galore_torch.train.model.pretrained import load_model
 from galore_torch.train.optimizers.registry import build_optimizer
 from support import tasks
 
@@ -81,3 +93,47 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"--model_name_or_path .* cannot be loaded as a classifier"):
         load_classifier(str(tmp_path), ("a", "b"))
+
+
+def spoil(folder: str, how: str) -> None:
+    """Weights that the config does not speak of, or other sizes than theirs."""
+    path = Path(folder)
+    if how == "renamed":
+        weights = load_file(path / "model.safetensors")
+        save_file({f"other.{name}": weight for name, weight in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    else:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+
+@pytest.mark.parametrize("how", ["renamed", "resized"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_weights_that_are_not_the_models_are_refused(family: str, how: str, tmp_path: Path) -> None:
+    """It would train from random weights and not say so."""
+    folder = getattr(tasks, family)(tmp_path)
+    spoil(folder, how)
+    with pytest.raises(UserError, match=r"is no whole model: \d+ weights are missing or of another shape.*; give a folder whose config"):
+        load_classifier(folder, ("a", "b"))
+    with pytest.raises(UserError, match=r"--hf_model .* is no whole causal language model: \d+ weights are missing or of another shape"):
+        load_model(folder, dtype="float32", activation_checkpointing=False)
+
+
+def test_only_a_head_and_a_pooler_may_be_new(tmp_path: Path) -> None:
+    """A language model's encoder has no pooler, a body no head, another task's head other classes; tied heads are in no file."""
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    saved: dict[str, Any] = {
+        "encoder": BertForMaskedLM(BertConfig(**sizes)),
+        "body": LlamaModel(LlamaConfig(**sizes)),
+        "classes": BertForSequenceClassification(BertConfig(**sizes, num_labels=5)),
+        "tied": LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)),
+    }
+    for name, model in saved.items():
+        model.save_pretrained(tmp_path / name)
+        loaded = dict(load_classifier(str(tmp_path / name), ("a", "b", "c")).named_parameters())
+        body = {key: p for key, p in model.named_parameters() if key.removeprefix("model.") in {k.removeprefix("model.") for k in loaded}}
+        same = [torch.equal(p, loaded.get(key, loaded.get(f"model.{key}"))) for key, p in body.items() if "classifier" not in key]
+        assert len(same) > 8, name
+        assert all(same), name
+    assert load_model(str(tmp_path / "tied"), dtype="float32", activation_checkpointing=False)
+    with pytest.raises(UserError, match=r"is no whole causal language model: 1 weights .*, such as lm_head.weight"):
+        load_model(str(tmp_path / "body"), dtype="float32", activation_checkpointing=False)

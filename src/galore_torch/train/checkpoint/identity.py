@@ -1,4 +1,5 @@
-"""What makes a run the same run: every setting that decides its weights, as a checkpoint records it, and what another one may differ in."""
+"""What makes a run the same run: every setting that decides its weights or their scores, as a checkpoint records it, and what another
+one may differ in."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from galore_torch.train.checkpoint.storage import read_trainer
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import PUBLISHED
 from galore_torch.train.data.loader import Data
+from galore_torch.train.data.tasks import TaskData
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import hf_architecture
 from galore_torch.train.optimizers.registry import optimizer_spec, own_settings, unused_flags
@@ -30,7 +32,7 @@ _AMOUNT = frozenset(
 
 
 def identity(config: PretrainConfig, name: str, lr: float, data: Data) -> dict[str, Any]:
-    """Everything that decides the weights of a run, by flag, as JSON has it.
+    """Everything that decides the weights of a run, and of a task their scores, by flag, as JSON has it.
 
     Text in memory counts by its tokens, streamed text by its name: the names and sizes of its files.
     """
@@ -52,6 +54,8 @@ def identity(config: PretrainConfig, name: str, lr: float, data: Data) -> dict[s
         "model_config": asdict(config.shape) | {"vocab_size": data.vocab_size},
         "data": data.fingerprint,
     }
+    if isinstance(data, TaskData):
+        settings["held_out"] = data.held_out_fingerprint
     settings |= {key: value for key, value in config.optimizer_settings.items() if key.startswith("lora_")}
     return dict(json.loads(json.dumps(settings)))
 
@@ -77,6 +81,11 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
             raise UserError(
                 f"{where} gives {value}, but {checkpoint} was trained on {was}; give the same {', '.join(['text', *others])} and {last}, "
                 "or start a new run without --resume"
+            )
+        if flag == "held_out":
+            raise UserError(
+                f"the examples to evaluate on are {value}, but {was} in {checkpoint}, so its scores would be of two sets; give the same "
+                "--validation_file or --data_dir, or start a new run without --resume"
             )
         if flag == "proj_type" and config.sharded:
             raise UserError(

@@ -12,6 +12,7 @@ import base64
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,18 @@ from typing import TYPE_CHECKING, Any
 from galore_torch import __version__
 from galore_torch.train.checkpoint import parts
 from galore_torch.train.checkpoint.lock import LOCK
-from galore_torch.train.checkpoint.storage import TRAINER, checkpoints_in, load_tree, newest_whole, read_trainer, save_tree, step_of, verify
+from galore_torch.train.checkpoint.storage import (
+    TRAINER,
+    BrokenCheckpoint,
+    checkpoints_in,
+    load_tree,
+    newest_whole,
+    read_trainer,
+    save_tree,
+    step_of,
+    verify,
+    whole_folder,
+)
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.sampler import Lanes
 from galore_torch.train.errors import UserError
@@ -87,6 +99,20 @@ def _nothing_saved_yet(folder: Path, config: PretrainConfig) -> bool:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     own = set(config.run_names) if config.compare else {METRICS, "checkpoints", BEST, TRACKED, *config.tracker}
     return "config.json" in names and names <= own | {"config.json", LOCK} and not any(folder.rglob("step-*"))
+
+
+def bring(step: int, start: Path, folder: Path, *, copy: bool) -> bool:
+    """Whether the run that the checkpoint `start` is of has a whole one of `step`; `copy`: which is copied into `folder`."""
+    name = f"step-{step:06d}"
+    for found in (start.resolve().parent.with_name(BEST) / name, start.resolve().with_name(name)):
+        with suppress(BrokenCheckpoint):  # also one that is not there
+            verify(found)
+            if copy:
+                folder.mkdir(exist_ok=True)
+                with whole_folder(folder / name) as temporary:
+                    shutil.copytree(found, temporary, dirs_exist_ok=True)
+            return True
+    return False
 
 
 def run_folder(folder: Path, config: PretrainConfig, run_name: str) -> Path:

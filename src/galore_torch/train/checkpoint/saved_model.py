@@ -15,8 +15,9 @@ from galore_torch.train.checkpoint.parts import load_weights as load_parts
 from galore_torch.train.checkpoint.resume import METRICS
 from galore_torch.train.checkpoint.storage import MANIFEST, TRAINER, newest_whole, read_trainer, verify
 from galore_torch.train.errors import UserError, first_line
+from galore_torch.train.model.freeze import freeze
 from galore_torch.train.model.llama import finish
-from galore_torch.train.model.pretrained import quiet_transformers
+from galore_torch.train.model.pretrained import quiet_transformers, refuse_absent
 from galore_torch.train.optimizers.registry import build_optimizer, optimizer_spec
 
 _BASELINES = "galore_torch.train.model.baselines"  # their checkpoints hold layers that transformers does not know
@@ -47,8 +48,18 @@ def weights_folder(path: str) -> Path:
 
 
 def is_of_run(folder: Path) -> bool:
-    """Whether `galore pretrain` wrote the weights in `folder`: a checkpoint, or the model that a run left."""
+    """Whether a run of this package wrote the weights in `folder`: a checkpoint, or the model that a run left."""
     return _is_checkpoint(folder) or (folder.resolve().parent / METRICS).is_file()
+
+
+def settings_of_run(folder: Path) -> dict[str, Any]:
+    """Settings of the run that wrote the weights in `folder`; {} where no run says so. Those of `galore finetune` have a task_name."""
+    if (folder / TRAINER).is_file():
+        return dict(read_trainer(folder)["identity"])
+    for home in (folder.resolve().parent, folder.resolve().parent.parent):  # a comparison's config lies above its runs
+        if is_of_run(folder) and (home / "config.json").is_file():
+            return dict(json.loads((home / "config.json").read_text(encoding="utf-8")))
+    return {}
 
 
 def _of_run(run: Path) -> Path:
@@ -100,8 +111,7 @@ def load_weights(folder: Path, *, classifiers: bool = False) -> Any:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}") from error
     if trained is not None:
         vars(model).pop("_weight_conversions", None)  # a checkpoint has the model's own names; a file written from it those of the hub
-    if absent := sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]):
-        raise UserError(f"{folder} is no whole model: {len(absent)} weights are missing or of another shape, such as {absent[0]}")
+    refuse_absent(f"{folder} is no whole model", found)
     return model.eval()
 
 
@@ -145,6 +155,7 @@ def _put_together(checkpoint: Path, trained: dict[str, Any]) -> Any:
     if has_parts(checkpoint):
         load_parts(checkpoint, model)
         return model.eval()
+    freeze(model, tuple(trained.get("freeze", ())))  # what is frozen has no adapters
     build_optimizer(trained["optimizer"], model, lr=trained["lr"], settings=trained)  # also changes the layers
     load_model(model, checkpoint / "model.safetensors")
     return to_dense(model).eval()

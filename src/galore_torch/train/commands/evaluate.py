@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.checkpoint.saved_model import is_of_run, load_weights, weights_folder
-from galore_torch.train.checkpoint.storage import TRAINER, read_trainer
+from galore_torch.train.checkpoint.saved_model import load_weights, settings_of_run, weights_folder
 from galore_torch.train.config.bounds import check_choice, check_number
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import DTYPES
@@ -60,7 +58,7 @@ def evaluate(
         raise UserError(f"--limit {limit} has no effect without --harness; leave it out, or shorten the text with --eval_tokens")
     device = pick_device(device)
     folder = weights_folder(source)
-    max_length = max_length or _trained_length(folder) or 256
+    max_length = max_length or settings_of_run(folder).get("max_length") or 256
     text = _read(folder, data, text_field, max_length, batch_size, eval_tokens) if data else None
     if harness:
         from galore_torch.train.commands.lm_eval import check_harness
@@ -91,17 +89,6 @@ def score(model: Any, text: TokenData, length: int, batch_size: int, device: str
     ids = torch.cat([targets.flatten() for _, targets in windows])
     written = text.tokenizer.fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Score(loss, perplexity(loss), tokens, loss * tokens / math.log(2) / max(1, len(written.encode())))
-
-
-def _trained_length(folder: Path) -> int | None:
-    """Tokens in a training sequence of the run that left these weights; None where no run says so."""
-    if (folder / TRAINER).is_file():
-        return int(read_trainer(folder)["identity"]["max_length"])
-    for home in (folder.resolve().parent, folder.resolve().parent.parent):  # a comparison's config lies above its runs
-        if is_of_run(folder) and (home / "config.json").is_file():
-            length = json.loads((home / "config.json").read_text(encoding="utf-8")).get("max_length")
-            return length if isinstance(length, int) else None
-    return None
 
 
 def _read(folder: Path, data: tuple[str, ...], text_field: str, max_length: int, batch_size: int, eval_tokens: int | None) -> TokenData:

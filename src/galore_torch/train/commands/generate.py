@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from galore_torch.train.checkpoint.saved_model import is_of_run, load_tokenizer, load_weights, weights_folder
+from galore_torch.train.checkpoint.saved_model import is_of_run, load_tokenizer, load_weights, settings_of_run, weights_folder
 from galore_torch.train.config.bounds import check_number
+from galore_torch.train.data.prompts import chat_text
 from galore_torch.train.device import pick_device
 from galore_torch.train.errors import UserError
 
@@ -23,6 +24,9 @@ def generate(
 ) -> list[str]:
     """`count` texts that go on from `prompt`, which each begins with; a text ends early where the model ends it.
 
+    Of a run that `galore finetune` has trained on prompts by a chat template, `prompt` is what the user says, and a text is the whole
+    conversation.
+
     temperature 0 always takes the likeliest token. top_k: only the k likeliest tokens are drawn from, 0: all of them. The same
     seed gives the same texts, on the same device with the same versions.
     """
@@ -33,7 +37,12 @@ def generate(
     device = pick_device(device)
     folder = weights_folder(source)
     model, tokenizer = load_weights(folder), load_tokenizer(folder)
-    ids = torch.tensor([_prompt_ids(tokenizer, prompt, ours=is_of_run(folder))])
+    trained = settings_of_run(folder)
+    asked = trained.get("task_name") == "prompts" and bool(tokenizer.chat_template)
+    if asked:  # as each prompt of the run's examples
+        prompt = chat_text("--prompt", tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    bare = asked or (is_of_run(folder) and "task_name" not in trained)
+    ids = torch.tensor([_prompt_ids(tokenizer, prompt, bare=bare)])
     if (past := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
         what = tokenizer.convert_ids_to_tokens(past)
         raise UserError(f"--prompt spells the token {what}, number {past}, but the model has {rows} rows; leave it out")
@@ -68,11 +77,12 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, seed: int, count
         raise UserError(f"--count {count} at --temperature 0 would be one text {count} times; give a temperature above 0, or no --count")
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, *, ours: bool) -> list[int]:
-    """The prompt's tokens. A model of `galore pretrain` has seen text without special tokens; others get their first one."""
+def _prompt_ids(tokenizer: Any, prompt: str, *, bare: bool) -> list[int]:
+    """The prompt's tokens. `bare`: without special tokens, which a model of `galore pretrain` has not seen, and which a chat template has
+    written already; others get their first one."""
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
     first = tokenizer.bos_token_id
-    if not ours and first is not None and tokenizer(prompt).input_ids[:1] == [first]:
+    if not bare and first is not None and tokenizer(prompt).input_ids[:1] == [first]:
         return [first, *ids]
     if ids:
         return ids

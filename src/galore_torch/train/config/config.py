@@ -9,7 +9,7 @@ from galore_torch.train.config.bounds import BOUNDS, check_choice, check_number
 from galore_torch.train.config.compare import check_contenders
 from galore_torch.train.config.settings import TRACKERS, Settings
 from galore_torch.train.errors import UserError
-from galore_torch.train.model.pretrained import model_folder
+from galore_torch.train.model.pretrained import hf_positions, model_folder
 from galore_torch.train.optimizers.registry import check_shardable, optimizer_spec
 
 
@@ -74,6 +74,11 @@ class PretrainConfig(Settings):
         """--max_length where it is not given; the model is known to be there."""
         return 128 if (self.model_config, self.hf_model) == ("demo", None) else 256
 
+    @property
+    def positions(self) -> int:
+        """That a text may take."""
+        return hf_positions(self.hf_model) if self.hf_model else self.shape.max_position_embeddings
+
     def _check_model(self) -> None:
         if self.continue_from is not None:
             raise UserError(
@@ -92,9 +97,9 @@ class PretrainConfig(Settings):
                 raise UserError(
                     "low_rank starts from random factors, not from the weights of --hf_model; leave one of them out, or take lora"
                 )
-        if self.max_length > self.shape.max_position_embeddings:
+        if self.max_length > self.positions:
             raise UserError(
-                f"--max_length {self.max_length} is more than the {self.shape.max_position_embeddings} "
+                f"--max_length {self.max_length} is more than the {self.positions} "
                 f"positions of {self.model_name}; give a smaller --max_length"
             )
         if self.rank is not None and self.rank >= self.shape.hidden_size:
@@ -118,7 +123,7 @@ class PretrainConfig(Settings):
                 f"--total_batch_size {self.total_batch_size} is not a multiple of {self._at_once}; try --total_batch_size "
                 f"{max(1, self.accumulation) * self.sequences_at_once}"
             )
-        if self.eval_tokens < self.max_length * self.processes:
+        if "eval_tokens" in self.settings() and self.eval_tokens < self.max_length * self.processes:
             each = (
                 "one sequence; give at least --max_length"
                 if self.processes == 1

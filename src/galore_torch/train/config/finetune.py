@@ -233,7 +233,7 @@ class FinetuneConfig(PretrainConfig):
         super()._settle()
 
     def _usual_length(self) -> int:
-        return min(_LENGTHS.get(self.task_name or "", 128), self.shape.max_position_embeddings)
+        return min(_LENGTHS.get(self.task_name or "", 128), self.positions)
 
     def _check_task(self) -> None:
         if self.task_name is None:

@@ -52,7 +52,7 @@ def _sequences(rows: list[Row], tokenizer: TextTokenizer, config: FinetuneConfig
         fields["position_ids"] = torch.tensor(positions, dtype=torch.int32)
     starts = torch.tensor(lengths).cumsum(0)
     # Causal attention: what is padded behind a text is not seen by it.
-    return Sequences(fields, starts, torch.tensor(targets, dtype=torch.int32), dict.fromkeys(fields, 0), len(rows) - len(kept))
+    return Sequences(fields, starts, torch.tensor(targets, dtype=torch.int32), dict.fromkeys(fields, 0), left_out=len(rows) - len(kept))
 
 
 def example(row: Row, tokenizer: TextTokenizer) -> Example:
@@ -92,19 +92,22 @@ def packed(lengths: list[int], room: int) -> list[list[int]]:
     return groups
 
 
+def chat_text(where: str, fast: Any, messages: list[dict[str, str]], **how: Any) -> str:
+    """The messages as the tokenizer's chat template writes them."""
+    try:
+        return str(fast.apply_chat_template(messages, tokenize=False, **how))
+    except Exception as error:  # a template raises what it likes
+        raise UserError(f"{where}: the chat template refuses the messages: {first_line(error)}") from error
+
+
 def _rendered(where: str, fast: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as text, and from where to where the assistant speaks."""
 
-    def template(part: list[dict[str, str]], **how: Any) -> str:
-        try:
-            return str(fast.apply_chat_template(part, tokenize=False, **how))
-        except Exception as error:  # a template raises what it likes
-            raise UserError(f"{where}: the chat template refuses the messages: {first_line(error)}") from error
-
-    text, spans = template(messages), []
+    text, spans = chat_text(where, fast, messages), []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, through = template(messages[:index], add_generation_prompt=True), template(messages[: index + 1])
+            before = chat_text(where, fast, messages[:index], add_generation_prompt=True)
+            through = chat_text(where, fast, messages[: index + 1])
             if not (through.startswith(before) and text.startswith(through)):
                 raise UserError(
                     f"{where}: the chat template changes earlier turns when a later one is added, so that answer {index} has no place of "
@@ -118,16 +121,20 @@ def _tokens(fast: Any, text: str, spans: list[tuple[int, int]], *, special: bool
     text = encodable(text)
     found = fast(text, add_special_tokens=special, return_offsets_mapping=True)
     ids = list(found["input_ids"])
-    targets = [
-        token if any(first <= start < last for first, last in spans) and stop > start else IGNORED
-        for token, (start, stop) in zip(ids, found["offset_mapping"], strict=True)
-    ]
+    targets = [token if _holds_any(spans, *place) else IGNORED for token, place in zip(ids, found["offset_mapping"], strict=True)]
     if end is not None:
         if ids and ids[-1] == end and targets[-1] == IGNORED:  # the tokenizer has added it
             targets[-1] = end
         else:
             ids, targets = [*ids, end], [*targets, end]
     return ids, targets
+
+
+def _holds_any(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
+    """Whether the token of text[start:stop] holds a character of a span, be it only its last: " w" may be one token, and the space the
+    prompt's. Tokenizers that trim spaces place a space of its own at (stop, stop), right behind it, and every special token at (0, 0).
+    """
+    return any(first < stop and min(start, stop - 1) < last for first, last in spans)
 
 
 def _cut(found: Example, length: int) -> Example:

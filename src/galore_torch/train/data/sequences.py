@@ -34,6 +34,7 @@ class Sequences:
     starts: Tensor  # (n + 1,) int64
     targets: Tensor
     padding: dict[str, int]
+    left: bool = False  # whether padding stands in front
     left_out: int = 0  # examples of the file that are not here, as nothing of their answer was left
 
     def __len__(self) -> int:
@@ -58,19 +59,22 @@ class Sequences:
         return found.hexdigest()[:16]
 
     def batch(self, rows: Sequence[int]) -> tuple[BatchEncoding, Tensor]:
-        """(inputs, targets) of examples by number: inputs (B, L) int64 by name, padded behind; targets (B,), or (B, L) int64."""
+        """(inputs, targets) of examples by number: inputs (B, L) int64 by name, padded behind, or with `left` in front; targets (B,), or
+        (B, L) int64."""
         from transformers import BatchEncoding
 
         spans = [slice(int(self.starts[row]), int(self.starts[row + 1])) for row in rows]
 
         def padded(flat: Tensor, filler: int) -> Tensor:
-            return pad_sequence([flat[span] for span in spans], batch_first=True, padding_value=filler).long()
+            side = "left" if self.left else "right"
+            return pad_sequence([flat[span] for span in spans], batch_first=True, padding_value=filler, padding_side=side).long()
 
         inputs: dict[str, Any] = {name: padded(flat, self.padding[name]) for name, flat in self.fields.items()}
         if self.of_tokens:
             return BatchEncoding(inputs), padded(self.targets, IGNORED)
         lengths = self.lengths[list(rows)]
-        inputs["attention_mask"] = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+        places = torch.arange(int(lengths.max()))
+        inputs["attention_mask"] = ((places.flip(0) if self.left else places)[None] < lengths[:, None]).long()
         return BatchEncoding(inputs), self.targets[list(rows)]
 
     def in_order(self, batch_size: int) -> Iterator[tuple[BatchEncoding, Tensor]]:

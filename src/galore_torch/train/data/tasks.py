@@ -20,6 +20,7 @@ from galore_torch.train.data.sequences import BucketedBatches, Sequences
 from galore_torch.train.data.tables import Row, table_rows
 from galore_torch.train.data.tokenizer import TextTokenizer, load_tokenizer
 from galore_torch.train.errors import UserError
+from galore_torch.train.model.pretrained import reads_last_place
 
 _ENCODE_AT_ONCE = 1000
 _CORRELATED = 2  # examples that have a correlation, at least
@@ -46,6 +47,11 @@ class TaskData:
     def fingerprint(self) -> str:
         """What decides the training batches, wherever the files lie."""
         return f"{len(self.train)} examples, sha256 {self.train.digest}"
+
+    @cached_property
+    def held_out_fingerprint(self) -> str:
+        """What decides the scores of a model."""
+        return "; ".join(f"{len(examples)} examples, sha256 {examples.digest}" for examples in self.held_out.values())
 
     def batches(self, config: FinetuneConfig, lanes: Lanes | None = None, rank: int = 0) -> Batches:
         """The training batches of one of config.processes ranks, from their beginning or from where they are."""
@@ -81,7 +87,7 @@ def load_labelled(config: FinetuneConfig) -> TaskData:
         labels = label_names((answer(row, column) for row in rows["train"]), glue.classes if glue else ())
     tokenizer = with_padding(load_tokenizer(config.tokenizer_name or "").within(config.shape.vocab_size))
     _check_length(tokenizer, len(columns), config.max_length)
-    sets = {key: _encoded(tokenizer, found, columns, targets_of(found, column, labels), config.max_length) for key, found in rows.items()}
+    sets = {key: _encoded(tokenizer, found, columns, targets_of(found, column, labels), config) for key, found in rows.items()}
     train = sets.pop("train")
     text = ", ".join(config.train_file) if glue is None else f"{name} of {config.data_dir or 'the hub'}"
     return TaskData(train, sets, tokenizer, config.shape.vocab_size, text, labels, glue.scores if glue else _own_scores(labels), columns)
@@ -173,13 +179,15 @@ def _texts(rows: list[Row], column: str) -> list[str]:
     return [encodable(cells[column]) for _, cells in rows]
 
 
-def _encoded(tokenizer: TextTokenizer, rows: list[Row], columns: tuple[str, ...], targets: torch.Tensor, length: int) -> Sequences:
+def _encoded(
+    tokenizer: TextTokenizer, rows: list[Row], columns: tuple[str, ...], targets: torch.Tensor, config: FinetuneConfig
+) -> Sequences:
     fast = tokenizer.fast
     pieces: dict[str, list[torch.Tensor]] = {}
     lengths = [0]
     for part in _parts(rows):
         texts = [_texts(part, column) for column in columns]
-        found = fast(*texts, truncation=True, max_length=length, return_attention_mask=False)
+        found = fast(*texts, truncation=True, max_length=config.max_length, return_attention_mask=False)
         for name, values in found.items():
             pieces.setdefault(name, []).append(torch.tensor(list(itertools.chain.from_iterable(values)), dtype=torch.int32))
         lengths += [len(ids) for ids in found["input_ids"]]
@@ -187,7 +195,8 @@ def _encoded(tokenizer: TextTokenizer, rows: list[Row], columns: tuple[str, ...]
         where, _ = rows[lengths.index(0, 1) - 1]
         raise UserError(f"{where}: the text has no tokens; leave the example out")
     padding = {"input_ids": fast.pad_token_id, "token_type_ids": fast.pad_token_type_id}
-    return Sequences({name: torch.cat(part) for name, part in pieces.items()}, torch.tensor(lengths).cumsum(0), targets, padding)
+    fields = {name: torch.cat(part) for name, part in pieces.items()}
+    return Sequences(fields, torch.tensor(lengths).cumsum(0), targets, padding, left=reads_last_place(config.hf_model or ""))
 
 
 def _parts(rows: list[Row]) -> Iterator[list[Row]]:

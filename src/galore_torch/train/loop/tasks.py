@@ -16,7 +16,7 @@ from galore_torch.train.loop.evaluate import held_out_answers, held_out_loss, pu
 from galore_torch.train.loop.result import perplexity
 from galore_torch.train.loop.scores import scores_of
 from galore_torch.train.model.heads import LabelLoss
-from galore_torch.train.model.loss import TokenLoss, attends_across
+from galore_torch.train.model.loss import TokenLoss, attends_across, sees_ahead
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Pretraining:
         self.length = float(config.max_length)
 
     def loss(self, model: nn.Module) -> TokenLoss:
+        _check_causal(self.config, model)
         return TokenLoss(model, self.config.loss_chunk, self.config.tokens_at_once)
 
     def evaluate(self, loss: TokenLoss, place: Place) -> dict[str, Any] | None:
@@ -89,6 +90,7 @@ class Prompts:
         self.length = float(data.train.lengths.double().mean())
 
     def loss(self, model: nn.Module) -> TokenLoss:
+        _check_causal(self.config, model)
         if self.config.packing and attends_across(model):
             raise UserError(
                 f"--packing: in {type(model).__name__} the examples of one sequence see each other, as it does not tell them apart by "
@@ -129,6 +131,15 @@ class Labels:
 
     def value(self, row: dict[str, Any]) -> float | None:
         return next(iter(row["scores"].values()), None)
+
+
+def _check_causal(config: PretrainConfig, model: nn.Module) -> None:
+    """Refuse a given model that reads the answer: transformers makes a language model of an encoder too."""
+    if config.hf_model and sees_ahead(model):
+        raise UserError(
+            f"--hf_model {config.hf_model} is no causal language model: {type(model).__name__} sees the tokens that it is to predict; "
+            "give a decoder, such as a LLaMA or GPT-2"
+        )
 
 
 def _token_row(found: tuple[float, int] | None) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from galore_torch.engine.sharding import local
 from galore_torch.train.checkpoint.identity import identity
-from galore_torch.train.checkpoint.resume import BEST, METRICS, fill, fill_parts, read_position, restore
+from galore_torch.train.checkpoint.resume import BEST, METRICS, bring, fill, fill_parts, read_position, restore
 from galore_torch.train.checkpoint.storage import plain_failures, read_trainer, write_checkpoint
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import Batches, Data
@@ -83,6 +83,8 @@ def train(
     with plain_failures("the run", folder):
         if start is not None:
             result.go_on(read_trainer(start), restore(start, model, optimizer, path))
+            if ranks.any(ranks.leads and not _goes_on(start, folder)):
+                _bring_best(result, start, folder, ranks)
         with (
             path.open("w" if start is None else "a", encoding="utf-8") as metrics,
             warnings.catch_warnings(),
@@ -91,7 +93,7 @@ def train(
             warnings.filterwarnings("ignore", message=".*its gradient is made in full")  # `_Loop.tell_of_layers_left` says so
             loop = _Loop(config, model, optimizer, data, task, own_loss, device, result, metrics, watcher, folder, ranks, fused)
             loop.position = None if start is None else read_position(start)
-            loop.saved = -1 if start is None or start.resolve().parent != (folder / "checkpoints").resolve() else result.steps
+            loop.saved = result.steps if start is not None and _goes_on(start, folder) else -1
             try:
                 loop.run()
             except NonFiniteLoss as stop:
@@ -103,6 +105,17 @@ def train(
             loop.save()
     as_parts(own_loss)
     return result, model
+
+
+def _goes_on(start: Path, folder: Path) -> bool:
+    """Whether the run goes on in the folder that the checkpoint `start` lies in; else it branches off into a new one."""
+    return start.resolve().parent == (folder / "checkpoints").resolve()
+
+
+def _bring_best(result: RunResult, start: Path, folder: Path, ranks: Ranks) -> None:
+    """Copy the best checkpoint so far into a branch's folder; what there is no checkpoint of any more is not the best there."""
+    while result.best is not None and not bring(result.best[0], start, folder / BEST, copy=ranks.leads):
+        result.values.remove(result.best)
 
 
 def _attached(

@@ -108,12 +108,17 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _inject(model: nn.Module, rank: int, alpha: float = LORA_ALPHA, alone: bool = False) -> None:
-    """Put peft's adapters beside the attention and MLP matrices, which freeze; `alone`: with everything that is not a new head."""
+    """Put peft's adapters beside the attention and MLP matrices, which freeze; `alone`: with everything that is not a new head.
+
+    A matrix that is frozen already gets none: it stays as it is.
+    """
     if find_spec("peft") is None:
         raise UserError('lora and relora need peft; install it with: pip install "galore-torch[peft]"')
     from peft import LoraConfig, inject_adapter_in_model
 
-    chosen = chosen_weights(model)
+    chosen = [weight for weight in chosen_weights(model) if weight.parameter.requires_grad]
+    if not chosen:
+        raise UserError("lora and relora put adapters beside attention and MLP matrices, and --freeze names all of them; freeze less")
     matrices = {weight.parameter for weight in chosen}
     kept = new_head(model) if alone else model
     full = [p for p in kept.parameters() if p.requires_grad and p not in matrices]

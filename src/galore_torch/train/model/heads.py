@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.train.errors import UserError, first_line
-from galore_torch.train.model.freeze import freeze
+from galore_torch.train.model.freeze import freeze, new_head
 from galore_torch.train.model.llama import finish
-from galore_torch.train.model.pretrained import sketch
+from galore_torch.train.model.pretrained import refuse_absent, sketch
 from galore_torch.train.model.sizes import Sizes, Targets, sizes_of
 
 
@@ -38,12 +38,23 @@ def load_classifier(
                 setattr(config, key, value)
             model = AutoModelForSequenceClassification.from_config(config)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(name, ignore_mismatched_sizes=True, **head)
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                name, ignore_mismatched_sizes=True, output_loading_info=True, **head
+            )
+            refuse_absent(f"--model_name_or_path {name} is no whole model", found, _may_be_new(model))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name} cannot be loaded as a classifier: {first_line(error)}") from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return finish(model.train(), dtype=dtype, activation_checkpointing=activation_checkpointing)
+
+
+def _may_be_new(model: nn.Module) -> set[str]:
+    """Names of the parameters that a model need not bring: of the head, and of a pooler, which not all pre-training has."""
+    head = {id(p) for p in new_head(model).parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in head or ".pooler." in name}
 
 
 @lru_cache(maxsize=4)

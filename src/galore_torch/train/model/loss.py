@@ -83,6 +83,20 @@ def attends_across(model: nn.Module) -> bool:
     return bool((logits - alone).abs().max() > near)
 
 
+def sees_ahead(model: nn.Module) -> bool:
+    """Whether a token's logits depend on those behind it, which they are to predict. By a look at eight tokens."""
+    training = model.training
+    ids = torch.tensor([[0, 1, 0, 1, *[last] * 4] for last in (0, 1)], device=next(model.parameters()).device)
+    model.eval()
+    try:
+        with torch.no_grad():
+            one, other = model(input_ids=ids).logits[:, :4]
+    finally:
+        model.train(training)
+    near = (0.02 if one.dtype != torch.float32 else 1e-3) * one.float().std()
+    return bool((one.float() - other.float()).abs().max() > near)
+
+
 def _auxiliary_weight(model: nn.Module) -> float:
     """The coefficient of the loss that the model's config adds to the cross-entropy of its tokens; 0: none."""
     config: Any = getattr(model, "config", None)

@@ -40,15 +40,15 @@ class Cost:
 
 def trained_parts(name: str, parts: tuple[Part, ...], rank: int, alone: bool = False) -> list[tuple[Part, bool]]:
     """The parameters once the optimizer `name` has changed the layers, and whether each is trained. `alone`: beside a baseline's factors
-    a new head is all that is."""
-    if experts := [part for part in parts if part.role == "experts" and name in FACTORED]:
+    a new head is all that is. A frozen matrix gets no factors."""
+    if experts := [part for part in parts if part.role == "experts" and part.trained and name in FACTORED]:
         raise UserError(
             f"{name} takes the matrices of linear layers; weights of this model are outside of them (such as "
             f"{' x '.join(map(str, experts[0].shape))}): choose galore_adamw8bit or adamw"
         )
     out = []
     for part in parts:
-        if name not in FACTORED or part.role != "matrix":
+        if name not in FACTORED or part.role != "matrix" or not part.trained:
             out.append((part, part.trained and (name not in FACTORED or not alone or part.role == "new head")))
             continue
         m, n = part.shape
