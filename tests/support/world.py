@@ -58,7 +58,7 @@ class World:
     def _start(self) -> None:
         self.started += 1
         source, tests = Path(galore_torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1]
-        environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}"}
+        environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "PYTHONFAULTHANDLER": "1"}  # a crash says where
         store = self.folder / f"store{self.started}"
         for rank in range(self.size):
             words = [sys.executable, "-m", "support.world", str(rank), str(self.size), str(store)]
