@@ -49,6 +49,9 @@ class Timed:
         for p in self.weights:
             p.grad = 1e-3 * torch.randn_like(p)
         self.optimizer = METHODS[name].build(model, BLOCKS, 1e-3)
+        if isinstance(self.optimizer, LowRankOptimizer):
+            for group in self.optimizer.param_groups:
+                group["compile"] = True  # from the first step on, as a long run does after some hundred
         self.seconds: list[float] = []
 
     def step(self) -> None:
