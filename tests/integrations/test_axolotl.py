@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from integrations.compare import STEPS, WINDOWS, compare
-from support.hf_runs import LENGTH, TARGETS, byte_tokenizer, llama, source
+from support.hf_runs import LENGTH, TARGETS, saved_llama
 
 FRAMEWORK, PACKAGE = "Axolotl", "axolotl"
 HERE = Path(__file__).resolve().parent
@@ -25,10 +25,7 @@ NAMED: dict[str, Any] = {"optim_target_modules": TARGETS, "optim_args": "rank=8,
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    llama().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    text = source()[: LENGTH * WINDOWS].decode("latin-1")
-    rows = [json.dumps({"text": text[i : i + LENGTH - 1]}) for i in range(0, len(text), LENGTH)]
+    rows = [json.dumps({"text": text}) for text in saved_llama(folder / "model", WINDOWS)]
     (folder / "tiny.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return folder
 

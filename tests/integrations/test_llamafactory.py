@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from integrations.compare import STEPS, WINDOWS, compare
-from support.hf_runs import LENGTH, byte_tokenizer, difference, llama, source
+from support.hf_runs import LENGTH, difference, llama, saved_llama
 
 stub = ModuleType("torchaudio")  # it imports this for sounds alone
 stub.__spec__ = ModuleSpec("torchaudio", None)
@@ -35,13 +35,8 @@ GALORE: dict[str, Any] = {
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model and the data."""
     folder = tmp_path_factory.mktemp("shared")
-    llama().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    text = source()[: LENGTH * WINDOWS].decode("latin-1")
-    rows = [
-        {"text": text[i : i + LENGTH - 1], "instruction": text[i : i + 12], "input": "", "output": text[i + 12 : i + 24]}
-        for i in range(0, len(text), LENGTH)
-    ]
+    texts = saved_llama(folder / "model", WINDOWS)
+    rows = [{"text": text, "instruction": text[:12], "input": "", "output": text[12:24]} for text in texts]
     (folder / "tiny.json").write_text(json.dumps(rows), encoding="utf-8")
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     info = {"tiny": {"file_name": "tiny.json", "columns": {"prompt": "text"}}, "pairs": {"file_name": "tiny.json", "columns": columns}}

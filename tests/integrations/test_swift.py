@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from integrations.compare import STEPS, WINDOWS, compare
-from support.hf_runs import LENGTH, byte_tokenizer, llama, source
+from support.hf_runs import LENGTH, saved_llama
 
 FRAMEWORK, PACKAGE = "ms-swift", "ms-swift"
 HERE = Path(__file__).resolve().parent
@@ -23,11 +23,8 @@ NAMED = ["--optim_target_modules", ".*(attn|mlp).*", "--optim_args", "rank=8,upd
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    llama().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    text = source()[: LENGTH * WINDOWS].decode("latin-1")
-    parts = [text[i : i + LENGTH - 1] for i in range(0, len(text), LENGTH)]
-    rows = [json.dumps({"messages": [{"role": "assistant", "content": part}]}) for part in parts]
+    texts = saved_llama(folder / "model", WINDOWS)
+    rows = [json.dumps({"messages": [{"role": "assistant", "content": text}]}) for text in texts]
     (folder / "tiny.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return folder
 

@@ -57,7 +57,7 @@ def test_orthonormalize_takes_columns_that_depend_on_one_another_or_are_near_und
 
 
 def test_a_gram_matrix_that_fp32_cannot_take_has_its_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What LAPACK does near underflow depends on its build, so it is played: NaN without an error, and an error. Oracle: fp64."""
+    """What LAPACK does near underflow depends on its build, so it is played: NaN, or an error, on a device too. Oracle: fp64."""
     true_eigh, columns = torch.linalg.eigh, torch.randn(20, 6)
     gram = columns.mT @ columns
     expected = true_eigh(gram.double())[1][:, -4:].flip(-1)
@@ -70,7 +70,8 @@ def test_a_gram_matrix_that_fp32_cannot_take_has_its_eigenvectors(monkeypatch: p
         return None, torch.full_like(matrix, float("nan"))
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    for raises in (False, True):  # noqa: B007 (the closure reads it)
+    for raises, readable in ((False, True), (True, True), (True, False)):  # noqa: B007 (the closures read them)
+        monkeypatch.setattr(linalg, "readable", lambda _: readable)  # noqa: B023
         found = linalg._strongest_eigenvectors(gram, 4)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 

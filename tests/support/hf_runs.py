@@ -24,6 +24,14 @@ def llama(seed: int = 0) -> Any:
     return LlamaForCausalLM(config)
 
 
+def saved_llama(folder: Path, count: int) -> list[str]:
+    """Write the tiny LLaMA and its tokenizer into ``folder``; so many texts for it, one shorter than its windows each."""
+    llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    text = source()[: LENGTH * count].decode("latin-1")
+    return [text[i : i + LENGTH - 1] for i in range(0, len(text), LENGTH)]
+
+
 def source() -> bytes:
     """Text that is wherever torch is."""
     return Path(str(torch.nn.functional.__file__)).read_bytes()

@@ -77,7 +77,7 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         grad = grad.dense()
     is_usable, scaled = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
-    if view.projector.part is not None:  # rows: the first set needs no gradient, and none is the first row, many times
+    if not view.projector.looks:  # the first basis needs no gradient; without a set of rows, each would be the first one
         can = can | ~ready.to(can.device)
     keeps = scaled.is_zero if isinstance(scaled, SharedGradient) else None  # of a weight that no process has used: as if it were not asked
     grad = grad if view.projector.follows else scaled  # a moment that is added to it is not scaled

@@ -8,6 +8,7 @@ Shape suffixes: M x N is the gradient, R the rank. A basis has orthonormal colum
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -215,11 +216,10 @@ def _strongest_eigenvectors(gram_LL: Tensor, rank: int) -> Tensor:
 
     Of a matrix with elements near underflow LAPACK's fp32 makes NaN, or an error: then fp64 does it.
     """
-    try:
-        _, vectors = torch.linalg.eigh(gram_LL)  # ascending
-    except torch.linalg.LinAlgError:
-        vectors = torch.full_like(gram_LL, math.nan)
-    if readable(vectors) and not bool(vectors.isfinite().all()):
+    vectors = None
+    with suppress(torch.linalg.LinAlgError):
+        vectors = torch.linalg.eigh(gram_LL)[1]  # ascending
+    if vectors is None or (readable(vectors) and not bool(vectors.isfinite().all())):
         wide = torch.complex128 if gram_LL.is_complex() else torch.float64
         vectors = torch.linalg.eigh(gram_LL.to(wide))[1].to(gram_LL.dtype)
     return vectors[..., -rank:].flip(-1)

@@ -75,6 +75,16 @@ class PretrainConfig(Settings):
         return 128 if (self.model_config, self.hf_model) == ("demo", None) else 256
 
     @property
+    def tokens_at_once(self) -> int:
+        """Tokens in the largest forward pass of one process whose logits are made."""
+        return self.batch_size * self.max_length
+
+    @property
+    def data_flags(self) -> tuple[str, ...]:
+        """The settings that decide what is trained on; the first one says where it is from."""
+        return ("data", "eval_data", "tokenizer")
+
+    @property
     def positions(self) -> int:
         """That a text may take."""
         return hf_positions(self.hf_model) if self.hf_model else self.shape.max_position_embeddings

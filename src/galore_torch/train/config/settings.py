@@ -314,11 +314,6 @@ class Settings:
         return self.batch_size * self.processes
 
     @property
-    def tokens_at_once(self) -> int:
-        """Tokens in the largest forward pass of one process whose logits are made."""
-        return self.batch_size * self.max_length
-
-    @property
     def accumulation(self) -> int:
         """Forward passes in one step."""
         return (self.total_batch_size or self.sequences_at_once) // self.sequences_at_once
@@ -389,11 +384,6 @@ class Settings:
         own: dict[str, Any] = {"rank": self.resolved_rank, "rank_is_given": self.rank is not None, "beta2": self.beta2, "usual": self.usual}
         own["random_after"] = self.num_training_steps // 2 if self.random_after is None else self.random_after
         return own | {name: getattr(self, name) for name in names} | {"proj_type": self.resolved_proj_type}
-
-    @property
-    def data_flags(self) -> tuple[str, ...]:
-        """The settings that decide what is trained on; the first one says where it is from."""
-        return ("data", "eval_data", "tokenizer")
 
     @property
     def beta2(self) -> float | None:
