@@ -83,6 +83,51 @@ def test_equals_the_plain_road(settings: dict[str, Any], road: str, recovery: st
         same(torch.randn(shape), recovery=recovery, **settings)
 
 
+CODECS: dict[str, dict[str, Any]] = {"int8": {"state_codec": "int8", "min_8bit_size": 0}, "bf16": {"state_codec": "bf16"}}
+
+
+@pytest.mark.parametrize("recovery", ["foam", "fold"])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("road", ROADS)
+def test_coded_moments_take_the_pass_too(road: str, codec: str, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded for it and encoded behind it: the same weights as on the plain road, and the same codes but for ties."""
+    take(road, monkeypatch)
+    settings = {"recovery": recovery, "rank": 24, "weight_decay": 0.1, **CODECS[codec]}
+    for shape in ((128, 96), (3, 96, 128)):
+        start = torch.randn(shape)
+        (W, state), (expected, plain) = (trained(start, compile, **settings) for compile in (True, False))
+        torch.testing.assert_close(W, expected, rtol=1e-4, atol=1e-4)
+        assert state.keys() == plain.keys()
+        for key, value in plain.items():
+            if key.endswith("_codes"):
+                assert (state[key] != value).float().mean() < 0.01
+            elif isinstance(value, Tensor):
+                torch.testing.assert_close(state[key], value, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("compile", [False, True])
+def test_coded_moments_are_rounded_once_a_step(compile: bool, codec: str) -> None:
+    """The weight moves by the moments as they are before they are encoded: a first step is that of fp32 moments."""
+    start = torch.randn(128, 96)
+    settings = {"recovery": "fold", "rank": 24, "steps": 1, "compile": compile}
+    found, expected = (trained(start, **settings, **own)[0] for own in (CODECS[codec], {}))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gradient_that_is_not_finite_leaves_codes_to_the_bit(compile: bool, codec: str) -> None:
+    W = Parameter(torch.randn(128, 96))
+    optimizer = g.GaLoreAdamW([W], lr=0.01, rank=24, projector="block_mean", recovery="fold", compile=compile, **CODECS[codec])
+    W.grad = torch.randn(128, 96)
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[W].items() if isinstance(value, Tensor)}
+    W.grad[3, 4] = float("nan")
+    optimizer.step()
+    assert all(torch.equal(optimizer.state[W][key], value) for key, value in before.items())
+
+
 @each_recovery
 @pytest.mark.parametrize(("block", "proj_type"), list(itertools.product([2, 4, 8, 16, 32, 64], ["left", "right"])))
 def test_every_length_of_a_block(block: int, proj_type: str, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +148,7 @@ def test_both_sides_at_once_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> N
     "settings",
     [
         {"compile": False},
-        {"state_codec": "bf16"},
+        {"state_codec": "int8", "min_8bit_size": 0, "recovery": "project_back"},
         {"lr": torch.tensor(0.01)},
         {"carry": "error_feedback", "recovery": "project_back"},
         {"recovery": "fira"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import fuses, lift
+from galore_torch.engine.in_full import close, has_coded, opened
 from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import STREAMS
@@ -30,7 +31,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     native, residual = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].means
     if native is None or residual is None or rule is not RULES["adam"] or not weight.numel():
         return False
-    if group["carry"] or group["state_codec"] != "fp32" or isinstance(group["lr"], Tensor):
+    is_coded = has_coded(view)
+    if group["carry"] or (group["state_codec"] != "fp32" and not is_coded) or isinstance(group["lr"], Tensor):
         return False
     if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
         return False
@@ -43,7 +45,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     late = decay_factor if group["decay"] == "after" else 1.0
     numbers = (*new, lr * group["scale"] * late, eps, decay_factor, -1.0 if group["maximize"] else 1.0)
     matrix = weight if weight.shape == layout.view else weight.view(layout.view)
-    moments = (state["exp_avg"], state["exp_avg_sq"])
+    full = opened(view, fuse=True) if is_coded else view
+    moments = (full.state["exp_avg"], full.state["exp_avg_sq"])
     basis = (state[key] for stored in layout.bases.values() for key in stored.keys)
     seed = step * STREAMS + len(moments) if group["stochastic_rounding"] and write.can_round(weight) else None
     is_finite = native(matrix, grad, (*moments, *basis), AdamStep(numbers, residual, seed))
@@ -53,6 +56,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     if not is_finite:
         write.decay(weight, decay_factor)
+    elif is_coded:
+        close(view, full, True if readable(grad) else finite(grad), step * STREAMS, fuse=True)
     torch.autograd.graph.increment_version(weight)  # neither a pointer nor a compiled pass tells autograd, which looks at the weight
     state["step"] = step
     return True

@@ -252,6 +252,7 @@ class StoredTensor:
 # --- blocks of codes -------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def block_length(length: int) -> int:
     """Elements a block: the largest divisor of ``length`` up to 256, so that nothing is padded; 256 where that is under 64."""
     if length <= BLOCK:
@@ -260,6 +261,7 @@ def block_length(length: int) -> int:
     return best if best >= 64 else BLOCK
 
 
+@lru_cache(maxsize=4096)
 def short_block(length: int) -> int:
     """Elements a block of four bits: the largest divisor of ``length`` from 32 to 64, an even one first; 64 where there is none.
 
