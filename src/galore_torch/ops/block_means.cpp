@@ -46,10 +46,17 @@ inline Vector sums_of_pairs(Vector x, Vector y, std::integer_sequence<int, L...>
   return __builtin_shufflevector(x, y, (2 * L)...) + __builtin_shufflevector(x, y, (2 * L + 1)...);
 }
 
-template <int B>
+template <int B, bool SQUARED>
 inline Vector block_sums(const float* from) {
-  if constexpr (B == 1) return load(from);
-  else return sums_of_pairs(block_sums<B / 2>(from), block_sums<B / 2>(from + LANES * B / 2), Lanes{});
+  if constexpr (B == 1) { const Vector x = load(from); return SQUARED ? x * x : x; }
+  else return sums_of_pairs(block_sums<B / 2, SQUARED>(from), block_sums<B / 2, SQUARED>(from + LANES * B / 2), Lanes{});
+}
+
+// w <- decay w - factor (sign g + shift), of LANES blocks
+template <int B, int... PART>
+inline void move_blocks(float* w, const float* g, Vector shift, Vector factor, float decay, float sign, std::integer_sequence<int, PART...>) {
+  (store(w + PART * LANES, decay * load(w + PART * LANES) -
+                               repeated<B, PART>(factor, Lanes{}) * (sign * load(g + PART * LANES) + repeated<B, PART>(shift, Lanes{}))), ...);
 }
 #endif
 
@@ -63,30 +70,29 @@ inline void spread(float* __restrict to, const float* __restrict from, int64_t n
   for (; i < n; ++i) for (int j = 0; j < B; ++j) to[i * B + j] = from[i];
 }
 
-// to[i] = sum over j of from[i B + j]
-template <int B>
-inline void sums_in_row(float* __restrict to, const float* __restrict from, int64_t n) {
+// to[i] = factor times the sum over j of from[i B + j], or of its square
+template <int B, bool SQUARED = false>
+inline void means_in_row(float* __restrict to, const float* __restrict from, int64_t n, float factor) {
   int64_t i = 0;
 #ifdef LANES
-  for (; i + LANES <= n; i += LANES) store(to + i, block_sums<B>(from + i * B));
+  for (; i + LANES <= n; i += LANES) store(to + i, factor * block_sums<B, SQUARED>(from + i * B));
 #endif
   for (; i < n; ++i) {
-    to[i] = 0;
-    for (int j = 0; j < B; ++j) to[i] += from[i * B + j];
+    float sum = 0;
+    for (int j = 0; j < B; ++j) sum += SQUARED ? from[i * B + j] * from[i * B + j] : from[i * B + j];
+    to[i] = sum * factor;
   }
 }
 
-// to[k] = factor times the sum over j of from[j n + k]
-template <int B>
-inline void means_of_rows(float* __restrict to, const float* __restrict from, int64_t n, float factor) {
+// to[k] = factor times the sum over j of from[j stride + k], or of its square
+template <int B, bool SQUARED = false>
+inline void means_of_rows(float* __restrict to, const float* __restrict from, int64_t stride, int64_t n, float factor) {
   for (int64_t k = 0; k < n; ++k) {
     float sum = 0;
-    for (int j = 0; j < B; ++j) sum += from[j * n + k];
+    for (int j = 0; j < B; ++j) sum += SQUARED ? from[j * stride + k] * from[j * stride + k] : from[j * stride + k];
     to[k] = sum * factor;
   }
 }
-
-inline void scaled(float* x, int64_t n, float factor) { for (int64_t i = 0; i < n; ++i) x[i] *= factor; }
 
 inline float squares(const float* __restrict x, int64_t n) {
   constexpr int SUMS = 64;  // independent, so that they need not wait for each other
@@ -98,18 +104,6 @@ inline float squares(const float* __restrict x, int64_t n) {
   return total;
 }
 
-// to[k] = factor times the sum over j of from[j n + k] squared
-template <int B>
-inline void mean_squares_of_rows(float* __restrict to, const float* __restrict from, int64_t n, float factor) {
-  for (int64_t k = 0; k < n; ++k) {
-    float sum = 0;
-    for (int j = 0; j < B; ++j) sum += from[j * n + k] * from[j * n + k];
-    to[k] = sum * factor;
-  }
-}
-
-inline void squared(float* __restrict to, const float* __restrict from, int64_t n) { for (int64_t i = 0; i < n; ++i) to[i] = from[i] * from[i]; }
-
 // mean becomes m - mean, and square, the mean square of a block, what its update is divided by, over the step size
 inline void move_block_moments(float* __restrict m, float* __restrict v, float* __restrict mean, float* __restrict square, int64_t n, Step s) {
   for (int64_t i = 0; i < n; ++i) {
@@ -120,10 +114,17 @@ inline void move_block_moments(float* __restrict m, float* __restrict v, float* 
   }
 }
 
-// shift and factor in full size
+// shift and factor of n blocks of B neighbours
+template <int B>
 inline void move_weight_by_blocks(float* __restrict w, const float* __restrict g, const float* __restrict shift, const float* __restrict factor,
                                   int64_t n, Step s) {
-  for (int64_t i = 0; i < n; ++i) w[i] = s.decay * w[i] - factor[i] * (s.sign * g[i] + shift[i]);
+  int64_t i = 0;
+#ifdef LANES
+  for (; i + LANES <= n; i += LANES)
+    move_blocks<B>(w + i * B, g + i * B, load(shift + i), load(factor + i), s.decay, s.sign, std::make_integer_sequence<int, B>{});
+#endif
+  for (; i < n; ++i)
+    for (int64_t k = i * B; k < (i + 1) * B; ++k) w[k] = s.decay * w[k] - factor[i] * (s.sign * g[k] + shift[i]);
 }
 
 inline void move_moments(float* __restrict m, float* __restrict v, const float* __restrict mean, int64_t n, Step s) {
@@ -151,95 +152,93 @@ inline void updates_of_means(float* __restrict to, const float* __restrict m, co
   for (int64_t i = 0; i < n; ++i) to[i] = s.size * m[i] / (std::sqrt(v[i]) + s.eps);
 }
 
-struct Matrix { float *w; const float* g; float *m, *v, *means, *squares; int64_t rows, columns; };  // rows and columns of the means
+struct Matrix { float *w; const float* g; float *m, *v; int64_t rows, columns; };  // rows and columns of the means
 
-template <int B, int RESIDUAL>
-bool neighbours_in_a_row(Matrix a, Step s, int threads) {
-  const int64_t count = a.rows * a.columns, part = CHUNK / B, parts = (count + part - 1) / part;
+bool is_finite(const float* g, int64_t n, int threads) {
+  const int64_t parts = (n + CHUNK - 1) / CHUNK;
   float total = 0;
 #pragma omp parallel for reduction(+ : total) num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < parts; ++p) total += squares(a.g + p * part * B, std::min(part, count - p * part) * B);
-  if (!std::isfinite(total)) return false;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < parts; ++p) {
-    float mean[CHUNK / B], mean_in_full[CHUNK], m_in_full[CHUNK], v_in_full[CHUNK];
-    const int64_t at = p * part, n = std::min(part, count - at);
-    sums_in_row<B>(mean, a.g + at * B, n);
-    scaled(mean, n, s.sign / B);
-    if constexpr (RESIDUAL == IN_FIRST) {
-      float square[CHUNK / B];
-      squared(v_in_full, a.g + at * B, n * B);
-      sums_in_row<B>(square, v_in_full, n);
-      scaled(square, n, 1.0f / B);
-      move_block_moments(a.m + at, a.v + at, mean, square, n, s);
-      spread<B>(mean_in_full, mean, n);
-      spread<B>(v_in_full, square, n);
-      move_weight_by_blocks(a.w + at * B, a.g + at * B, mean_in_full, v_in_full, n * B, s);
-      continue;
-    }
-    move_moments(a.m + at, a.v + at, mean, n, s);
-    if constexpr (RESIDUAL == NONE) {
-      updates_of_means(mean, a.m + at, a.v + at, n, s);
-      spread<B>(mean_in_full, mean, n);
-      move_weight_by_means(a.w + at * B, mean_in_full, n * B, s);
-      continue;
-    }
-    spread<B>(mean_in_full, mean, n);
-    spread<B>(m_in_full, a.m + at, n);
-    spread<B>(v_in_full, a.v + at, n);
-    move_weight(a.w + at * B, a.g + at * B, mean_in_full, m_in_full, v_in_full, n * B, s);
-  }
-  return true;
+  for (int64_t p = 0; p < parts; ++p) total += squares(g + p * CHUNK, std::min(CHUNK, n - p * CHUNK));
+  return std::isfinite(total);
 }
 
 template <int B, int RESIDUAL>
-bool neighbours_in_a_column(Matrix a, Step s, int threads) {
-  const int64_t n = a.columns;
-  float total = 0;
-#pragma omp parallel for reduction(+ : total) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < a.rows; ++i) {
-    means_of_rows<B>(a.means + i * n, a.g + i * B * n, n, s.sign / B);
-    total += squares(a.g + i * B * n, B * n);
-  }
-  if (!std::isfinite(total)) return false;
+void neighbours_in_a_row(Matrix a, Step s, int threads) {
+  const int64_t count = a.rows * a.columns, part = CHUNK / B, parts = (count + part - 1) / part;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < a.rows; ++i) {
-    float *m = a.m + i * n, *v = a.v + i * n;
+  for (int64_t p = 0; p < parts; ++p) {
+    float mean[CHUNK / B], mean_in_full[CHUNK];
+    const int64_t at = p * part, n = std::min(part, count - at);
+    float *w = a.w + at * B, *m = a.m + at, *v = a.v + at;
+    const float* g = a.g + at * B;
+    means_in_row<B>(mean, g, n, s.sign / B);
     if constexpr (RESIDUAL == IN_FIRST) {
-      float* square = a.squares + i * n;
-      mean_squares_of_rows<B>(square, a.g + i * B * n, n, 1.0f / B);
-      move_block_moments(m, v, a.means + i * n, square, n, s);
-      for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight_by_blocks(a.w + row * n, a.g + row * n, a.means + i * n, square, n, s);
+      float square[CHUNK / B];
+      means_in_row<B, true>(square, g, n, 1.0f / B);
+      move_block_moments(m, v, mean, square, n, s);
+      move_weight_by_blocks<B>(w, g, mean, square, n, s);
       continue;
     }
-    move_moments(m, v, a.means + i * n, n, s);
+    move_moments(m, v, mean, n, s);
     if constexpr (RESIDUAL == NONE) {
-      updates_of_means(a.means + i * n, m, v, n, s);
-      for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight_by_means(a.w + row * n, a.means + i * n, n, s);
+      updates_of_means(mean, m, v, n, s);
+      spread<B>(mean_in_full, mean, n);
+      move_weight_by_means(w, mean_in_full, n * B, s);
       continue;
     }
-    for (int64_t row = i * B; row < (i + 1) * B; ++row) move_weight(a.w + row * n, a.g + row * n, a.means + i * n, m, v, n, s);
+    float m_in_full[CHUNK], v_in_full[CHUNK];
+    spread<B>(mean_in_full, mean, n);
+    spread<B>(m_in_full, m, n);
+    spread<B>(v_in_full, v, n);
+    move_weight(w, g, mean_in_full, m_in_full, v_in_full, n * B, s);
   }
-  return true;
+}
+
+template <int B, int RESIDUAL>
+void neighbours_in_a_column(Matrix a, Step s, int threads) {
+  const int64_t columns = a.columns, strips = (columns + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < a.rows * strips; ++p) {
+    float mean[CHUNK];
+    const int64_t row = p / strips, from = p % strips * CHUNK, n = std::min(CHUNK, columns - from);
+    float *w = a.w + row * B * columns + from, *m = a.m + row * columns + from, *v = a.v + row * columns + from;
+    const float* g = a.g + row * B * columns + from;
+    means_of_rows<B>(mean, g, columns, n, s.sign / B);
+    if constexpr (RESIDUAL == IN_FIRST) {
+      float square[CHUNK];
+      means_of_rows<B, true>(square, g, columns, n, 1.0f / B);
+      move_block_moments(m, v, mean, square, n, s);
+      for (int64_t j = 0; j < B; ++j) move_weight_by_blocks<1>(w + j * columns, g + j * columns, mean, square, n, s);
+      continue;
+    }
+    move_moments(m, v, mean, n, s);
+    if constexpr (RESIDUAL == NONE) updates_of_means(mean, m, v, n, s);
+    for (int64_t j = 0; j < B; ++j) {
+      if constexpr (RESIDUAL == NONE) move_weight_by_means(w + j * columns, mean, n, s);
+      else move_weight(w + j * columns, g + j * columns, mean, m, v, n, s);
+    }
+  }
 }
 
 }  // namespace
 
-// One step, in place, on w (rows tall x columns wide) with g; m and v are rows x columns, the scratch `means` twice that (once but for
-// IN_FIRST). One of tall and wide is 1.
+// One step, in place, on w (rows tall x columns wide) with g; m and v are rows x columns. One of tall and wide is 1.
 // 1: done; 0: g is not finite, and nothing was changed; -1: no code for these blocks.
-extern "C" int galore_block_means(float* w, const float* g, float* m, float* v, float* means, int64_t rows, int64_t columns, int64_t tall,
-                                  int64_t wide, float new1, float new2, float size, float eps, float decay, float sign, int residual,
-                                  int threads) {
-  const Matrix a{w, g, m, v, means, means + rows * columns, rows, columns};
+extern "C" int galore_block_means(float* w, const float* g, float* m, float* v, int64_t rows, int64_t columns, int64_t tall, int64_t wide,
+                                  float new1, float new2, float size, float eps, float decay, float sign, int residual, int threads) {
+  const Matrix a{w, g, m, v, rows, columns};
   const Step s{new1, new2, size, eps, decay, sign};
 #define BLOCKS(B, RESIDUAL)                                                                      \
-  if (wide == B && tall == 1) return neighbours_in_a_row<B, RESIDUAL>(a, s, threads);             \
-  if (tall == B && wide == 1) return neighbours_in_a_column<B, RESIDUAL>(a, s, threads);
+  if (wide == B && tall == 1) move = neighbours_in_a_row<B, RESIDUAL>;                            \
+  if (tall == B && wide == 1) move = neighbours_in_a_column<B, RESIDUAL>;
 #define RESIDUALS(B)                                                                             \
   if (residual == NONE) { BLOCKS(B, NONE) }                                                       \
   if (residual == IN_BOTH) { BLOCKS(B, IN_BOTH) }                                                 \
   if (residual == IN_FIRST) { BLOCKS(B, IN_FIRST) }
+  void (*move)(Matrix, Step, int) = nullptr;
   RESIDUALS(2) RESIDUALS(4) RESIDUALS(8) RESIDUALS(16) RESIDUALS(32)
-  return -1;
+  if (move == nullptr) return -1;
+  if (!is_finite(g, rows * columns * tall * wide, threads)) return 0;
+  move(a, s, threads);
+  return 1;
 }

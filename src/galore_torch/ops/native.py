@@ -60,7 +60,7 @@ def library() -> Any:
         )
         found = ctypes.CDLL(built)
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        found.galore_block_means.argtypes = [pointer] * 5 + [count] * 4 + [number] * 6 + [ctypes.c_int] * 2
+        found.galore_block_means.argtypes = [pointer] * 4 + [count] * 4 + [number] * 6 + [ctypes.c_int] * 2
     except Exception as failure:  # whatever a compiler or a read-only folder may complain of
         warn_of("the C++ operator of block means", failure)
         return None
@@ -89,7 +89,6 @@ def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], how: 
     m, v = moments
     rows, columns = m.numel() // m.shape[-1], m.shape[-1]
     tall, wide = weight.shape[-2] // m.shape[-2], weight.shape[-1] // m.shape[-1]
-    means = m.new_empty(m.numel() * (2 if how.residual == 2 else 1)) if tall > 1 else m  # not looked at where neighbours stand in a row
-    pointers = (weight.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), means.data_ptr())
+    pointers = (each.data_ptr() for each in (weight, grad, m, v))
     done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *how.numbers, how.residual, torch.get_num_threads())
     return None if done < 0 else bool(done)
