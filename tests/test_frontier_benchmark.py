@@ -108,10 +108,11 @@ def test_a_run_is_a_line_and_the_table_is_made_of_lines(
     assert table.frontier(scores) == {"fold", "galore"}
     assert table.difference(scores[1], scores[2]) == "-0.100 (-0.100 to -0.100)"
     assert scores[1].tried == {0.01: 3.01, 0.02: 3.02}
-    costs = {"galore": {"of_adamw": 2.5, "slowest": 1.2, "all_in": 30.0, "mode": "direct"}}
+    steps = {"512": {"of_adamw": 2.5, "slowest": 1.2}, "1024": {"of_adamw": 2.0, "slowest": 1.1}}
+    costs = {"galore": {"steps": steps, "all_in": 30.0, "mode": "direct"}}
     (row,) = (line for line in table.measured(scores, costs).splitlines() if "GaLore, n/4" in line)
     assert row.startswith("| **GaLore, n/4** | 3.00 | 3.000 |")
-    assert "| 2.50 | 1.20 | 30.0, direct | 0.01 (0.01, 0.02) |" in row
+    assert "| 2.50; 2.00 | 1.20; 1.10 | 30.0, direct | 0.01 (0.01, 0.02) |" in row
     table.picture(tmp_path / "small.png", scores, costs)
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="galore has reported seeds at several rates"):
@@ -127,3 +128,16 @@ def test_memory_counts_weights_state_and_the_peak_of_a_step(
     assert [row["mode"] for row in found.values()] == ["full", "direct_update", "update"]
     assert found["adamw"]["all_in"] > 4 + 8 + 4, "weights, moments and a gradient"
     assert found["galore"]["all_in"] < found["adamw"]["all_in"]
+
+
+def test_a_method_whose_steps_take_long_has_fewer_rounds(
+    modules: dict[str, ModuleType], task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that says that GaLore's steps take a second each, and AdamW's a thousandth."""
+    cost = modules["cost"]
+    monkeypatch.setattr(
+        cost.Timed, "step", lambda self: self.seconds.append(1.0 if type(self.optimizer).__name__ == "GaLoreAdamW" else 1e-3)
+    )
+    found = cost.times(["galore"], task, rounds=60, warm_up=60, seconds=20.0)
+    assert {name: row["rounds"] for name, row in found.items()} == {"adamw": 60, "galore": cost.LEAST}
+    assert found["galore"]["of_adamw"] == pytest.approx(1000)

@@ -2,10 +2,11 @@
 
     python benchmarks/frontier/cost.py [--methods NAME...] [--rounds 60]
 
-Steps are timed in turns, one thread, on two blocks of LLaMA-60M (width 512, r = 128), gradients given; the matrices alone. Memory is that
-of the frontier's own small model at one sequence of 128 tokens: weights, state, and the most that a forward pass, a backward pass and a
-step have out at once, by the allocator; gradients as `fused_backward` keeps them where the method takes it, else in full. Both go into
-costs.json, which the table reads. Time on an idle machine.
+Steps are timed in turns, one thread, on blocks as wide as LLaMA-60M's and 350M's (two of width 512, r = 128; one of 1024, r = 256),
+gradients given; the matrices alone. A method whose steps take long has fewer rounds. Memory is that of the frontier's own small model at
+one sequence of 128 tokens: weights, state, and the most that a forward pass, a backward pass and a step have out at once, by the allocator;
+gradients as `fused_backward` keeps them where the method takes it, else in full. Both go into costs.json, which the table reads. Time on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain"))
 from allocator import peak_bytes
+from contest import Task
 from methods import METHODS, matrices
 from run import REST_LR, SMALL
 from small_llama import loss, machine
@@ -35,20 +37,24 @@ from galore_torch.optim.base import LowRankOptimizer
 from galore_torch.train.optimizers.registry import state_bytes
 
 COSTS = Path(__file__).resolve().parent / "costs.json"
-BLOCKS = replace(SMALL, hidden=512, inner=1376, layers=2, heads=8, rank=128)
+BLOCKS = {
+    512: replace(SMALL, hidden=512, inner=1376, layers=2, heads=8, rank=128),
+    1024: replace(SMALL, hidden=1024, inner=2736, layers=1, heads=16, rank=256),
+}
 BASE = "adamw"
+LEAST = 10  # rounds of a method that are counted
 
 
 class Timed:
     """A method's optimizer on a model of its own, and how long its steps took."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, blocks: Task):
         torch.manual_seed(0)
-        model = BLOCKS.model(0)
+        model = blocks.model(0)
         self.weights = matrices(model)
         for p in self.weights:
             p.grad = 1e-3 * torch.randn_like(p)
-        self.optimizer = METHODS[name].build(model, BLOCKS, 1e-3)
+        self.optimizer = METHODS[name].build(model, blocks, 1e-3)
         if isinstance(self.optimizer, LowRankOptimizer):
             for group in self.optimizer.param_groups:
                 group["compile"] = True  # from the first step on, as a long run does after some hundred
@@ -62,16 +68,18 @@ class Timed:
         self.seconds.append(time.perf_counter() - start)
 
     def result(self, warm_up: int) -> dict[str, float]:
-        settled = self.seconds[warm_up:]
+        settled = self.seconds[min(warm_up, len(self.seconds) // 2) :]
         median = statistics.median(settled)
-        return {"ms": round(1e3 * median, 3), "slowest": round(max(settled) / median, 2)}
+        return {"ms": round(1e3 * median, 3), "slowest": round(max(settled) / median, 2), "rounds": len(settled)}
 
 
-def times(names: list[str], rounds: int, warm_up: int) -> dict[str, dict[str, float]]:
-    contenders = {name: Timed(name) for name in dict.fromkeys([BASE, *names])}
+def times(names: list[str], blocks: Task, rounds: int, warm_up: int, seconds: float) -> dict[str, dict[str, float]]:
+    """By name: the median step, the slowest over it, and the median over AdamW's. ``seconds``: of a method's steps, at most."""
+    contenders = {name: Timed(name, blocks) for name in dict.fromkeys([BASE, *names])}
     for _ in range(warm_up + rounds):
         for contender in contenders.values():
-            contender.step()
+            if len(contender.seconds) < 2 * LEAST or sum(contender.seconds) < seconds:
+                contender.step()
     found = {name: contender.result(warm_up) for name, contender in contenders.items()}
     return {name: {**row, "of_adamw": round(row["ms"] / found[BASE]["ms"], 3)} for name, row in found.items()}
 
@@ -113,15 +121,18 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--warm_up", type=int, default=60, help="rounds that are not counted: a refresh of every matrix is among them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a method's steps at one width, at most")
     parser.add_argument("--costs", type=Path, default=COSTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    stamp = {"date": str(date.today()), "machine": machine(), "rounds": arguments.rounds}
+    stamp = {"date": str(date.today()), "machine": machine()}
     found = json.loads(arguments.costs.read_text(encoding="utf-8")) if arguments.costs.exists() else {}
-    for name in arguments.methods:
-        found[name] = {**found.get(name, {}), **memory(name)}
-    for name, row in times(arguments.methods, arguments.rounds, arguments.warm_up).items():
-        found[name] = {**found.get(name, {}), **row, **stamp}
+    names = [BASE, *(name for name in arguments.methods if name != BASE)]
+    for name in names:
+        found[name] = {**memory(name), **stamp, "steps": {}}
+    for width, blocks in BLOCKS.items():
+        for name, row in times(names, blocks, arguments.rounds, arguments.warm_up, arguments.seconds).items():
+            found[name]["steps"][str(width)] = row
     arguments.costs.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -86,8 +86,15 @@ def difference(score: Score, base: Score) -> str:
 def measured(scores: list[Score], costs: Mapping[str, Any]) -> str:
     base = next(score for score in scores if score.name == BASE)
     best = frontier(scores)
-    header = ["method", "state, bytes an element", "loss, nats", "± s.d.", "less AdamW's, 95 % interval", "step, of fused AdamW's"]
-    header += ["slowest step, of the median", "all memory, bytes an element", "lr (tried)"]
+    header = [
+        "method",
+        "state, bytes an element",
+        "loss, nats",
+        "± s.d.",
+        "less AdamW's, 95 % interval",
+        "step, of fused AdamW's, at width 512; 1024",
+    ]
+    header += ["step, of fused AdamW's, at width 512; 1024", "slowest, of its median", "all memory, bytes an element", "lr (tried)"]
     rows = []
     for score in scores:
         cost, label = costs.get(score.name, {}), METHODS[score.name].label
@@ -98,13 +105,17 @@ def measured(scores: list[Score], costs: Mapping[str, Any]) -> str:
                 cell(score.mean, 3),
                 cell(statistics.stdev(score.losses.values()), 3),
                 difference(score, base),
-                cell(cost.get("of_adamw")),
-                cell(cost.get("slowest")),
+                each_width(cost, "of_adamw"),
+                each_width(cost, "slowest"),
                 cell(cost.get("all_in"), 1) + (f", {cost['mode']}" if "mode" in cost else ""),
                 f"{score.lr:g} ({', '.join(f'{lr:g}' for lr in sorted(score.tried))})",
             ]
         )
     return table(header, rows)
+
+
+def each_width(cost: Mapping[str, Any], key: str) -> str:
+    return "; ".join(cell(row[key]) for row in cost.get("steps", {}).values()) or cell(None)
 
 
 def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
@@ -114,11 +125,11 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    timed = [score for score in scores if "of_adamw" in costs.get(score.name, {})]
+    timed = [score for score in scores if costs.get(score.name, {}).get("steps")]
     panels = 2 if timed else 1
     figure, every = plt.subplots(1, panels, figsize=(7.5 * panels, 7.5), sharey=True, squeeze=False)
     axes = every[0]
-    costs_of = (scores, lambda score: score.bytes), (timed, lambda score: costs[score.name]["of_adamw"])
+    costs_of = (scores, lambda score: score.bytes), (timed, lambda score: costs[score.name]["steps"]["1024"]["of_adamw"])
     for axis, (some, at) in zip(axes, costs_of, strict=False):
         for score in some:
             method = METHODS[score.name]
@@ -145,7 +156,7 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
     axes[0].set_ylabel("held-out loss, nats a token: mean and standard error", fontsize=9)
     if timed:
         axes[1].set_xscale("log")
-        axes[1].set_xlabel("time of a step, of fused AdamW's (one thread, LLaMA-60M's matrices)", fontsize=9)
+        axes[1].set_xlabel("time of a step, of fused AdamW's (one thread, width 1024)", fontsize=9)
     figure.suptitle("Loss against cost: blue this package, orange others", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

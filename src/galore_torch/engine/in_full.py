@@ -25,8 +25,10 @@ def has_coded(view: ParamView) -> bool:
 
 
 def opened(view: ParamView, fuse: bool) -> ParamView:
-    """The same parameter with its moments in full; `close` puts them back. ``fuse``: whether the passes are compiled."""
+    """The same parameter with its moments in full, itself where they are; `close` puts them back. ``fuse``: whether passes are compiled."""
     region, device = _region(view), view.weight.device
+    if all(one.codec == "fp32" for one in region.moments):
+        return view
     values = {one.name: torch.empty(one.shape, dtype=one.compute_dtype, device=device) for one in region.moments}
     _run(_decode, region, fuse, values, _stored(view, region))
     return replace(view, state={**view.state, **values}, group={**view.group, "state_codec": "fp32"})

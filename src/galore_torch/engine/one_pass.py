@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import fuses, lift
-from galore_torch.engine.in_full import close, has_coded, opened
+from galore_torch.engine.in_full import close, opened
 from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import STREAMS
 from galore_torch.ops import write
 from galore_torch.ops.linalg import finite, readable
-from galore_torch.ops.native import AdamStep
+from galore_torch.ops.native import SIGNS, AdamStep
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import RULES, Rule
 
@@ -28,11 +28,10 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     It does it where the group lets a step be compiled. grad: the layout's view; its basis is the one that this step uses.
     """
     weight, state, group, layout, rule = view.weight, view.state, view.group, view.layout, view.rule
-    native, residual = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].means
+    native, residual = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].residual
     if native is None or residual is None or rule is not RULES["adam"] or not weight.numel():
         return False
-    is_coded = has_coded(view)
-    if group["carry"] or (group["state_codec"] != "fp32" and not is_coded) or isinstance(group["lr"], Tensor):
+    if group["carry"] or isinstance(group["lr"], Tensor):
         return False
     if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
         return False
@@ -40,23 +39,24 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     assert isinstance(rule, Rule)
     step = state["step"] + 1
-    lr, *new, eps = rule.numbers(group, step, rule.lr(weight, group, step))
+    rate = rule.lr(weight, group, step)
+    lr, *new, eps = rule.numbers(group, step, rate)
     decay_factor = 1 - group["lr"] * group["weight_decay"]
     late = decay_factor if group["decay"] == "after" else 1.0
     numbers = (*new, lr * group["scale"] * late, eps, decay_factor, -1.0 if group["maximize"] else 1.0)
     matrix = weight if weight.shape == layout.view else weight.view(layout.view)
-    full = opened(view, fuse=True) if is_coded else view
+    full = opened(view, fuse=True)
     moments = (full.state["exp_avg"], full.state["exp_avg_sq"])
     basis = (state[key] for stored in layout.bases.values() for key in stored.keys)
     seed = step * STREAMS + len(moments) if group["stochastic_rounding"] and write.can_round(weight) else None
-    is_finite = native(matrix, grad, (*moments, *basis), AdamStep(numbers, residual, seed))
-    if is_finite is None and view.projector.averages and weight.dtype == grad.dtype == torch.float32:
+    is_finite = native(matrix, grad, (*moments, *basis), AdamStep(numbers, residual, seed, rate * late))
+    if is_finite is None and view.projector.averages and residual != SIGNS and weight.dtype == grad.dtype == torch.float32:
         is_finite = _compiled(matrix, grad, moments, numbers, residual)
     if is_finite is None:
         return False
     if not is_finite:
         write.decay(weight, decay_factor)
-    elif is_coded:
+    elif full is not view:
         close(view, full, True if readable(grad) else finite(grad), step * STREAMS, fuse=True)
     torch.autograd.graph.increment_version(weight)  # neither a pointer nor a compiled pass tells autograd, which looks at the weight
     state["step"] = step
@@ -74,7 +74,7 @@ def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numb
 
 
 def means_pass(residual: int, weight: Tensor, grad: Tensor, moments: Any, numbers: Any) -> None:
-    """One step of Adam on the means of neighbours, in place; ``residual``: what of G is used beside them, as `ops.native.block_means` says.
+    """One step of Adam on the means of neighbours, in place; ``residual``: what of G is used beside them, as `AdamStep` says.
 
     weight, grad (... x m x n), moments m and v (... x r x c). numbers: those of `AdamStep`, and whether G is finite, 0-d, or
     None where it is.

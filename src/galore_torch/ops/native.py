@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("block_means.cpp")
+SOURCE = Path(__file__).with_name("adam_steps.cpp")
 # By what torch finds the processor to have, and not -march=native: a home folder may be shared by different machines.
 VECTORS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
@@ -24,16 +24,19 @@ VECTORS = {
 }
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
+SIGNS = 3  # of `AdamStep.residual`
+
 
 class AdamStep(NamedTuple):
     """What a step depends on but tensors. numbers: 1 - beta1, 1 - beta2, the step size with everything in it, eps, the factor of the
-    weight, and -1 to climb, else 1. residual: what the means leave of G is 0: not used, 1: put into both moments (FOAM, arXiv 2512.07112),
-    2: put into the first one, while the second averages the block's mean square (`slots.recovery.fold`). seed: that of stochastic
-    rounding, or None."""
+    weight, and -1 to climb, else 1. residual: what the subspace leaves of G is 0: not used, 1: put into both moments (FOAM, arXiv
+    2512.07112), 2: put into the first one, while the second averages the block's mean square (`slots.recovery.fold`), 3: moved against by
+    its sign alone (FRUGAL, arXiv 2411.07837), ``rest`` far. seed: that of stochastic rounding, or None."""
 
     numbers: tuple[float, ...]
     residual: int = 0
     seed: int | None = None
+    rest: float = 0.0
 
 
 # (weight, grad, the storage tensors of both moments and of the basis, how), as `block_means`.
@@ -60,9 +63,10 @@ def library() -> Any:
         )
         found = ctypes.CDLL(built)
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        found.galore_rows.argtypes = [pointer] * 4 + [count] * 4 + [number] * 7 + [ctypes.c_int]
         found.galore_block_means.argtypes = [pointer] * 4 + [count] * 4 + [number] * 6 + [ctypes.c_int] * 2
     except Exception as failure:  # whatever a compiler or a read-only folder may complain of
-        warn_of("the C++ operator of block means", failure)
+        warn_of("the C++ operator", failure)
         return None
     return found
 
@@ -83,7 +87,7 @@ def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], how: 
     weight and grad (m x n), moments m and v (m x r or r x n), all contiguous and on the CPU; in fp32, or there is none. A batch of matrices
     counts as a tall one.
     """
-    found = library() if weight.dtype == grad.dtype == torch.float32 else None
+    found = library() if weight.dtype == grad.dtype == torch.float32 and how.residual != SIGNS else None
     if found is None:
         return None
     m, v = moments
@@ -92,3 +96,21 @@ def block_means(weight: Tensor, grad: Tensor, moments: tuple[Tensor, ...], how: 
     pointers = (each.data_ptr() for each in (weight, grad, m, v))
     done: int = found.galore_block_means(*pointers, rows, columns, tall, wide, *how.numbers, how.residual, torch.get_num_threads())
     return None if done < 0 else bool(done)
+
+
+def rows(weight: Tensor, grad: Tensor, tensors: tuple[Tensor, ...], how: AdamStep) -> bool | None:
+    """One step of Adam on the rows of a set that follow each other, in place, and of the sign on all others; otherwise as `block_means`.
+
+    weight and grad (m x n); tensors: the moments (r x n) and the set (r), int64, of one matrix. A gradient counts as finite where its rows
+    of the set are; of the others each element counts by itself.
+    """
+    m, v, index = tensors
+    found = library() if weight.dtype == grad.dtype == torch.float32 and how.residual in (0, SIGNS) and index.dim() == 1 else None
+    if found is None:
+        return None
+    first, last = int(index[0]), int(index[-1])
+    if last - first != index.numel() - 1:  # a set of an older checkpoint may go on at the first row
+        return None
+    pointers = (each.data_ptr() for each in (weight, grad, m, v))
+    rest = how.rest if how.residual else 0.0
+    return bool(found.galore_rows(*pointers, *weight.shape, first, index.numel(), *how.numbers, rest, torch.get_num_threads()))

@@ -209,7 +209,7 @@ PROJECTORS: dict[str, Projector] = {
         rows_part,
         axes=(-2,),
         looks=False,
-        adam={"cuda": twins.in_triton("rows")},
+        adam={"cpu": native.rows, "cuda": twins.in_triton("rows")},
         basis="indices",
     ),
     "block_mean": Projector(

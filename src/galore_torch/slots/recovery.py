@@ -57,8 +57,8 @@ class Recovery:
     package, whose step size it knows. ``one_sided``: whether one axis alone may be projected. ``only``: the one rule, and the one
     projector or None for any, that it is written for; ``about`` says in words what it is then. ``remakes``: whether it makes an update of
     its own, not of N's size. ``whole``: whether it looks at whole matrices: one that is not smaller than its rank still takes it, and the
-    parts of one that processes share are skipped together. ``means``: which of the passes of `ops.native.block_means` does the same;
-    None: none.
+    parts of one that processes share are skipped together. ``residual``: which of those of `ops.native.AdamStep` does the same in one
+    pass; None: none.
     """
 
     apply: Callable[[WeightUpdate, Tensor, Seen], None]
@@ -70,7 +70,7 @@ class Recovery:
     about: str = ""
     remakes: bool = False
     whole: bool = False
-    means: int | None = None
+    residual: int | None = None
 
 
 def stateless(view: tuple[int, ...], axes: tuple[int, ...], compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -174,11 +174,11 @@ def apollo(change: WeightUpdate, N: Tensor, seen: Seen, axes: tuple[int, ...] | 
 def signs(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     """W <- decay_factor W - scale P N - lr sign(G - P R) (FRUGAL, arXiv 2411.07837, Alg. 1, with signSGD for what keeps no state).
 
-    With rows for a subspace those in turn have Adam, and all others the sign of their gradient. A residual that is not finite is left out.
+    With rows for a subspace those in turn have Adam, and all others the sign of their gradient. What is not finite of the residual is left
+    out, element by element: a sign says nothing of its neighbours.
     """
-    residual = residual_of(seen)
-    norm = norm_of(residual, seen, BOTH)
-    residual.nan_to_num_(0.0, 0.0, 0.0).sign_().mul_(norm.isfinite() & seen.is_finite).mul_(seen.lr * seen.sign)
+    residual = residual_of(seen).nan_to_num_(0.0, 0.0, 0.0).sign_()
+    residual.mul_(torch.as_tensor(seen.is_finite, device=residual.device)).mul_(seen.lr * seen.sign)
     add_both(change, residual, N, seen)
 
 
@@ -300,19 +300,19 @@ def orthogonal(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
 
 
 WHOLE = frozenset({"low", "grad"})
-_FOLDED = "Adam's step with the residual of block means"
+_MEANS: dict[str, Any] = {"only": ("adam", "block_mean"), "about": "Adam's step with the residual of block means", "remakes": True}
 
 RECOVERIES = {
-    "project_back": Recovery(project_back, stateless, means=0),
+    "project_back": Recovery(project_back, stateless, residual=0),
     "fira": Recovery(fira, partial(one_norm, "residual_norm"), WHOLE, native=True, one_sided=True),
     "apollo": Recovery(apollo, partial(one_norm, "update_norm"), WHOLE, native=True, one_sided=True),
     "apollo_mini": Recovery(partial(apollo, axes=BOTH), partial(one_norm, "update_norm"), WHOLE, native=True),
-    "sign": Recovery(signs, stateless, WHOLE, native=True),
+    "sign": Recovery(signs, stateless, WHOLE, native=True, residual=3),
     "rms": Recovery(unit_rms, stateless, WHOLE, native=True),
     "alice": Recovery(
         alice, alice_spec, WHOLE, native=True, one_sided=True, only=("adam", None), about="Adam's step with a residual over its energies"
     ),
-    "foam": Recovery(foam, stateless, WHOLE | {"moments"}, native=True, means=1, remakes=True, only=("adam", "block_mean"), about=_FOLDED),
-    "fold": Recovery(fold, stateless, WHOLE | {"moments"}, native=True, means=2, remakes=True, only=("adam", "block_mean"), about=_FOLDED),
+    "foam": Recovery(foam, stateless, WHOLE | {"moments"}, native=True, residual=1, **_MEANS),
+    "fold": Recovery(fold, stateless, WHOLE | {"moments"}, native=True, residual=2, **_MEANS),
     "orthogonal": Recovery(orthogonal, stateless, WHOLE, native=True, one_sided=True, remakes=True, whole=True),
 }

@@ -102,7 +102,7 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     recovery = RECOVERIES[group["recovery"]]
     reads, decoded = recovery.reads, {"fp32": 0, "bf16": 2 * low}.get(group["state_codec"], 5 * low)
     # Some rows of the update; for the residual R, both moments and G of them, and decoded moments.
-    if group["projector"] == "block_mean" and recovery.means in (0, 1):
+    if group["projector"] == "block_mean" and recovery.residual in (0, 1):
         short = layout.dtype.itemsize == 2
         product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
         if "moments" in reads:

@@ -1,7 +1,9 @@
-// Adam on the means of neighbours in one fp32 matrix, alone or with what the means leave of G: in both moments (FOAM, arXiv 2512.07112), or in
-// the first one, with one denominator a block. The plain road, slots/recovery.py, is its oracle. G is read twice, once to see that it is
+// Whole steps of Adam in one fp32 matrix. On the means of neighbours, alone or with what the means leave of G: in both moments (FOAM, arXiv
+// 2512.07112), or in the first one, with one denominator a block. On a block of rows, with the sign of G in all others or without (FRUGAL,
+// arXiv 2411.07837). The plain road, slots/recovery.py, is the oracle. What moments are made of is read twice, once to see that it is
 // finite; W and the moments are moved once.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -220,7 +222,48 @@ void neighbours_in_a_column(Matrix a, Step s, int threads) {
   }
 }
 
+void adam(float* w, const float* g, float* m, float* v, int64_t n, Step s, int threads) {
+  const int64_t parts = (n + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < parts; ++p) {
+    float own[CHUNK], update[CHUNK];
+    const int64_t at = p * CHUNK, count = std::min(CHUNK, n - at);
+    for (int64_t i = 0; i < count; ++i) own[i] = s.sign * g[at + i];
+    move_moments(m + at, v + at, own, count, s);
+    updates_of_means(update, m + at, v + at, count, s);
+    move_weight_by_means(w + at, update, count, s);
+  }
+}
+
+// w <- decay w - size sign(g); an element of g that is not finite moves nothing
+void signs(float* w, const float* g, int64_t n, float decay, float size, int threads) {
+  const int64_t parts = (n + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t p = 0; p < parts; ++p) {
+    float* __restrict to = w + p * CHUNK;
+    const float* __restrict from = g + p * CHUNK;
+    const int64_t count = std::min(CHUNK, n - p * CHUNK);
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = std::fabs(from[i]) <= FLT_MAX ? from[i] : 0.0f;
+      to[i] = decay * to[i] - size * static_cast<float>((x > 0) - (x < 0));
+    }
+  }
+}
+
 }  // namespace
+
+// One step, in place, on the rows of w (rows x columns) with g from `first` on, `some` of them, whose moments are m and v; the others decay, and
+// move by `rest` against the sign of g. 1: done; 0: g of the first is not finite, and nothing was changed.
+extern "C" int galore_rows(float* w, const float* g, float* m, float* v, int64_t rows, int64_t columns, int64_t first, int64_t some, float new1,
+                           float new2, float size, float eps, float decay, float sign, float rest, int threads) {
+  const int64_t from = first * columns, to = (first + some) * columns, end = rows * columns;
+  if (!is_finite(g + from, to - from, threads)) return 0;
+  adam(w + from, g + from, m, v, to - from, {new1, new2, size, eps, decay, sign}, threads);
+  if (rest == 0 && decay == 1) return 1;
+  signs(w, g, from, decay, sign * rest, threads);
+  signs(w + to, g + to, end - to, decay, sign * rest, threads);
+  return 1;
+}
 
 // One step, in place, on w (rows tall x columns wide) with g; m and v are rows x columns. One of tall and wide is 1.
 // 1: done; 0: g is not finite, and nothing was changed; -1: no code for these blocks.
