@@ -73,8 +73,8 @@ def muon(rank: float | str, gap: int | None = None, **keys: Any) -> Build:
     return build
 
 
-def named(name: str, **settings: Any) -> Build:
-    """One of the family by name, with the task's gap in place of its paper's, which is for longer runs."""
+def named(name: str, share: float = 1.0, **settings: Any) -> Build:
+    """One of the family by name, with the task's gap in place of its paper's, which is for longer runs; `share` of n/4 as its rank."""
 
     def build(model: nn.Module, task: Task, lr: float) -> torch.optim.Optimizer:
         method = FAMILY[name]
@@ -82,7 +82,7 @@ def named(name: str, **settings: Any) -> Build:
         first, second = method.settings.get("betas", (0.9, 0.999))
         late = {"random_after": task.steps // 2} if method.needs else {}
         own = {"betas": (first, beta2(task, second)), **gap, **late, **settings}
-        return low_rank_optimizer(groups(model, method.rank or task.rank), name, lr=lr, **own)
+        return low_rank_optimizer(groups(model, method.rank or round(share * task.rank)), name, lr=lr, **own)
 
     return build
 
@@ -102,6 +102,8 @@ def _stateless(direction: Any) -> Build:
 
 
 Q = {"state_codec": "int8", "basis_codec": "int4"}
+# Moments of the small task's rank n/8 have 2,048 elements, below the usual bound, and a wider model's have not.
+HALF = {"state_codec": "int8", "carry_codec": "int4", "basis_codec": "bf16", "min_8bit_size": 1024}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", full(partial(torch.optim.AdamW, fused=True)), 0.0025, ours=False),
@@ -120,6 +122,7 @@ METHODS: dict[str, Method] = {
     "foam": Method("FOAM, n/4, 8-bit", named("foam", state_codec="int8"), 0.01),
     "frugal": Method("FRUGAL, n/4, 8-bit", named("frugal", state_codec="int8"), 0.00063),
     "ldadam": Method("LDAdam, n/4, int8 error", named("ldadam", state_codec="int8", carry_codec="int8"), 0.0025),
+    "ldadam_half": Method("LDAdam, n/8, 4-bit error, bf16 basis", named("ldadam", 0.5, **HALF), 0.00354),
     "alice0": Method("Alice-0, n/4, 8-bit", named("alice0", state_codec="int8"), 0.01),
     "muon_fp32": Method("Muon, fp32", muon("full", state_codec="fp32"), 0.005),
     "sinkgd": Method("SinkGD", _stateless(sinkgd), 0.00125, ours=False),

@@ -196,6 +196,15 @@ def test_what_a_gradient_that_is_not_finite_leaves_alone(compile: bool, place: i
         assert torch.equal(moved, moves)
 
 
+def test_codes_of_rows_take_the_plain_road_where_the_host_may_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the pass sees to its rows, and nobody tells whether their codes are to be written."""
+    start, settings = torch.randn(64, 96), {**ROWS, **CODECS["int8"], "steps": 3}
+    expected, _ = trained(start, False, **settings)
+    monkeypatch.setattr(one_pass, "readable", lambda _: False)
+    monkeypatch.setattr(native, "library", None)
+    torch.testing.assert_close(trained(start, True, **settings)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [{"batch": True}, {"weight": torch.bfloat16}, {"index": True}, {"recovery": "rms"}])
 def test_rows_are_not_taken_where_it_would_be_wrong(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices whose sets may differ, other dtypes, a set that goes on at the first row, and another residual."""

@@ -17,18 +17,21 @@ from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import Rule
 
 
-def has_coded(view: ParamView) -> bool:
-    """Whether its recovery reads moments that are not stored as they are."""
-    if "moments" not in RECOVERIES[view.group["recovery"]].reads:
-        return False
-    return any(stored.codec != "fp32" for stored in _region(view).moments)
+def is_coded(view: ParamView) -> bool:
+    """Whether a moment is not stored as it is."""
+    return any(one.codec != "fp32" for one in _region(view).moments)
+
+
+def reads_coded(view: ParamView) -> bool:
+    """Whether the recovery reads such moments."""
+    return "moments" in RECOVERIES[view.group["recovery"]].reads and is_coded(view)
 
 
 def opened(view: ParamView, fuse: bool) -> ParamView:
     """The same parameter with its moments in full, itself where they are; `close` puts them back. ``fuse``: whether passes are compiled."""
-    region, device = _region(view), view.weight.device
-    if all(one.codec == "fp32" for one in region.moments):
+    if not is_coded(view):
         return view
+    region, device = _region(view), view.weight.device
     values = {one.name: torch.empty(one.shape, dtype=one.compute_dtype, device=device) for one in region.moments}
     _run(_decode, region, fuse, values, _stored(view, region))
     return replace(view, state={**view.state, **values}, group={**view.group, "state_codec": "fp32"})

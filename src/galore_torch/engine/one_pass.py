@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import fuses, lift
-from galore_torch.engine.in_full import close, opened
+from galore_torch.engine.in_full import close, is_coded, opened
 from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import STREAMS
@@ -34,6 +34,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     if group["carry"] or isinstance(group["lr"], Tensor):
         return False
     if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
+        return False
+    if not (readable(grad) or view.projector.averages) and is_coded(view):  # which rows are finite is known on the device alone
         return False
     if not fuses(weight, weight.numel(), group, state["step"]):
         return False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine import fused
-from galore_torch.engine.in_full import close, has_coded, opened
+from galore_torch.engine.in_full import close, opened, reads_coded
 from galore_torch.engine.layout import AnyRule, Group, Layout, ParamView, State, bases_of
 from galore_torch.engine.layout import layout_of as layout_of
 from galore_torch.engine.layout import view_of as view_of
@@ -210,7 +210,7 @@ def _is_seen_whole(view: ParamView) -> bool:
 
 def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Tensor | None, rule: Rule) -> None:
     weight, group, layout, step = view.weight, view.group, view.layout, view.state["step"] + 1
-    if layout.ranks and has_coded(view):
+    if layout.ranks and reads_coded(view):
         fuse = fused.fuses(weight, low.numel(), group, view.state["step"])
         full = opened(view, fuse)
         _apply_rule(full, low, is_finite, grad, rule)
