@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from galore_torch.ops.linalg import orthonormalize
 from galore_torch.slots.rules import Moment
+from galore_torch.slots.structured import rows_overlap
+from galore_torch.slots.subspace import kept_share
 from galore_torch.slots.transport import TRANSPORTS
 
 
@@ -89,3 +93,26 @@ def test_reset_forgets_moments_and_leaves_what_is_no_moment() -> None:
     C, value = {-2: torch.eye(4).double()}, torch.rand(4, 2).double()
     assert not moved("reset", C, value, "first").any()
     assert not moved("reset", C, value, "second").any()
+
+
+@pytest.mark.parametrize("transport", ["rotate", "predict"])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_places_of_a_set_of_rows_are_what_their_matrix_of_ones_is(batch: tuple[int, ...], transport: str) -> None:
+    """Rows that stay, change their place, or are new: moments of R's shape, and those averaged over either axis."""
+    old = torch.stack([torch.randperm(9)[:4] for _ in range(2)])[: len(batch) + 1]
+    new = torch.stack([torch.randperm(9)[:5] for _ in range(2)])[: len(batch) + 1]
+    old, new = (index if batch else index[0] for index in (old, new))
+    places = rows_overlap({-2: new}, {-2: old})
+    C = (new.unsqueeze(-1) == old.unsqueeze(-2)).double()
+    torch.testing.assert_close(kept_share(places).double(), kept_share({-2: C}) * 4 / 5)
+    m, v = torch.randn(*batch, 4, 7).double(), torch.rand(*batch, 4, 7).double()
+    moments: dict[str, Any] = {"exp_avg": Moment("first"), "exp_avg_sq": Moment("second")}
+    values = {"exp_avg": m, "exp_avg_sq": v}
+    if transport == "rotate":
+        moments |= {"rows": Moment("second", mean_over=-1), "columns": Moment("second", mean_over=-2)}
+        values |= {"rows": v.mean(-1), "columns": v.mean(-2)}
+    group = {"betas": (0.9, 0.99)}
+    by_place, by_matrix = (dict(TRANSPORTS[transport].apply(each, values, moments, group, 3)) for each in (places, {-2: C}))
+    assert by_place.keys() == by_matrix.keys() == values.keys()
+    for name in values:
+        torch.testing.assert_close(by_place[name], by_matrix[name])

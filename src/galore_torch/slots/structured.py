@@ -81,8 +81,9 @@ def rows_part(bases: Bases) -> slice | None:
 
 
 def rows_overlap(new: Bases, old: Bases) -> Overlaps:
-    """C is 1 where two rows are the same one, else 0."""
-    return {-2: (new[-2].unsqueeze(-1) == old[-2].unsqueeze(-2)).float()}  # (r', 1) == (1, r)
+    """The place of each row in the old set, -1 where it is new."""
+    found, place = (new[-2].unsqueeze(-1) == old[-2].unsqueeze(-2)).to(torch.uint8).max(-1)  # (r', 1) == (1, r)
+    return {-2: torch.where(found > 0, place, -1)}
 
 
 # --- means of neighbours -----------------------------------------------------------------------------------------------

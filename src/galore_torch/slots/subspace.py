@@ -20,7 +20,8 @@ from galore_torch.ops.codecs import Seed, TensorSpec
 
 Ranks = Mapping[int, int]  # axis (-2 = rows, -1 = columns) -> its rank
 Bases = dict[int, Tensor]
-Overlaps = dict[int, Tensor]  # axis -> C = new basis^T old basis (... x r' x r), or of single elements the place of each in the old set (k)
+# axis -> C = new basis^T old basis (... x r' x r), or of a set of rows or elements the place of each in the old one (... x r'), -1: new
+Overlaps = dict[int, Tensor]
 
 
 class Stored(Protocol):
@@ -82,11 +83,16 @@ class Projector:
 def kept_share(C: Overlaps) -> Tensor:
     """||C||_F^2 / r, the share of the old subspace that the new one kept: 1 the same, about r / m unrelated; the mean over axes.
 
-    One for each matrix of a batch (...), 0-d for one. Blind to signs and to rotations within the subspace. Of single elements it is the
-    share of the set that stayed.
+    One for each matrix of a batch (...), 0-d for one. Blind to signs and to rotations within the subspace. Of a set it is the share that
+    stayed.
     """
     return torch.stack([_kept(each) for each in C.values()]).mean(0)
 
 
 def _kept(C: Tensor) -> Tensor:
-    return (C >= 0).float().mean() if C.dim() == 1 else linalg.squared(C).sum((-2, -1)) / C.shape[-1]
+    return (C >= 0).float().mean(-1) if is_set(C) else linalg.squared(C).sum((-2, -1)) / C.shape[-1]
+
+
+def is_set(C: Tensor) -> bool:
+    """Whether it is places in a set, and no matrix."""
+    return C.dtype == torch.int64

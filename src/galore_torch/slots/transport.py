@@ -10,7 +10,7 @@ from torch import Tensor
 
 from galore_torch.ops.linalg import mode_product, squared
 from galore_torch.slots.rules import Group, Moment
-from galore_torch.slots.subspace import Overlaps
+from galore_torch.slots.subspace import Overlaps, is_set
 
 Values = Mapping[str, Tensor]  # the moments in the old basis, by name
 
@@ -19,9 +19,9 @@ Values = Mapping[str, Tensor]  # the moments in the old basis, by name
 class Transport:
     """``apply(C, values, moments, group, step)`` yields (name, its value in the new basis) for every moment that changes.
 
-    C: new basis^T old basis (r' x r) for each projected axis; of single elements the place of each in the old set (k), -1 where it is
-    new. ``values`` holds all moments of one parameter, each decoded when it is looked up; what is yielded is stored at once, so look up
-    what a value depends on before you yield. ``step``: how many steps have made them.
+    C: new basis^T old basis (r' x r) for each projected axis; of a set of rows or elements the place of each in the old set (r'), int64,
+    -1 where it is new. ``values`` holds all moments of one parameter, each decoded when it is looked up; what is yielded is stored at
+    once, so look up what a value depends on before you yield. ``step``: how many steps have made them.
     ``turns``: whether it reads C. ``adam``: whether it is written for Adam's two moments.
     """
 
@@ -50,26 +50,40 @@ def rotate(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Gr
     make its first updates 1 / sqrt(1 - beta2) times too large. Every C_ij enters squared, so flipping a basis vector
     changes nothing; C = I is the identity; r = m leaves basis m unchanged. Of a complex basis C * C is |C|^2.
     A tensor's moments are carried along each of its modes. One averaged over an axis (Adafactor's factors) has the others alone.
-    Of single elements those that stay in the set keep theirs, and new ones have m = 0 and the mean v.
+    Of a set of rows or elements those that stay keep theirs, and new ones have m = 0 and the mean v.
     """
     for name, moment in moments.items():
-        value = values[name]
+        value, second = values[name], moment.kind == "second"
         for axis, matrix in C.items():
             if axis == moment.mean_over:
                 continue
-            if matrix.dim() == 1:
-                value = torch.where(matrix >= 0, value[matrix.clamp_min(0)], value.mean() if moment.kind == "second" else 0.0)
-                continue
-            if moment.kind == "second":
-                matrix = squared(matrix).to(value.dtype)
-                lost = (1 - matrix.sum(-1, keepdim=True)).clamp_min(0)
-                matrix = matrix + lost / matrix.shape[-1]  # the mean is a product with a constant matrix
-            matrix = matrix.to(value.dtype)
-            if moment.mean_over is None:
-                value = mode_product(value, matrix, axis)
-            else:  # the axis that is missing keeps its place, with a length of 1
-                value = mode_product(value.unsqueeze(moment.mean_over), matrix, axis).squeeze(moment.mean_over)
+            if moment.mean_over is not None:  # the axis that is missing keeps its place, with a length of 1
+                value = value.unsqueeze(moment.mean_over)
+            if is_set(matrix):
+                value = _chosen(value, matrix, axis, value.mean(axis, keepdim=True) if second else 0.0)
+            else:
+                value = mode_product(value, (_spreading(matrix) if second else matrix).to(value.dtype), axis)
+            if moment.mean_over is not None:
+                value = value.squeeze(moment.mean_over)
         yield name, value
+
+
+def _spreading(C: Tensor) -> Tensor:
+    """C * C, with what a row of it has lost spread over all of the row: the mean is a product with a constant matrix."""
+    matrix = squared(C)
+    lost = (1 - matrix.sum(-1, keepdim=True)).clamp_min(0)
+    return matrix + lost / matrix.shape[-1]
+
+
+def _chosen(value: Tensor, places: Tensor, axis: int, new: Tensor | float) -> Tensor:
+    """The slices of ``value`` along ``axis`` at these places (... x r'), and ``new`` where there is none."""
+    behind = places[(..., *[None] * max(0, -1 - axis))]  # one for each dimension after the axis
+    there = behind.clamp_min(0)
+    if places.dim() == 1:
+        kept = value.index_select(axis, there.flatten())
+    else:
+        kept = value.gather(axis, there.expand(*places.shape, *value.shape[places.dim() :]))
+    return torch.where(behind >= 0, kept, new)
 
 
 def predict(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:
@@ -85,6 +99,9 @@ def predict(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: G
     mean = squared(m / (1 - beta1**step)).mul_(seen)
     spread, turned = v - mean, m
     for axis, matrix in C.items():
+        if is_set(matrix):
+            spread, turned = (_chosen(value, matrix, axis, 0.0) for value in (spread, turned))
+            continue
         spread = mode_product(spread, squared(matrix).to(v.dtype), axis)
         turned = mode_product(turned, matrix.to(m.dtype), axis)
     yield "exp_avg_sq", spread.add_(squared(turned), alpha=seen / (1 - beta1**step) ** 2).abs_()
