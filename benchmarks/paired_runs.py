@@ -22,8 +22,10 @@ GRID = tuple(round(0.01 * 2 ** (step / 2), 5) for step in range(-16, 9))
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 5 %, of 1, 2, ... degrees of freedom
 
 
-def train(task: Any, model: nn.Module, built: Mapping[torch.optim.Optimizer, float], seed: int, tokens: Tensor, label: str) -> None:
-    """Train `model` by the seed's batches with optimizers and their peak rates."""
+def train(
+    task: Any, model: nn.Module, built: Mapping[torch.optim.Optimizer, float], seed: int, tokens: Tensor, label: str, bf16: bool = False
+) -> None:
+    """Train `model` by the seed's batches with optimizers and their peak rates. ``bf16``: matrices multiply in that, by autocast."""
     stream = batches(tokens, task.length, task.batch, seed)
     for step in range(task.steps):
         for optimizer, peak in built.items():
@@ -31,7 +33,9 @@ def train(task: Any, model: nn.Module, built: Mapping[torch.optim.Optimizer, flo
                 group["lr"] = peak * task.lr_factor(step, "")
         inputs, targets = (whole.to(task.device) for whole in next(stream))
         for some_inputs, some_targets in zip(inputs.split(task.micro), targets.split(task.micro), strict=True):
-            (loss(model, some_inputs, some_targets) * (len(some_inputs) / task.batch)).backward()
+            with torch.autocast(task.device, torch.bfloat16, enabled=bf16):
+                part = loss(model, some_inputs, some_targets)
+            (part * (len(some_inputs) / task.batch)).backward()
         for optimizer in built:
             optimizer.step()
             optimizer.zero_grad()

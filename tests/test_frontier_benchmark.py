@@ -90,6 +90,9 @@ def test_a_run_is_a_line_and_the_table_is_made_of_lines(
     real = run.measure(task, "muon_fp32", 0, 5e-3, data)
     assert real["bytes"] == pytest.approx(4, abs=0.01)
     assert 0 < real["loss"] < 6
+    narrow = run.measure(task, "muon_fp32", 0, 5e-3, data, bf16=True)["loss"]
+    assert narrow != real["loss"]
+    assert narrow == pytest.approx(real["loss"], abs=0.02)
     monkeypatch.setitem(run.TASKS, "small", task)
 
     def lines(name: str, held: float, losses: list[float]) -> list[str]:

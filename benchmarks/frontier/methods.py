@@ -124,6 +124,7 @@ METHODS: dict[str, Method] = {
     "ldadam": Method("LDAdam, n/4, int8 error", named("ldadam", state_codec="int8", carry_codec="int8"), 0.0025),
     "ldadam_half": Method("LDAdam, n/8, 4-bit error, bf16 basis", named("ldadam", 0.5, **HALF), 0.00354),
     "alice0": Method("Alice-0, n/4, 8-bit", named("alice0", state_codec="int8"), 0.01),
+    "alice0_bf16": Method("Alice-0, n/4, 8-bit, bf16 basis", named("alice0", state_codec="int8", basis_codec="bf16"), 0.02),
     "muon_fp32": Method("Muon, fp32", muon("full", state_codec="fp32"), 0.005),
     "sinkgd": Method("SinkGD", _stateless(sinkgd), 0.00125, ours=False),
     "scale": Method("SCALE", _stateless(scale), 0.00125, ours=False),

@@ -36,19 +36,20 @@ TASKS = {
     "big_batch": replace(SMALL, batch=128, micro=16, steps=250),
     "large": replace(SMALL, hidden=256, inner=688, rank=64, batch=16, steps=2000, gap=200),
 }
+IN_BF16 = {"big_batch", "large"}  # whose matrices multiply in bf16, by autocast: a run of "large" takes 20 minutes so, and 35 in fp32
 REST_LR = 0.01
 RESULTS = Path(__file__).resolve().parent / "results.jsonl"
 
 
-def measure(task: Task, name: str, seed: int, lr: float, data: dict[str, Tensor]) -> dict[str, Any]:
-    """One run: held-out loss in nats a token, and bytes of the matrices' state an element."""
+def measure(task: Task, name: str, seed: int, lr: float, data: dict[str, Tensor], bf16: bool = False) -> dict[str, Any]:
+    """One run: held-out loss in nats a token, in fp32, and bytes of the matrices' state an element."""
     model = task.model(seed)
     own = METHODS[name].build(model, task, lr)
     chosen = set(map(id, matrices(model)))
     elements = sum(p.numel() for p in model.parameters() if id(p) in chosen)
     others = [p for p in model.parameters() if id(p) not in chosen]
     rest = torch.optim.AdamW(others, lr=REST_LR, betas=(0.9, beta2(task)), weight_decay=0.0, fused=True)
-    train(task, model, {own: lr, rest: REST_LR}, seed, data["train"], f"{name}, lr {lr:g}")
+    train(task, model, {own: lr, rest: REST_LR}, seed, data["train"], f"{name}, lr {lr:g}", bf16)
     return {
         "loss": held_out_loss(model, task, data["held_out"]),
         "bytes": round(state_bytes(own) / elements, 4),
@@ -73,8 +74,9 @@ def main() -> None:
     task = replace(TASKS[arguments.task], device=arguments.device)
     tokens = saved_tokens(arguments, task)
     data = load_file(tokens)
-    common = {"task": asdict(task), "tokens": tokens.name, "rest_lr": REST_LR}
-    results = Results(arguments.results, common, lambda name, seed, lr: measure(task, name, seed, lr, data))
+    bf16 = arguments.task in IN_BF16
+    common = {"task": asdict(task), "tokens": tokens.name, "rest_lr": REST_LR, **({"bf16": True} if bf16 else {})}
+    results = Results(arguments.results, common, lambda name, seed, lr: measure(task, name, seed, lr, data, bf16))
     for name in arguments.methods:
         lr, _ = best_on_grid(lambda value, name=name: results.loss(name, TUNING_SEED, value), METHODS[name].start, GRID)
         for seed in arguments.seeds:

@@ -22,7 +22,7 @@ from cost import COSTS
 from methods import METHODS
 from paired_runs import paired
 from report import cell, table
-from run import RESULTS, TASKS
+from run import IN_BF16, RESULTS, TASKS
 from tuning import TUNING_SEED
 
 from galore_torch.train.report.palette import INK, PALETTE
@@ -164,10 +164,10 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
 
 
 def report(task: str, scores: list[Score], costs: Mapping[str, Any]) -> str:
-    given = TASKS[task]
+    given, bf16 = TASKS[task], ", products in bf16" if task in IN_BF16 else ""
     settings = (
         f"LLaMA of width {given.hidden}, {given.layers} layers, vocabulary {given.vocab}; {given.steps} updates of {given.batch} x "
-        f"{given.length} tokens; warm-up over a tenth, cosine to {given.floor:.0%}; n/4 is rank {given.rank}, gap {given.gap}; seeds "
+        f"{given.length} tokens{bf16}; warm-up over a tenth, cosine to {given.floor:.0%}; n/4 is rank {given.rank}, gap {given.gap}; seeds "
         f"{', '.join(map(str, sorted(scores[0].losses)))}, rates tuned on seed {TUNING_SEED}"
     )
     return f"{settings}\n\n{measured(scores, costs)}\n"
