@@ -30,7 +30,8 @@ def train(
     for step in range(task.steps):
         for optimizer, peak in built.items():
             for group in optimizer.param_groups:
-                group["lr"] = peak * task.lr_factor(step, "")
+                lr = peak * task.lr_factor(step, "")
+                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr  # torchao's optimizers want their own tensor
         inputs, targets = (whole.to(task.device) for whole in next(stream))
         for some_inputs, some_targets in zip(inputs.split(task.micro), targets.split(task.micro), strict=True):
             with torch.autocast(task.device, torch.bfloat16, enabled=bf16):

@@ -26,6 +26,7 @@ from galore_torch import GaLoreAdamW
 from galore_torch.engine.layout import layout_of
 from galore_torch.ops.native import AdamStep, library
 from galore_torch.slots.projectors import PROJECTORS
+from galore_torch.slots.recovery import RECOVERIES
 
 ADAMW = "torch AdamW, fused"
 MEANS = {"projector": "block_mean", "recovery": "foam"}
@@ -34,7 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rows": {"projector": "rows", "update_proj_gap": NEVER},
     "rows, weight decay": {"projector": "rows", "update_proj_gap": NEVER, "weight_decay": 0.1},
     "rows, compile=False": {"projector": "rows", "update_proj_gap": NEVER, "compile": False},
+    "frugal": {"projector": "rows", "update_proj_gap": NEVER, "recovery": "sign"},
     "block means": {"projector": "block_mean"},
+    "fold": {"projector": "block_mean", "recovery": "fold"},
     "foam": MEANS,
     "foam, neighbours in a row": {**MEANS, "proj_type": "right"},
     "foam, neighbours in a column": {**MEANS, "proj_type": "left"},
@@ -56,14 +59,15 @@ def ours(settings: dict[str, Any]) -> Any:
 
 def operator_alone(contender: Contender) -> Callable[[], None]:
     """The C++ operator, or Triton's kernel, on every matrix, with nothing of the optimizer around it: what Python's part of a step is."""
-    optimizer = contender.optimizer
-    states = [(p.detach(), p.grad, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in contender.params]
-    numbers = (0.1, 1e-3, 1e-9, 1e-6, 1.0, 1.0)
+    optimizer, group = contender.optimizer, contender.optimizer.param_groups[0]
+    keys = ("exp_avg", "exp_avg_sq", *(["basis"] if group["projector"] == "rows" else []))
+    states = [(p.detach(), p.grad, tuple(optimizer.state[p][key] for key in keys)) for p in contender.params]
+    how = AdamStep((0.1, 1e-3, 1e-9, 1e-6, 1.0, 1.0), RECOVERIES[group["recovery"]].residual or 0, rest=1e-9)
 
     def call() -> None:
-        for weight, grad, moments in states:
+        for weight, grad, tensors in states:
             assert grad is not None
-            PROJECTORS["block_mean"].adam[weight.device.type](weight, grad, moments, AdamStep(numbers, residual=True))
+            assert PROJECTORS[group["projector"]].adam[weight.device.type](weight, grad, tensors, how)
 
     return call
 
@@ -74,7 +78,8 @@ def passes(contender: Contender, settings: dict[str, Any]) -> Iterator[tuple[flo
     for p in contender.params:
         low, full = torch.Size(layout_of(p, group).low_shape).numel(), p.numel()
         if group["projector"] == "rows":
-            yield 7 * low + (2 * (full - low) if settings.get("weight_decay") else 0), full
+            others = 3 if settings.get("recovery") == "sign" else 2 if settings.get("weight_decay") else 0
+            yield 7 * low + others * (full - low), full
         elif group["projector"] == "block_mean":
             yield 3 * full + 4 * low, full
 
@@ -95,8 +100,8 @@ def main() -> None:
     progress(f"{len(contenders)} contenders, {arguments.rounds} rounds")
     steps = {name: contender.step for name, contender in contenders.items()}
     has_operator = work.device != "cpu" or library()
-    foams = [name for name in arguments.only if SETTINGS[name].get("recovery") == "foam" and "compile" not in SETTINGS[name]]
-    for name in foams if has_operator else ():
+    alone = [name for name in arguments.only if "projector" in SETTINGS[name] and not SETTINGS[name].keys() & {"compile", "weight_decay"}]
+    for name in alone if has_operator else ():
         steps[f"{name}: the operator alone"] = operator_alone(contenders[name])
     clock = time.thread_time if arguments.processor_time else time.perf_counter
     times = medians(steps, arguments.rounds, device=work.device, clock=clock)

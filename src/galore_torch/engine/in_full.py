@@ -19,7 +19,7 @@ from galore_torch.slots.rules import Rule
 
 def is_coded(view: ParamView) -> bool:
     """Whether a moment is not stored as it is."""
-    return any(one.codec != "fp32" for one in _region(view).moments)
+    return view.group["state_codec"] != "fp32" and any(one.codec != "fp32" for one in _region(view).moments)
 
 
 def reads_coded(view: ParamView) -> bool:
