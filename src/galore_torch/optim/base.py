@@ -21,6 +21,7 @@ from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec
 from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
+from galore_torch.ops.write import is_plain
 from galore_torch.optim.left_behind import left_behind, refuse_flattened
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, in_place_of, owner_of
 from galore_torch.optim.param_groups import PLACE
@@ -161,7 +162,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             warnings.warn(said, stacklevel=_callers_level())
         self._has_stepped = True
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        views = [self._check(p, group) for p, group in pairs]  # every complaint comes before the first change
+        alike: dict[Any, Any] = {}
+        views = [self._check(p, group, alike) for p, group in pairs]  # every complaint comes before the first change
         with without_autocast(p for p, _ in pairs):
             for (p, _), view in zip(pairs, views, strict=True):
                 if isinstance(local(p.grad), ConsumedGrad):
@@ -252,8 +254,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _view(self, p: Tensor, group: dict[str, Any]) -> ParamView:
         return engine.view_of(p, self.state[p], group, self.rule)
 
-    def _check(self, p: Tensor, group: dict[str, Any]) -> ParamView:
-        """Refuse what a step cannot use, make the state of a parameter that is new here, and see it as a step does."""
+    def _check(self, p: Tensor, group: dict[str, Any], alike: dict[Any, Any] | None = None) -> ParamView:
+        """Refuse what a step cannot use, make the state of a parameter that is new here, and see it as a step does.
+
+        ``alike``: what one step has found of plain parameters, by shape: others are seen as they are.
+        """
         if p.grad is not None and p.grad.layout != torch.strided:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}), which cannot be projected; build the "
@@ -264,8 +269,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_compiler(p, group)
         if not self.state.get(p):
             self._adopt(also=p)
-        view, state = self._view(p, group), self.state[p]
-        spec = state_spec(view.layout, group, self.rule)
+        state, alike = self.state[p], {} if alike is None else alike
+        kind = (p.shape, p.dtype, id(group)) if is_plain(p) else id(p)
+        if kind not in alike:
+            view = self._view(p, group)
+            alike[kind] = view, state_spec(view.layout, group, self.rule)
+        view, spec = alike[kind]
+        if is_plain(p):
+            view = ParamView(p, state, view.group, view.rule, view.layout)
         for key, tensor in spec.items():
             held = state.get(key)
             if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
