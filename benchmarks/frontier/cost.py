@@ -42,7 +42,7 @@ BLOCKS = {
     1024: replace(SMALL, hidden=1024, inner=2736, layers=1, heads=16, rank=256),
 }
 BASE = "adamw"
-LEAST = 10  # rounds of a method that are counted
+LEAST = 5  # rounds of a method that are counted
 
 
 class Timed:

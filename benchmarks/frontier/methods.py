@@ -44,9 +44,11 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in groups(model, "full")[0]["params"]]
 
 
-def full(cls: Callable[..., Any], adam: bool = True, **settings: Any) -> Build:
+def full(cls: Callable[..., Any], adam: bool = True, second: float = 0.999, **settings: Any) -> Build:
+    """`second`: Adam's beta2 at `BASE_TOKENS`."""
+
     def build(model: nn.Module, task: Task, lr: float) -> torch.optim.Optimizer:
-        own = {"betas": (0.9, beta2(task))} if adam else {}
+        own = {"betas": (0.9, beta2(task, second))} if adam else {}
         optimizer: torch.optim.Optimizer = cls(matrices(model), lr=lr, **own, **{"weight_decay": 0.0, **settings})
         return optimizer
 
@@ -107,6 +109,7 @@ HALF = {"state_codec": "int8", "carry_codec": "int4", "basis_codec": "bf16", "mi
 
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", full(partial(torch.optim.AdamW, fused=True)), 0.0025, ours=False),
+    "adamw_99": Method("AdamW, β2 0.99", full(partial(torch.optim.AdamW, fused=True), second=0.99), 0.0025, ours=False),
     "muon_int8": Method("Muon, int8", muon("full"), 0.005),
     "galore_muon": Method("GaLoreMuon, n/4", muon(1.0), 0.005),
     "adamw8bit": Method("AdamW, 8-bit", full(GaLoreAdamW8bit), 0.0025),

@@ -86,14 +86,7 @@ def difference(score: Score, base: Score) -> str:
 def measured(scores: list[Score], costs: Mapping[str, Any]) -> str:
     base = next(score for score in scores if score.name == BASE)
     best = frontier(scores)
-    header = [
-        "method",
-        "state, bytes an element",
-        "loss, nats",
-        "± s.d.",
-        "less AdamW's, 95 % interval",
-        "step, of fused AdamW's, at width 512; 1024",
-    ]
+    header = ["method", "state, bytes an element", "loss, nats", "± s.d.", "less AdamW's, 95 % interval"]
     header += ["step, of fused AdamW's, at width 512; 1024", "slowest, of its median", "all memory, bytes an element", "lr (tried)"]
     rows = []
     for score in scores:
