@@ -114,6 +114,7 @@ def test_a_run_is_a_line_and_the_table_is_made_of_lines(
     steps = {"512": {"of_adamw": 2.5, "slowest": 1.2}, "1024": {"of_adamw": 2.0, "slowest": 1.1}}
     costs = {"galore": {"steps": steps, "all_in": 30.0, "mode": "direct"}}
     (row,) = (line for line in table.measured(scores, costs).splitlines() if "GaLore, n/4" in line)
+    assert len({line.count("|") for line in table.measured(scores, costs).splitlines()}) == 1, "a heading for each cell"
     assert row.startswith("| **GaLore, n/4** | 3.00 | 3.000 |")
     assert "| 2.50; 2.00 | 1.20; 1.10 | 30.0, direct | 0.01 (0.01, 0.02) |" in row
     table.picture(tmp_path / "small.png", scores, costs)

@@ -36,7 +36,7 @@ TASKS = {
     "big_batch": replace(SMALL, batch=128, micro=16, steps=250),
     "large": replace(SMALL, hidden=256, inner=688, rank=64, batch=16, steps=2000, gap=200),
 }
-IN_BF16 = {"big_batch", "large"}  # whose matrices multiply in bf16, by autocast: a run of "large" takes 20 minutes so, and 35 in fp32
+IN_BF16 = {"big_batch", "large"}  # whose matrices multiply in bf16, by autocast: a run of "large" takes about 20 minutes so, and 35 in fp32
 REST_LR = 0.01
 RESULTS = Path(__file__).resolve().parent / "results.jsonl"
 

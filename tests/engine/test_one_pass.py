@@ -3,7 +3,9 @@ tests/slots/test_block_mean.py holds to the paper."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
@@ -198,11 +200,49 @@ def test_what_a_gradient_that_is_not_finite_leaves_alone(compile: bool, place: i
 
 def test_codes_of_rows_take_the_plain_road_where_the_host_may_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the pass sees to its rows, and nobody tells whether their codes are to be written."""
-    start, settings = torch.randn(64, 96), {**ROWS, **CODECS["int8"], "steps": 3}
+    start, settings = torch.randn(64, 96), {**ROWS, **CODECS["int8"], "steps": 3, "recovery": "sign"}
     expected, _ = trained(start, False, **settings)
     monkeypatch.setattr(one_pass, "readable", lambda _: False)
     monkeypatch.setattr(native, "library", None)
     torch.testing.assert_close(trained(start, True, **settings)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "settings"),
+    [
+        ((64, 96), torch.float32, {**ROWS}),  # one compiled region anyway
+        ((64, 96), torch.bfloat16, {**ROWS, "recovery": "sign"}),
+        ((3, 64, 96), torch.float32, {**ROWS, "recovery": "sign"}),
+        ((64, 96), torch.bfloat16, {"projector": "block_mean", "rank": 24}),
+        ((64, 96), torch.float32, {"projector": "block_mean", "rank": 24, "recovery": "sign"}),
+    ],
+)
+def test_no_moment_is_decoded_for_a_pass_that_is_not_made(
+    shape: tuple[int, ...], dtype: torch.dtype, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("decoded for nothing")
+
+    monkeypatch.setattr(one_pass, "opened", refuse)
+    W = Parameter(torch.randn(shape).to(dtype))
+    optimizer = g.GaLoreAdamW([W], lr=0.01, compile=True, **settings, **CODECS["int8"])
+    W.grad = torch.randn_like(W)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{**ROWS, "recovery": "sign"}, {"projector": "block_mean", "rank": 24, "recovery": "fold"}])
+def test_a_copy_of_an_optimizer_takes_the_same_pass(settings: dict[str, Any]) -> None:
+    """Its rule is equal, and another object; on the plain road its last bits would differ."""
+    W = Parameter(torch.randn(64, 96))
+    optimizer = g.GaLoreAdamW([W], lr=0.01, compile=True, **settings)
+    W.grad = torch.randn(64, 96)
+    optimizer.step()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(optimizer)))
+    twin = copied.param_groups[0]["params"][0]
+    for p, each in ((W, optimizer), (twin, copied)):
+        p.grad = torch.full((64, 96), 0.3).cumsum(1)
+        assert one_pass.in_one_pass(each.view_of(p), p.grad)
+    assert torch.equal(W, twin)
 
 
 @pytest.mark.parametrize("settings", [{"batch": True}, {"weight": torch.bfloat16}, {"index": True}, {"recovery": "rms"}])

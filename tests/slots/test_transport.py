@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+import galore_torch as g
 from galore_torch.ops.linalg import orthonormalize
 from galore_torch.slots.rules import Moment
 from galore_torch.slots.structured import rows_overlap
 from galore_torch.slots.subspace import kept_share
 from galore_torch.slots.transport import TRANSPORTS
+from galore_torch.train.plan.optimizer_bytes import param_bytes
+from support.memory import peak_bytes
 
 
 def moved(name: str, C: dict[int, torch.Tensor], value: torch.Tensor, kind: str, mean_over: int | None = None) -> torch.Tensor:
@@ -116,3 +119,15 @@ def test_places_of_a_set_of_rows_are_what_their_matrix_of_ones_is(batch: tuple[i
     assert by_place.keys() == by_matrix.keys() == values.keys()
     for name in values:
         torch.testing.assert_close(by_place[name], by_matrix[name])
+
+
+@pytest.mark.parametrize("shape", [(256, 2048), (4, 256, 512)])
+def test_a_refresh_of_rows_holds_what_is_planned(shape: tuple[int, ...]) -> None:
+    """One moment after the other; R is more than a chunk of an elementwise pass."""
+    W = torch.nn.Parameter(torch.randn(shape))
+    W.grad = torch.randn(shape)
+    optimizer = g.GaLoreAdamW([W], lr=0.01, rank=128, projector="rows", update_proj_gap=2, compile=False)
+    optimizer.step()
+    peak = max(peak_bytes(optimizer.step) for _ in range(4))
+    planned = param_bytes(shape, torch.float32, optimizer.param_groups[0], optimizer.rule)
+    assert peak < 1.05 * planned.refresh

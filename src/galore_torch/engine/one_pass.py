@@ -15,9 +15,8 @@ from galore_torch.engine.in_full import close, is_coded, opened
 from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import STREAMS
-from galore_torch.ops import write
+from galore_torch.ops import native, write
 from galore_torch.ops.linalg import finite, readable
-from galore_torch.ops.native import SIGNS, AdamStep
 from galore_torch.slots.recovery import RECOVERIES
 from galore_torch.slots.rules import RULES, Rule
 
@@ -28,14 +27,14 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     It does it where the group lets a step be compiled. grad: the layout's view; its basis is the one that this step uses.
     """
     weight, state, group, layout, rule = view.weight, view.state, view.group, view.layout, view.rule
-    native, residual = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].residual
-    if native is None or residual is None or rule is not RULES["adam"] or not weight.numel():
+    take, residual = view.projector.adam.get(weight.device.type), RECOVERIES[group["recovery"]].residual
+    if take is None or residual is None or rule != RULES["adam"] or not weight.numel():
         return False
     if group["carry"] or isinstance(group["lr"], Tensor):
         return False
     if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
         return False
-    if not (readable(grad) or view.projector.averages) and is_coded(view):  # which rows are finite is known on the device alone
+    if is_coded(view) and not _decodes(view, grad, residual):
         return False
     if not fuses(weight, weight.numel(), group, state["step"]):
         return False
@@ -51,8 +50,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     moments = (full.state["exp_avg"], full.state["exp_avg_sq"])
     basis = (state[key] for stored in layout.bases.values() for key in stored.keys)
     seed = step * STREAMS + len(moments) if group["stochastic_rounding"] and write.can_round(weight) else None
-    is_finite = native(matrix, grad, (*moments, *basis), AdamStep(numbers, residual, seed, rate * late))
-    if is_finite is None and view.projector.averages and residual != SIGNS and weight.dtype == grad.dtype == torch.float32:
+    is_finite = take(matrix, grad, (*moments, *basis), native.AdamStep(numbers, residual, seed, rate * late))
+    if is_finite is None and view.projector.averages and residual != native.SIGNS and weight.dtype == grad.dtype == torch.float32:
         is_finite = _compiled(matrix, grad, moments, numbers, residual)
     if is_finite is None:
         return False
@@ -63,6 +62,18 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
     torch.autograd.graph.increment_version(weight)  # neither a pointer nor a compiled pass tells autograd, which looks at the weight
     state["step"] = step
     return True
+
+
+def _decodes(view: ParamView, grad: Tensor, residual: int) -> bool:
+    """Whether there is a pass for which coded moments are decoded, and it pays: not for rows alone, which are one compiled region anyway.
+
+    Of rows the host has to know whether they were finite.
+    """
+    if not view.weight.dtype == grad.dtype == torch.float32:
+        return False
+    if view.projector.averages:
+        return residual != native.SIGNS
+    return residual == native.SIGNS and readable(grad) and not view.layout.batch and native.library() is not None
 
 
 def _compiled(weight: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], numbers: tuple[float, ...], residual: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from galore_torch.ops import linalg, write
 from galore_torch.ops.codecs import TensorSpec
+from galore_torch.ops.native import SIGNS
 from galore_torch.ops.orthogonal import unit_steps
 from galore_torch.ops.write import WeightUpdate
 
@@ -307,7 +308,7 @@ RECOVERIES = {
     "fira": Recovery(fira, partial(one_norm, "residual_norm"), WHOLE, native=True, one_sided=True),
     "apollo": Recovery(apollo, partial(one_norm, "update_norm"), WHOLE, native=True, one_sided=True),
     "apollo_mini": Recovery(partial(apollo, axes=BOTH), partial(one_norm, "update_norm"), WHOLE, native=True),
-    "sign": Recovery(signs, stateless, WHOLE, native=True, residual=3),
+    "sign": Recovery(signs, stateless, WHOLE, native=True, residual=SIGNS),
     "rms": Recovery(unit_rms, stateless, WHOLE, native=True),
     "alice": Recovery(
         alice, alice_spec, WHOLE, native=True, one_sided=True, only=("adam", None), about="Adam's step with a residual over its energies"

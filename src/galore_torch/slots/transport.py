@@ -83,7 +83,7 @@ def _chosen(value: Tensor, places: Tensor, axis: int, new: Tensor | float) -> Te
         kept = value.index_select(axis, there.flatten())
     else:
         kept = value.gather(axis, there.expand(*places.shape, *value.shape[places.dim() :]))
-    return torch.where(behind >= 0, kept, new)
+    return torch.where(behind >= 0, kept, torch.as_tensor(new, dtype=kept.dtype, device=kept.device), out=kept)
 
 
 def predict(C: Overlaps, values: Values, moments: Mapping[str, Moment], group: Group, step: int) -> Iterator[tuple[str, Tensor]]:

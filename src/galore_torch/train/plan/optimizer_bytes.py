@@ -107,6 +107,8 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
         product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
         if "moments" in reads:
             product = low + max(product + min(decoded, 2 * low), decoded)
+        elif decoded and not short and group["compile"] is not False:  # the one pass has no R, and both moments in full
+            product = max(product, low)
     elif recovery.whole:
         product = low + _orthogonal(layout, device)  # the update beside R
     elif "grad" in reads:  # the residual, and the update beside R; where it reads moments those, and what becomes of them
