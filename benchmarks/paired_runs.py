@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from galore_torch.train.data.loader import batches
 
 # Half octaves: with whole ones, two contenders whose best rates lie elsewhere between would differ by more than their seeds do.
-GRID = tuple(round(0.01 * 2 ** (step / 2), 5) for step in range(-16, 9))
+GRID = tuple(round(0.01 * 2 ** (step / 2), 5) for step in range(-16, 15))
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 5 %, of 1, 2, ... degrees of freedom
 
 

@@ -18,6 +18,7 @@ from galore_torch.ops import linalg
 
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (g.GaLoreAdamW, {}),
+    "adamw, step by weights": (g.GaLoreAdamW, {"lr": 1e-2, "scale_parameter": True}),
     "adamw, bf16 moments": (g.GaLoreAdamW, {"state_codec": "bf16"}),
     "adamw8bit": (g.GaLoreAdamW8bit, {"min_8bit_size": 1}),
     "adafactor": (g.GaLoreAdafactor, {"lr": 1e-2}),

@@ -166,6 +166,9 @@ ROWS_AND_COLUMNS: dict[str, Run] = {
     "adafactor": Run("GaLoreAdafactor", {"lr": 0.01, "beta1": 0.9, "weight_decay": 0.1}, RIGHT),
     "adafactor, its own step size": Run("GaLoreAdafactor", {"scale_parameter": True}, RIGHT),
     "adafactor at full rank": Run("GaLoreAdafactor", {"scale_parameter": True}, {"rank": None}),
+    "a step by the weight": Run(keys={"scale_parameter": True, **RIGHT}),
+    "a step by the weight, full rank": Run(keys={"scale_parameter": True, "rank": None}),
+    "a step by the weight, apollo": Run(keys={"scale_parameter": True, **METHODS["apollo"].settings, **RIGHT}),
     "adagrad": Run("GaLoreAdagrad", {"lr": 0.1}, RIGHT),
     "sgd": Run("GaLoreSGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}, RIGHT),
     "rmsprop": Run("RMSprop", {"lr": 0.01, "momentum": 0.9}, RIGHT),
@@ -192,9 +195,10 @@ def test_every_class_and_row_equals_one_process(name: str, size: int, worlds: di
 
 
 @pytest.mark.parametrize("size", BOTH)
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("recovery", ["project_back", "foam", "fold"])
-def test_block_means_equal_one_process(recovery: str, size: int, worlds: dict[int, World]) -> None:
-    run = Run(mesh=(size,), keys={"projector": "block_mean", "recovery": recovery, "update_proj_gap": 200})
+def test_block_means_equal_one_process(recovery: str, relative: bool, size: int, worlds: dict[int, World]) -> None:
+    run = Run(mesh=(size,), keys={"projector": "block_mean", "recovery": recovery, "update_proj_gap": 200, "scale_parameter": relative})
     assert_same_steps(worlds[size], run, (Cut((16, 12)), Cut((25, 20))))
 
 
@@ -208,11 +212,12 @@ OTHER_CUTS: dict[str, tuple[Cut, ...]] = {
 
 
 @pytest.mark.parametrize("size", BOTH)
-@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "GaLoreAdafactor"])
+@pytest.mark.parametrize(("optimizer", "relative"), [("GaLoreAdamW", False), ("GaLoreAdamW", True), ("GaLoreAdafactor", False)])
 @pytest.mark.parametrize("name", OTHER_CUTS)
-def test_every_cut_equals_one_process(name: str, optimizer: str, size: int, worlds: dict[int, World]) -> None:
+def test_every_cut_equals_one_process(name: str, optimizer: str, relative: bool, size: int, worlds: dict[int, World]) -> None:
     side = {"proj_type": "left"} if name == "columns" else {}  # what "std" is where processes hold columns
-    assert_same_steps(worlds[size], Run(optimizer, {"lr": 0.01}, side, mesh=(size,)), OTHER_CUTS[name])
+    run = Run(optimizer, {"lr": 0.01, "scale_parameter": relative}, side, mesh=(size,))
+    assert_same_steps(worlds[size], run, OTHER_CUTS[name])
 
 
 @pytest.mark.parametrize("size", BOTH)

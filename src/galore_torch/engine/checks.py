@@ -34,6 +34,7 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         )
     one_of("proj_type", group["proj_type"], PROJ_TYPES)
     one_of("decay", group["decay"], ("before", "after"))
+    one_of("scale_parameter", group["scale_parameter"], (False, True))
     one_of("compile", group["compile"], (None, True, False))
     check_slots(group, row)
     if not (group["batch_dims"] in (None, 0) or _is_count(group["batch_dims"])):

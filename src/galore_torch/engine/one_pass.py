@@ -32,6 +32,8 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     if group["carry"] or isinstance(group["lr"], Tensor):
         return False
+    if group["scale_parameter"] and (layout.batch or layout.cuts or not readable(weight)):
+        return False
     if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
         return False
     if is_coded(view) and not _decodes(view, grad, residual):
@@ -40,9 +42,9 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     assert isinstance(rule, Rule)
     step = state["step"] + 1
-    rate = rule.lr(weight, group, step)
+    rate = float(rule.lr(weight, group, step))
     lr, *new, eps = rule.numbers(group, step, rate)
-    decay_factor = 1 - group["lr"] * group["weight_decay"]
+    decay_factor = 1 - rate * group["weight_decay"]
     late = decay_factor if group["decay"] == "after" else 1.0
     numbers = (*new, lr * group["scale"] * late, eps, decay_factor, -1.0 if group["maximize"] else 1.0)
     matrix = weight if weight.shape == layout.view else weight.view(layout.view)

@@ -253,6 +253,7 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "tensor": False,
     "sparse": None,
     "sparse_scale": 1.0,
+    "scale_parameter": False,
     "decay": "before",
     "stochastic_rounding": True,
     "min_8bit_size": 4096,

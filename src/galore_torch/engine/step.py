@@ -169,7 +169,7 @@ def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
     A rule that is not elementwise sees the matrices of a batch one at a time.
     """
     if view.weight.numel() or view.place:  # an empty shard keeps step with the others
-        if view.layout.batch and not (isinstance(view.rule, Rule) and view.rule.elementwise):
+        if view.layout.batch and not (isinstance(view.rule, Rule) and view.rule.elementwise and not view.group["scale_parameter"]):
             _apply_each(view, low, grad)
         else:
             _apply(view, low, grad)

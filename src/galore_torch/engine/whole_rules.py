@@ -41,7 +41,7 @@ def check_shared(layout: Layout, group: Group, rule: AnyRule) -> None:
 
 def whole_rule(view: ParamView, rule: Rule) -> Rule:
     """A rule that sees R and its moments as DTensors, so that its means and norms are those of the whole matrix; elsewhere itself."""
-    if rule.elementwise or not view.parts:
+    if not view.parts or (rule.elementwise and not view.group["scale_parameter"]):
         return rule
     layout, low = view.layout, view.layout.whole_low_shape
     projected = {axis % len(low) for axis in layout.ranks}
@@ -62,7 +62,7 @@ def whole_rule(view: ParamView, rule: Rule) -> Rule:
         changed: Tensor = found.redistribute(placements=seen.placements).to_local()
         return changed
 
-    return replace(rule, lr=lr, update=update)
+    return replace(rule, lr=lr) if rule.elementwise else replace(rule, lr=lr, update=update)
 
 
 def _whole(view: ParamView, local: Tensor, shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> Any:

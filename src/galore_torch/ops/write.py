@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.ops import linalg
 from galore_torch.ops.codecs import Seed, stochastic_round
 from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, row_unit, rows_of
-from galore_torch.ops.linalg import product_dtype
 
 __all__ = [
     "WeightUpdate",
@@ -49,6 +49,16 @@ def is_coarse(weight: Tensor) -> bool:
 def is_plain(weight: Tensor) -> bool:
     """Whether it is one ordinary tensor: neither INT8 nor a subclass of others."""
     return type(weight) in (Tensor, torch.nn.Parameter)
+
+
+def norm(weight: Tensor) -> Tensor:
+    """The 2-norm of all elements, 0-d, in fp32 or fp64; of an INT8 weight a few rows at a time."""
+    if isinstance(weight, Int8Weight):
+        return torch.linalg.vector_norm(torch.stack([linalg.norm(weight.rows(rows).dequantize()) for rows in row_parts(weight)]))
+    if is_plain(weight):
+        return linalg.norm(weight)
+    real = linalg.as_real(weight)
+    return torch.linalg.vector_norm(real, dtype=torch.promote_types(real.dtype, torch.float32))
 
 
 def storages(weight: Tensor) -> tuple[Tensor, ...]:
@@ -126,7 +136,7 @@ def subtract_product(change: WeightUpdate, left: Tensor, right: Tensor) -> None:
         for one, left_MR, right_RN in zip(_each(change), left, right, strict=True):
             subtract_product(one, left_MR, right_RN)
         return
-    dtype = product_dtype(weight.dtype, weight.device.type)
+    dtype = linalg.product_dtype(weight.dtype, weight.device.type)
     right = right.to(dtype)
     for part, rows in _row_parts(change):
         part.subtract(part.weight, left[rows].to(dtype) @ right, change.scale, change.decay_factor, part.seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -15,6 +16,7 @@ from galore_torch.slots.rules import adafactor_lr
 from galore_torch.slots.torch_rule import BaseRule
 
 LAZY = "lazy"  # QGaLoreAdamW8bit's gap_range until a group says what its gap is
+OF_BASE = ("maximize", "scale_parameter")  # shared arguments that GaLore(base) leaves to the class
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -185,7 +187,7 @@ class GaLoreAdafactor(LowRankOptimizer):
         scale_parameter: bool | None = None,
         relative_step: bool | None = None,
         warmup_init: bool = False,
-        **projection: Unpack[Projection],
+        **projection: Any,
     ):
         relative_step = lr is None if relative_step is None else relative_step
         scale_parameter = lr is None if scale_parameter is None else scale_parameter
@@ -206,7 +208,7 @@ class GaLoreAdafactor(LowRankOptimizer):
             "relative_step": relative_step,
             "warmup_init": warmup_init,
         }
-        super().__init__(params, settings, projection)
+        super().__init__(params, settings, cast("Projection", projection))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A group's own lr means what the constructor's does."""
@@ -344,9 +346,19 @@ class GaLore(LowRankOptimizer):
         if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
             raise ValueError(f"base={base!r} is not a torch.optim.Optimizer class: pass the class, such as torch.optim.RMSprop")
         projection: Any = {key: kwargs.pop(key) for key in tuple(kwargs) if key in Projection.__annotations__}
-        for key in ("foreach", "fused", "maximize"):  # the base class has its own
+        for key in (*OF_BASE, "foreach", "fused"):  # the base class has its own
             if key in projection:
                 kwargs[key] = projection.pop(key)
-        shared = {"maximize", "foreach", "fused", "capturable", "differentiable"}  # these mean in a base class what they mean here
+        # These mean in a base class what they mean here.
+        shared = {*OF_BASE, "foreach", "fused", "capturable", "differentiable"}
         rule = BaseRule(base, kwargs, Projection.__annotations__.keys() - shared)
         super().__init__(params, {"weight_decay": 0.0, **rule.defaults}, projection, rule)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        assert isinstance(self.rule, BaseRule)
+        for key in OF_BASE:
+            if group[key] and key not in self.rule.defaults:
+                raise ValueError(
+                    f"{key}={group[key]!r} is no argument of base={self.rule.base.__name__}: leave it out, or use a class with it"
+                )
+        super()._check_group(group)

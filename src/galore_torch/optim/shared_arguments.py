@@ -30,6 +30,7 @@ class Projection(TypedDict, total=False):
     state_codec: str
     basis_codec: str
     stochastic_rounding: bool
+    scale_parameter: bool
     decay: str
     min_8bit_size: int
     maximize: bool
@@ -84,6 +85,9 @@ SHARED = """
         state_codec: moments in "fp32", "bf16" or "int8"; "mulaw4" has four bits for GaLoreMuon's momentum and int8 for the rest.
             basis_codec: basis in "fp32", "bf16" or "int4", or as the "weight": in bf16 where that has 16 bits, else in fp32.
         stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
+        scale_parameter: multiply ``lr`` by the root mean square of each weight, 0.001 at least: a step is a share of the weight, as
+            Adafactor's (arXiv 1804.04235, section 8). Give it to the groups with a rank, with an ``lr`` about 50 times as large, for
+            weights begin with a root mean square near 0.02. Default False; GaLoreAdafactor's own is above.
         decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
         min_8bit_size: moments with fewer elements stay fp32 under "int8" and "mulaw4". Default 4096.
         compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a

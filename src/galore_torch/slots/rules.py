@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from galore_torch.ops import write
 from galore_torch.ops.linalg import as_real, squared
 
 Group = Mapping[str, Any]  # a parameter group: hyperparameters by name
@@ -39,9 +40,20 @@ class Moment:
         return full[:-1] if self.mean_over == -1 else full[:-2] + full[-1:]
 
 
-def given_lr(weight: Tensor, group: Group, step: int) -> Any:
-    """The group's own step size."""
-    return group["lr"]
+SMALLEST = 1e-3  # the root mean square that a smaller weight is taken for, as Adafactor's own
+
+
+def step_size(weight: Tensor, group: Group, step: int) -> Any:
+    """The group's own; with ``scale_parameter`` a 0-d tensor that follows the weight."""
+    return by_weight(group["lr"], weight, SMALLEST) if group["scale_parameter"] else group["lr"]
+
+
+def by_weight(lr: Any, weight: Tensor, least: float) -> Tensor:
+    """lr max(least, RMS(W)), 0-d: the step of Adafactor (Shazeer & Stern, arXiv 1804.04235, section 8), relative to the weight."""
+    rms = write.norm(weight) / math.sqrt(weight.numel())
+    rms = rms.nan_to_num(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
+    relative: Tensor = rms.clamp_min(least) * lr
+    return relative
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Rule:
     numbers: Callable[[Group, int, Any], Numbers]
     update: Callable[[Tensor, Moments, Numbers], Tensor]
     elementwise: bool = True
-    lr: Callable[[Tensor, Group, int], Any] = given_lr
+    lr: Callable[[Tensor, Group, int], Any] = step_size
     blend: Callable[[Group], tuple[str, float, float]] | None = None
     recovery: str | None = None
     coarse: bool = False
@@ -141,12 +153,7 @@ def adafactor_lr(weight: Tensor, group: Group, step: int) -> Any:
     lr = group["lr"]
     if group["relative_step"]:
         lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
-    if group["scale_parameter"]:
-        real = torch.promote_types(as_real(weight).dtype, torch.float32)
-        rms = torch.linalg.vector_norm(as_real(weight), dtype=real) / math.sqrt(weight.numel())
-        rms = rms.nan_to_num(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
-        lr = rms.clamp_(min=group["eps"][1]) * lr
-    return lr
+    return by_weight(lr, weight, group["eps"][1]) if group["scale_parameter"] else lr
 
 
 def adagrad_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:

@@ -22,6 +22,7 @@ from galore_torch.train.optimizers.registry import (
     backward_mode,
     build_optimizer,
     fused_pass,
+    set_lr,
     settled_gradients,
     state_bytes,
     unused_flags,
@@ -101,6 +102,28 @@ def test_adafactor_has_no_relative_step(model: nn.Module) -> None:
         for group in build_optimizer(name, model, lr=0.01, settings=SETTINGS).param_groups:
             assert not group["relative_step"]
             assert not group["scale_parameter"]
+
+
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "scale_parameter" in spec.flags and not spec.per_layer])
+def test_a_matrix_of_the_usual_size_steps_by_the_rate_itself(name: str, model: nn.Module) -> None:
+    """--scale_parameter is of the matrices alone, and --lr means what it meant."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data *= 0.02 / p.data.square().mean().sqrt()
+    twin, moved = copy.deepcopy(model), []
+    for one, relative in ((model, True), (twin, False)):
+        before = {key: p.detach().clone() for key, p in one.named_parameters()}
+        optimizer = build_optimizer(name, one, lr=0.25, settings={**SETTINGS, "weight_decay": 0.0, "scale_parameter": relative})
+        assert [group["scale_parameter"] for group in optimizer.param_groups] == [
+            relative and group["rank"] is not None for group in optimizer.param_groups
+        ]
+        set_lr(optimizer, 1e-3)
+        loss_of(one).backward()
+        optimizer.step()
+        moved.append({key: p.detach().clone() - before[key].to(p.dtype) for key, p in one.named_parameters()})
+    for mine, theirs in zip(moved[0].values(), moved[1].values(), strict=True):
+        assert theirs.norm() > 0
+        torch.testing.assert_close(mine.norm(), theirs.norm(), rtol=0.02, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "galore_adafactor"])

@@ -107,6 +107,9 @@ class Settings:
     gap_range: tuple[int, int] | None = _setting(
         None, "optimizer", "each matrix finds its own gap between these, from --update_proj_gap on", metavar=("LEAST", "MOST"), pair=True
     )
+    scale_parameter: bool = _setting(
+        False, "optimizer", "the matrices' rate is relative to their root mean square, as Adafactor's; one of 0.02 has --lr"
+    )
     proj_type: str = _setting("std", "optimizer", "which side is projected: " + ", ".join(PROJ_TYPES), choices=PROJ_TYPES)
     targets: tuple[str, ...] | None = _setting(
         None,
@@ -380,7 +383,7 @@ class Settings:
     def optimizer_settings(self) -> dict[str, Any]:
         """What `build_optimizer` takes beside the name and the learning rate."""
         low_rank = ("update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "state_codec", "basis_codec")
-        names = (*low_rank, "weight_decay", "beta1", "cycle_length", "carry_codec")
+        names = (*low_rank, "weight_decay", "beta1", "cycle_length", "carry_codec", "scale_parameter")
         own: dict[str, Any] = {"rank": self.resolved_rank, "rank_is_given": self.rank is not None, "beta2": self.beta2, "usual": self.usual}
         own["random_after"] = self.num_training_steps // 2 if self.random_after is None else self.random_after
         return own | {name: getattr(self, name) for name in names} | {"proj_type": self.resolved_proj_type}

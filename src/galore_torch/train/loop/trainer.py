@@ -38,6 +38,7 @@ from galore_torch.train.optimizers.registry import (
     adamw_state_bytes,
     build_optimizer,
     fused_pass,
+    set_lr,
     state_bytes,
 )
 
@@ -179,8 +180,7 @@ class _Loop:
         self.probe.begin()
         compiled, start = compiled_so_far(), time.perf_counter()
         lr = result.lr * config.lr_factor(step - 1, result.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         drawing = time.perf_counter()
         parts = [next(stream) for _ in range(config.accumulation)]
         data_s = time.perf_counter() - drawing

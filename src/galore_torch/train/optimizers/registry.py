@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _CODECS = ("state_codec", "basis_codec")
 METHOD_FLAGS = frozenset({"carry_codec", "random_after"})  # of some methods
-LOW_RANK_FLAGS = frozenset({"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", "targets", "gradients", *_CODECS})
+MATRIX_FLAGS = frozenset({"targets", "scale_parameter"})  # of all that have a group of the matrices
+LOW_RANK_FLAGS = MATRIX_FLAGS | {"rank", "update_proj_gap", "gap_range", "galore_scale", "proj_type", "gradients", *_CODECS}
+USUAL_RMS = 0.02  # of weights at the start of a training, as transformers' models have it
 COMMON_FLAGS = frozenset({"weight_decay", "beta1"})
 ADAM_FLAGS = COMMON_FLAGS | {"beta2_half_life"}
 GRADIENTS = ("direct", "project", "full")  # how the matrices' gradients reach a low-rank optimizer
@@ -116,7 +118,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam8bit": OptimizerSpec("GaLoreAdamW8bit", "galore_torch", 3e-3, ADAM_FLAGS, extra=(("eps", 1e-8),)),
     # The first moments of Muon's matrices are a momentum of its own, and its AdamW's are not worth a flag.
     "muon": OptimizerSpec(
-        "GaLoreMuon", "galore_torch", 3e-3, frozenset({"weight_decay", "targets", "state_codec"}), rank="full", gap=1, scale=0.2
+        "GaLoreMuon", "galore_torch", 3e-3, MATRIX_FLAGS | {"weight_decay", "state_codec"}, rank="full", gap=1, scale=0.2
     ),
     "galore_adamw": _galore("GaLoreAdamW", 1e-2, ADAM_FLAGS),
     "galore_adamw8bit": _galore("GaLoreAdamW8bit", 1e-2, ADAM_FLAGS),
@@ -203,7 +205,7 @@ def _parameters(spec: OptimizerSpec, model: nn.Module, settings: Mapping[str, An
     settings = settled_settings(spec, settings)
     if not spec.low_rank:
         assert spec.rank is not None
-        return galore_param_groups(model, spec.rank, targets=targets, scale=spec.scale)
+        return galore_param_groups(model, spec.rank, targets=targets, scale=spec.scale, **group_keys(spec, settings))
     if spec.quantized:
         if getattr(getattr(model, "config", None), "rescale_every", 0) > 0:  # RWKV
             raise UserError(
@@ -230,7 +232,15 @@ def group_keys(spec: OptimizerSpec, settings: Mapping[str, Any]) -> dict[str, An
     if "betas" in keys:
         keys |= _betas(keys["betas"], settings)
     keys |= {name: settings[name] for name in METHOD_FLAGS & spec.flags if settings.get(name) is not None}
+    if "scale_parameter" in spec.flags and settings.get("scale_parameter"):
+        keys["scale_parameter"] = True
     return keys
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of all groups; where it is relative to the weights, for those of `USUAL_RMS` the same."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr / USUAL_RMS if group.get("scale_parameter") else lr
 
 
 def as_targets(given: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
