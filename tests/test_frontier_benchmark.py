@@ -49,6 +49,9 @@ def test_sinkgd_and_scale_are_their_papers_by_loops(modules: dict[str, ModuleTyp
     W.grad = G
     modules["stateless"].Stateless([W], 0.5, modules["stateless"].scale).step()
     torch.testing.assert_close(W.detach(), 1 - 0.5 * rows)
+    W.data.fill_(0.1)
+    modules["stateless"].Stateless([W], 0.5, modules["stateless"].scale, relative=True).step()
+    torch.testing.assert_close(W.detach(), 0.1 - 0.05 * rows)
 
 
 def test_every_method_of_ours_moves_the_matrices_and_nothing_else(modules: dict[str, ModuleType], task: Any) -> None:
@@ -115,7 +118,7 @@ def test_a_run_is_a_line_and_the_table_is_made_of_lines(
     costs = {"galore": {"steps": steps, "all_in": 30.0, "mode": "direct"}}
     (row,) = (line for line in table.measured(scores, costs).splitlines() if "GaLore, n/4" in line)
     assert len({line.count("|") for line in table.measured(scores, costs).splitlines()}) == 1, "a heading for each cell"
-    assert row.startswith("| **GaLore, n/4** | 3.00 | 3.000 |")
+    assert row.startswith("| 2 | **GaLore, n/4** | 3.00 | 3.000 |")
     assert "| 2.50; 2.00 | 1.20; 1.10 | 30.0, direct | 0.01 (0.01, 0.02) |" in row
     table.picture(tmp_path / "small.png", scores, costs)
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import galore_torch as g
 from galore_torch.ops import int8_weight, write
 from galore_torch.optim.methods import METHODS
+from galore_torch.slots.rules import by_weight
 
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (g.GaLoreAdamW, {}),
@@ -86,25 +87,46 @@ def test_a_weight_of_zeros_leaves_zero() -> None:
     assert_close(p.detach(), torch.full((4,), -0.5e-3))
 
 
-def test_each_matrix_of_a_batch_has_its_own_size() -> None:
-    """As if it were a parameter of its own."""
+@pytest.mark.filterwarnings("ignore:rank=64 ")
+@pytest.mark.parametrize("rank", [None, 8, 64])
+@pytest.mark.parametrize("settings", [{}, {"projector": "block_mean", "recovery": "fold", "compile": True}, {"recovery": "fira"}], ids=str)
+def test_experts_count_as_one_weight(settings: dict[str, Any], rank: int | None) -> None:
+    """Whether their rank projects them or not; compiled or not."""
+    if rank is None:
+        settings = {}
+    experts = torch.tensor([0.01, 1.0, 3.0])[:, None, None] * torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(0))
+    (found, _), (expected, _) = (trained(g.GaLoreAdamW, settings, relative, experts, rank) for relative in (True, False))
+    assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_rule_that_sees_one_matrix_at_a_time_sees_its_size() -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.tensor([0.01, 1.0, 30.0])[:, None, None]
-    experts, grads = sizes * torch.randn(3, 32, 48, generator=generator), torch.randn(4, 3, 32, 48, generator=generator)
-    for settings in ({}, {"projector": "block_mean", "recovery": "fold", "compile": True}, {"projector": "rows", "recovery": "sign"}):
-        whole, parts = Parameter(experts.clone()), [Parameter(each.clone()) for each in experts]
-        gap: Any = {} if "recovery" in settings else {"update_proj_gap": 100}
-        make = [g.GaLoreAdamW(each, lr=0.1, rank=8, scale_parameter=True, **gap, **settings) for each in ([whole], parts)]
-        for grad in grads:
-            whole.grad = grad.clone()
-            for part, own in zip(parts, grad, strict=True):
-                part.grad = own.clone()
-            for optimizer in make:
-                optimizer.step()
-        if settings.get("projector") != "rows":  # each optimizer draws its own
-            assert_close(whole.detach(), torch.stack([part.detach() for part in parts]), rtol=1e-3, atol=1e-5)
-        moved = (whole.detach() - experts).square().mean((1, 2)).sqrt() / sizes.flatten()
-        assert moved.max() < 3 * moved.min(), "each moves by about the same share of itself"
+    experts, grads = torch.randn(3, 32, 48, generator=generator), torch.randn(4, 3, 32, 48, generator=generator)
+    experts *= torch.tensor([0.01, 1.0, 30.0])[:, None, None]
+    whole, parts = Parameter(experts.clone()), [Parameter(each.clone()) for each in experts]
+    optimizers = [g.GaLoreAdafactor(each, lr=0.1, rank=8, scale_parameter=True) for each in ([whole], parts)]
+    for grad in grads:
+        whole.grad = grad.clone()
+        for part, own in zip(parts, grad, strict=True):
+            part.grad = own.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for found, part in zip(whole.detach(), parts, strict=True):
+        assert_close(found, part.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_tensor_lr_may_lie_on_another_device_than_the_weight() -> None:
+    """As without it: 0-d numbers of the host go with any device."""
+    rms = torch.empty((), device="meta")
+    assert by_weight(torch.tensor([0.1]), lambda: rms, 1e-3).device.type == "meta"
+
+
+def test_adafactor_keeps_what_it_was_asked_for() -> None:
+    """Also in a group with an lr of its own; where nothing was asked, an lr turns it off."""
+    p = Parameter(torch.randn(32, 48))
+    for asked, own, expected in ((True, {"lr": 1e-2}, True), (None, {"lr": 1e-2}, False), (None, {}, True), (False, {}, False)):
+        group = g.GaLoreAdafactor([{"params": [p], **own}], scale_parameter=asked).param_groups[0]
+        assert (group["scale_parameter"], group["relative_step"]) == (expected, not own)
 
 
 def test_an_int8_weight_is_read_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +170,16 @@ def test_it_is_the_groups_own() -> None:
     assert [group["scale_parameter"] for group in optimizer.param_groups] == [False, True]
 
 
+class Own(torch.optim.SGD):
+    """With another sense of the name."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, scale_parameter: float = 0.5):
+        super().__init__(params, lr=lr)
+        self.defaults["scale_parameter"] = scale_parameter
+        for group in self.param_groups:
+            group["scale_parameter"] = scale_parameter
+
+
 def test_any_class_without_it_refuses() -> None:
     """It would be ignored; one that has it (transformers' Adafactor) keeps it as its own."""
     p = Parameter(torch.randn(32, 48))
@@ -157,6 +189,8 @@ def test_any_class_without_it_refuses() -> None:
         g.GaLore(torch.optim.RMSprop, [p], lr=1e-3, scale_parameter=True)
     with pytest.raises(ValueError, match="scale_parameter='yes' is not known"):
         g.GaLoreAdamW([p], scale_parameter="yes")
+    optimizer = g.GaLore(Own, [p], lr=1e-3)
+    assert optimizer.param_groups[0]["scale_parameter"] == 0.5, "a number in the class's own sense"
     adafactor = pytest.importorskip("transformers.optimization").Adafactor
     optimizer = g.GaLore(adafactor, [{"params": [p], "rank": 8}], lr=1e-3, scale_parameter=True, relative_step=False)
     assert optimizer.param_groups[0]["scale_parameter"] is True

@@ -34,7 +34,6 @@ def check_group(group: Mapping[str, Any], row: Recipe) -> None:
         )
     one_of("proj_type", group["proj_type"], PROJ_TYPES)
     one_of("decay", group["decay"], ("before", "after"))
-    one_of("scale_parameter", group["scale_parameter"], (False, True))
     one_of("compile", group["compile"], (None, True, False))
     check_slots(group, row)
     if not (group["batch_dims"] in (None, 0) or _is_count(group["batch_dims"])):
@@ -170,6 +169,7 @@ def _within(name: str, value: Any, between: tuple[float, float], bound: str, key
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
     """The bounds of the inner optimizers' numbers, as torch.optim states them."""
+    one_of("scale_parameter", group["scale_parameter"], (False, True))
     lr, inf = group["lr"], math.inf
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1:

@@ -5,6 +5,7 @@ The projector's row says what does it on a kind of device. Of means, where that 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from galore_torch.engine.in_full import close, is_coded, opened
 from galore_torch.engine.inductor import call
 from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import STREAMS
+from galore_torch.engine.whole_rules import rms_of
 from galore_torch.ops import native, write
 from galore_torch.ops.linalg import finite, readable
 from galore_torch.slots.recovery import RECOVERIES
@@ -32,7 +34,7 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     if group["carry"] or isinstance(group["lr"], Tensor):
         return False
-    if group["scale_parameter"] and (layout.batch or layout.cuts or not readable(weight)):
+    if group["scale_parameter"] and (layout.cuts or not readable(weight)):  # processes that share a weight go one way, and sum once
         return False
     if not (weight.is_contiguous() and grad.is_contiguous() and write.is_plain(weight)):
         return False
@@ -42,7 +44,7 @@ def in_one_pass(view: ParamView, grad: Tensor) -> bool:
         return False
     assert isinstance(rule, Rule)
     step = state["step"] + 1
-    rate = float(rule.lr(weight, group, step))
+    rate = float(rule.lr(partial(rms_of, view), group, step))
     lr, *new, eps = rule.numbers(group, step, rate)
     decay_factor = 1 - rate * group["weight_decay"]
     late = decay_factor if group["decay"] == "after" else 1.0

@@ -26,7 +26,7 @@ from galore_torch.engine.refresh import STREAMS, Gradient, add_momentum, blend_o
 from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec, stored_error, stored_moments
-from galore_torch.engine.whole_rules import all_hold, of_whole, whole_rule
+from galore_torch.engine.whole_rules import all_hold, of_whole, rms_of, whole_rule
 from galore_torch.ops import write
 from galore_torch.ops.linalg import all_finite, finite
 from galore_torch.ops.outer import OuterProduct
@@ -169,7 +169,7 @@ def apply(view: ParamView, low: Tensor, grad: Tensor | None = None) -> None:
     A rule that is not elementwise sees the matrices of a batch one at a time.
     """
     if view.weight.numel() or view.place:  # an empty shard keeps step with the others
-        if view.layout.batch and not (isinstance(view.rule, Rule) and view.rule.elementwise and not view.group["scale_parameter"]):
+        if view.layout.batch and not (isinstance(view.rule, Rule) and view.rule.elementwise):
             _apply_each(view, low, grad)
         else:
             _apply(view, low, grad)
@@ -217,7 +217,7 @@ def _apply_rule(view: ParamView, low: Tensor, is_finite: Tensor | bool, grad: Te
         close(view, full, is_finite, _first_seed(weight, view.state, step), fuse)
         return
     rule = whole_rule(view, rule)
-    lr = rule.lr(weight, group, step)
+    lr = rule.lr(partial(rms_of, view), group, step)
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # torch allows a tensor of one element
     decay_factor = 1 - lr * group["weight_decay"] if group["weight_decay"] else 1.0

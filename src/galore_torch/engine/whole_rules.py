@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_torch.engine.layout import AnyRule, Cut, Group, Layout, ParamView
+from galore_torch.ops import write
 from galore_torch.ops.linalg import readable
 from galore_torch.ops.sharded import ShardedMatrix
 from galore_torch.slots.rules import Moments, Numbers, Rule
@@ -41,14 +43,10 @@ def check_shared(layout: Layout, group: Group, rule: AnyRule) -> None:
 
 def whole_rule(view: ParamView, rule: Rule) -> Rule:
     """A rule that sees R and its moments as DTensors, so that its means and norms are those of the whole matrix; elsewhere itself."""
-    if not view.parts or (rule.elementwise and not view.group["scale_parameter"]):
+    if rule.elementwise or not view.parts:
         return rule
     layout, low = view.layout, view.layout.whole_low_shape
     projected = {axis % len(low) for axis in layout.ranks}
-
-    def lr(weight: Tensor, group: Group, step: int) -> Any:
-        found = rule.lr(_whole(view, weight.reshape(layout.view), layout.whole, layout.cuts), group, step)
-        return found.full_tensor() if hasattr(found, "full_tensor") else found
 
     def update(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
         cuts = tuple(cut for cut in layout.cuts if cut.axis not in projected)
@@ -62,7 +60,16 @@ def whole_rule(view: ParamView, rule: Rule) -> Rule:
         changed: Tensor = found.redistribute(placements=seen.placements).to_local()
         return changed
 
-    return replace(rule, lr=lr) if rule.elementwise else replace(rule, lr=lr, update=update)
+    return replace(rule, update=update)
+
+
+def rms_of(view: ParamView) -> Tensor:
+    """The root mean square of the whole weight, 0-d, whichever processes hold its parts."""
+    norm, layout = write.norm(view.weight), view.layout
+    if view.place and layout.cuts:
+        parts = [part for cut in layout.cuts if (part := view.place.part(cut.dim))]
+        norm = reduce(lambda squares, part: part.total(squares), parts, norm.square()).sqrt()
+    return norm / math.sqrt(max(1, math.prod(layout.whole)))
 
 
 def _whole(view: ParamView, local: Tensor, shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> Any:

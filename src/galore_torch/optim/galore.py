@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
 from galore_torch.engine.recipe import RECIPES
+from galore_torch.engine.whole_rules import rms_of
 from galore_torch.optim.base import LowRankOptimizer
 from galore_torch.optim.shared_arguments import Projection
 from galore_torch.slots.projectors import PROJECTORS
@@ -190,7 +192,6 @@ class GaLoreAdafactor(LowRankOptimizer):
         **projection: Any,
     ):
         relative_step = lr is None if relative_step is None else relative_step
-        scale_parameter = lr is None if scale_parameter is None else scale_parameter
         if lr is not None and relative_step:
             raise ValueError(f"lr={lr} cannot be combined with relative_step=True: leave out one of them")
         if lr is None and not relative_step:
@@ -212,16 +213,20 @@ class GaLoreAdafactor(LowRankOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A group's own lr means what the constructor's does."""
-        if param_group.get("lr") is not None and self.defaults["lr"] is None:
+        lr = param_group.get("lr", self.defaults["lr"])
+        if lr is not None and self.defaults["lr"] is None:
             if param_group.get("relative_step"):
-                raise ValueError(f"lr={param_group['lr']} cannot be combined with relative_step=True: leave out one of them")
-            param_group = {"scale_parameter": False, **param_group, "relative_step": False}
+                raise ValueError(f"lr={lr} cannot be combined with relative_step=True: leave out one of them")
+            param_group = {**param_group, "relative_step": False}
+        if param_group.get("scale_parameter", self.defaults["scale_parameter"]) is None:
+            param_group = {**param_group, "scale_parameter": lr is None}
         super().add_param_group(param_group)
 
+    @torch.no_grad()
     def _get_lr(self, group: dict[str, Any], state: dict[str, Any]) -> Any:
         """The step size at the parameter whose ``state`` this is; transformers' ``AdafactorSchedule`` reads it."""
         p = next(p for p in group["params"] if self.state[p] is state)
-        return float(adafactor_lr(p.detach(), group, max(1, state["step"])))
+        return float(adafactor_lr(partial(rms_of, self.view_of(p)), group, max(1, state["step"])))
 
 
 class GaLoreAdagrad(LowRankOptimizer):

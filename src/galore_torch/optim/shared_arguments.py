@@ -86,14 +86,16 @@ SHARED = """
             basis_codec: basis in "fp32", "bf16" or "int4", or as the "weight": in bf16 where that has 16 bits, else in fp32.
         stochastic_rounding: round bf16 and INT8 weights up or down at random, so that small updates are not lost. Default True.
         scale_parameter: multiply ``lr`` by the root mean square of each weight, 0.001 at least: a step is a share of the weight, as
-            Adafactor's (arXiv 1804.04235, section 8). Give it to the groups with a rank, with an ``lr`` about 50 times as large, for
-            weights begin with a root mean square near 0.02. Default False; GaLoreAdafactor's own is above.
+            Adafactor's (arXiv 1804.04235, section 8), and so is what a weight decay takes. Give it to the groups with a rank, with an
+            ``lr`` about 50 times as large, for weights begin with a root mean square near 0.02. Experts count as one weight, but for
+            GaLoreAdafactor, whose rule sees one matrix at a time. Default False; GaLoreAdafactor's own is above, and GaLore(base) leaves
+            it to the class.
         decay: weight decay "before" the update, as torch.optim.AdamW, or "after" it, as galore-torch 1.0.
         min_8bit_size: moments with fewer elements stay fp32 under "int8" and "mulaw4". Default 4096.
         compile: fuse the elementwise part of a step by torch.compile's Inductor. None does so where it pays (from 2^15 elements, when a
             compiler is found, once the steps of a shape have cost what compiling it does), True at once, False never. Compiling takes
             some seconds for each shape. Block means in fp32 take a C++ operator instead, built once, and on a GPU, as
-            rows do, a Triton kernel. TORCH_COMPILE_DISABLE=1 turns it off.
+            rows do, a Triton kernel (without scale_parameter). TORCH_COMPILE_DISABLE=1 turns it off.
         maximize: climb instead. foreach, fused: hints without effect. capturable, differentiable: must be False.
 
     Raises:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from galore_torch.ops import write
 from galore_torch.ops.linalg import as_real, squared
 
 Group = Mapping[str, Any]  # a parameter group: hyperparameters by name
 Moments = dict[str, Tensor]
 Numbers = tuple[Any, ...]  # floats or 0-d tensors
+Rms = Callable[[], Tensor]  # the root mean square of the weight, 0-d, in fp32 or fp64
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,15 @@ class Moment:
 SMALLEST = 1e-3  # the root mean square that a smaller weight is taken for, as Adafactor's own
 
 
-def step_size(weight: Tensor, group: Group, step: int) -> Any:
+def step_size(rms: Rms, group: Group, step: int) -> Any:
     """The group's own; with ``scale_parameter`` a 0-d tensor that follows the weight."""
-    return by_weight(group["lr"], weight, SMALLEST) if group["scale_parameter"] else group["lr"]
+    return by_weight(group["lr"], rms, SMALLEST) if group["scale_parameter"] else group["lr"]
 
 
-def by_weight(lr: Any, weight: Tensor, least: float) -> Tensor:
+def by_weight(lr: Any, rms: Rms, least: float) -> Tensor:
     """lr max(least, RMS(W)), 0-d: the step of Adafactor (Shazeer & Stern, arXiv 1804.04235, section 8), relative to the weight."""
-    rms = write.norm(weight) / math.sqrt(weight.numel())
-    rms = rms.nan_to_num(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
-    relative: Tensor = rms.clamp_min(least) * lr
+    size = rms().nan_to_num(0.0, posinf=0.0)  # one weight that is not finite, or too large to square, must not take the others with it
+    relative: Tensor = size.clamp_min(least) * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
     return relative
 
 
@@ -63,7 +62,7 @@ class Rule:
     ``update`` changes the moments in place, leaves R as it is, and returns a new tensor of R's shape. ``numbers`` is everything
     else it depends on: floats or 0-d tensors, computed on the host, so that a compiled update serves every step and schedule.
     ``elementwise``: every element moves by itself, so the engine may hand over a few rows at a time, or compile the update.
-    ``lr(weight, group, step)`` is the step size: a float, or a 0-d tensor.
+    ``lr(rms, group, step)`` is the step size: a float, or a 0-d tensor where it follows the weight, whose root mean square is ``rms()``.
     ``blend(group)``: (first moment, a, b), where the moment becomes a moment + b R; None: there is no such moment.
     ``recovery``: the one recovery that it is written for, which no other rule has; None: all others.
     ``coarse``: whether four bits hold its moments well enough; a codec of so few stores those of ``rest`` in eight.
@@ -74,7 +73,7 @@ class Rule:
     numbers: Callable[[Group, int, Any], Numbers]
     update: Callable[[Tensor, Moments, Numbers], Tensor]
     elementwise: bool = True
-    lr: Callable[[Tensor, Group, int], Any] = step_size
+    lr: Callable[[Rms, Group, int], Any] = step_size
     blend: Callable[[Group], tuple[str, float, float]] | None = None
     recovery: str | None = None
     coarse: bool = False
@@ -148,12 +147,12 @@ def adafactor(R: Tensor, moments: Moments, numbers: Numbers) -> Tensor:
     return update
 
 
-def adafactor_lr(weight: Tensor, group: Group, step: int) -> Any:
+def adafactor_lr(rms: Rms, group: Group, step: int) -> Any:
     """The step size of Adafactor (arXiv 1804.04235, sections 8 and 9.2): a float, or a 0-d tensor when it follows the weight."""
     lr = group["lr"]
     if group["relative_step"]:
         lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
-    return by_weight(lr, weight, group["eps"][1]) if group["scale_parameter"] else lr
+    return by_weight(lr, rms, group["eps"][1]) if group["scale_parameter"] else lr
 
 
 def adagrad_moments(shape: tuple[int, ...], group: Group) -> dict[str, Moment]:

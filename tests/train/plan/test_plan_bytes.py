@@ -16,6 +16,7 @@ import galore_torch as g
 from galore_torch.engine import step as engine
 from galore_torch.ops.levels import code_table, nearest_codes
 from galore_torch.ops.outer import OuterProduct
+from galore_torch.optim.methods import METHODS
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.data.loader import TokenData
 from galore_torch.train.errors import UserError
@@ -254,6 +255,40 @@ def test_what_a_step_takes_for_a_moment_is_the_engines(cls: Any, dtype: torch.dt
         peaks.append(peak_bytes(optimizer.step))
     found = param_bytes(tuple(W.shape), dtype, optimizer.param_groups[0], optimizer.rule)
     assert found.transient == pytest.approx(max(peaks), abs=0.1 * W.numel() * W.element_size())
+
+
+ALL_ROWS: dict[str, dict[str, Any]] = {
+    **{name: dict(method.settings) for name, method in METHODS.items()},
+    "golore": {"random_after": 2},
+    "means": {"projector": "block_mean"},
+    "rows": {"projector": "rows"},
+    "rows, predicted": {"projector": "rows", "transport": "predict"},
+    "both sides": {"proj_type": "full"},
+    "a basis that follows the moment": {"projector": "momentum", "update_proj_gap": 1},
+    "error feedback in codes": {"carry": "error_feedback", "carry_codec": "int8"},
+    "error feedback in four bits": {"carry": "error_feedback", "carry_codec": "int4"},
+    "a step by the weight": {"scale_parameter": True},
+}
+
+
+@pytest.mark.usefixtures("_tables")
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL_ROWS)
+def test_a_step_of_every_row_takes_no_more_than_planned(name: str, dtype: torch.dtype, codec: str) -> None:
+    """On the allocator's log, with and without a refresh, where no compiler fuses it; and not much less."""
+    shape, settings = (512, 384), ALL_ROWS[name]
+    gap = {} if settings.get("projector") == "block_mean" or settings.get("update_proj_gap") == 1 else {"update_proj_gap": 2}
+    W = nn.Parameter(torch.randn(shape).to(dtype))
+    group: dict[str, Any] = {"params": [W], "rank": 1 if name == "apollo_mini" else 96, **settings, **gap}
+    optimizer = g.GaLoreAdamW([{**group, "state_codec": codec, "min_8bit_size": 1, "compile": False}], lr=1e-3)
+    peaks = []
+    for _ in range(4):
+        W.grad = torch.randn_like(W)
+        peaks.append(peak_bytes(optimizer.step))
+    planned = param_bytes(shape, dtype, optimizer.param_groups[0], optimizer.rule).transient
+    assert max(peaks[1:]) <= 1.05 * planned + 8192
+    assert planned <= 1.7 * max(peaks)
 
 
 def test_planned_peak_of_a_whole_run_of_the_trainer(

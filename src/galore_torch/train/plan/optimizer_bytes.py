@@ -14,20 +14,27 @@ import torch
 
 from galore_torch.engine.layout import AnyRule, Layout, make_layout
 from galore_torch.engine.sharding import Placed
-from galore_torch.engine.stored import state_spec
+from galore_torch.engine.stored import state_spec, stored_error
 from galore_torch.ops.chunks import chunk_elements, part_size
 from galore_torch.ops.codecs import CODED
 from galore_torch.ops.linalg import OVERSAMPLING, product_dtype
+from galore_torch.slots.carry import CARRIES
 from galore_torch.slots.projectors import PROJECTORS
 from galore_torch.slots.recovery import RECOVERIES
+from galore_torch.slots.transport import TRANSPORTS
 from galore_torch.train.plan import tensor_bytes
 
 # Bytes an element that one elementwise pass has out at once, where no compiler fuses it; int8 looks its levels up by indices.
 # Off the CPU the state is copied too, to be put back where a gradient is not finite.
 _PASSES = {
-    "cpu": {"mulaw4": 30, "int8": 29, "bf16": 12, "fp32": 4},
+    "cpu": {"mulaw4": 30, "int8": 29, "bf16": 22, "fp32": 4},
     "cuda": {"mulaw4": 32, "int8": 31, "bf16": 20, "fp32": 16},
 }
+# The same of a carry, which is stored in one pass over all of it, beside the gradient.
+_ERROR = {"int4": 5.5, "int8": 29, "bf16": 10, "fp32": 0}
+# Of a change of basis, in R's, beside the bases: by the transport's kind and how moments are stored.
+_MOVED = {"turned": {"fp32": 2.0, "bf16": 3.5}, "predicted": {"fp32": 4.0, "bf16": 7.5}}
+_MOVED_CODES = {"turned": 6.25, "predicted": 9.25}
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ def thin_bytes(
 def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> int:
     """An ordinary step: R, the bases in the dtype of the products, and chunks of the elementwise passes."""
     elements = min(prod(layout.low_shape), chunk_elements(torch.device(device)))
+    if group["state_codec"] not in CODED:  # slices of the first axis
+        elements = min(elements, _part(layout.low_shape[0], prod(layout.low_shape[1:]), device))
     passes = _PASSES[device][group["state_codec"]] * elements * layout.compute_dtype.itemsize // 4
     if not layout.ranks:
         if layout.dtype != layout.compute_dtype:  # the gradient in fp32, and what rounding a weight makes on the way
@@ -97,14 +106,17 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     is_made = PROJECTORS[layout.projector].basis == "a seed"  # at every step
     needed = product_dtype(layout.dtype, device)
     copied = bases * (needed.itemsize if layout.basis_codec != "fp32" or needed != torch.float32 or is_made else 0)
-    rows = min(prod(layout.shape), chunk_elements(torch.device(device)))
+    alone = PROJECTORS[layout.projector].part and not RECOVERIES[group["recovery"]].reads and not group["weight_decay"]
+    written = layout.low_shape if alone else layout.view  # a set of rows leaves all others as they are
+    rows = _part(prod(written[:-1]), written[-1], device)
     product = rows * (needed.itemsize + 2 * layout.compute_dtype.itemsize + 6) if layout.dtype.itemsize == 2 else 0  # and its rounding
-    recovery = RECOVERIES[group["recovery"]]
+    recovery, carry = RECOVERIES[group["recovery"]], CARRIES[group["carry"]]
     reads, decoded = recovery.reads, {"fp32": 0, "bf16": 2 * low}.get(group["state_codec"], 5 * low)
+    full = prod(layout.shape) * layout.compute_dtype.itemsize
     # Some rows of the update; for the residual R, both moments and G of them, and decoded moments.
     if group["projector"] == "block_mean" and recovery.residual in (0, 1):
         short = layout.dtype.itemsize == 2
-        product = (5 if "moments" in reads else 4 if short else 2) * rows * layout.compute_dtype.itemsize
+        product = (10 if "moments" in reads else 9 if short else 4) * rows * layout.compute_dtype.itemsize // 2
         if "moments" in reads:
             product = low + max(product + min(decoded, 2 * low), decoded)
         elif decoded and not short and group["compile"] is not False:  # the one pass has no R, and both moments in full
@@ -112,10 +124,25 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     elif recovery.whole:
         product = low + _orthogonal(layout, device)  # the update beside R
     elif "grad" in reads:  # the residual, and the update beside R; where it reads moments those, and what becomes of them
-        product += low + prod(layout.shape) * layout.compute_dtype.itemsize + (3 * low + decoded if "moments" in reads else 0)
-    carried = 2 * prod(layout.shape) * layout.compute_dtype.itemsize if group["carry"] else 0  # what was remembered, in full, and with G
+        product += low + full + (5 * low + decoded if "moments" in reads else 0)
+        product += low if group["projector"] == "rows" and layout.batch else 0
+    beside = low if (reads and not recovery.remakes) or carry else 0  # the update, where R is still wanted
     own = 0 if layout.projector == "identity" and layout.dtype == layout.compute_dtype else low  # else R is G itself
-    return own + carried + max(passes, copied + product)
+    most = max(passes + beside, copied + product + (low if carry else 0))
+    if error := stored_error(layout, group):  # it is added to G in full, and stored
+        most = max(most, full, int(_ERROR[error.codec] * full / layout.compute_dtype.itemsize))
+    return own + _held(layout, group) + most
+
+
+def _part(length: int, each: int, device: str) -> int:
+    """Elements that are worked on at once, of so many slices of ``each``."""
+    return each * part_size(length, max(1, chunk_elements(torch.device(device)) // max(1, each)))
+
+
+def _held(layout: Layout, group: Mapping[str, Any]) -> int:
+    """What a step with a carry has out throughout, in full: the gradient with the error in it, and what the momentum loses."""
+    carry = CARRIES[group["carry"]]
+    return (1 + carry.momentum) * prod(layout.shape) * layout.compute_dtype.itemsize if carry else 0
 
 
 def _orthogonal(layout: Layout, device: str) -> int:
@@ -146,18 +173,27 @@ def _refresh(layout: Layout, group: Mapping[str, Any], low: int, state: int, dev
         return tensor_bytes.refresh_bytes(layout, low + 2 * low, state if device != "cpu" else 0)
     itemsize, (m, n), matrices = layout.compute_dtype.itemsize, layout.view[-2:], prod(layout.batch)
     rank, blind = max(layout.ranks.values()), device != "cpu"
-    elements = tokens * (m + n) if tokens else m * n
-    gradient = matrices * (elements * itemsize if layout.dtype != layout.compute_dtype else 0)
+    elements, codec = tokens * (m + n) if tokens else m * n, group["state_codec"]
+    gradient = matrices * (elements * itemsize if layout.dtype != layout.compute_dtype and not group["carry"] else 0)
     gradient += matrices * elements * layout.dtype.itemsize if blind else 0
-    followed = matrices * elements * itemsize if PROJECTORS[layout.projector].follows and layout.dtype == layout.compute_dtype else 0
+    followed = matrices * elements * itemsize if PROJECTORS[layout.projector].follows else 0
     width = min(rank + OVERSAMPLING, m, n)
     found = sum(prod(basis.shape) for basis in layout.bases.values()) * itemsize
     side = max(layout.view[axis] for axis in layout.ranks)
     sketch = matrices * (m + n + max(m + n, tokens + side if tokens else 0)) * width * itemsize
     if group["projector"] in ("svd", "gram"):
         sketch = matrices * itemsize * ((m + n + 1) * min(m, n) + m * n if group["projector"] == "svd" else 3 * min(m, n) ** 2 + m * n)
+    if PROJECTORS[layout.projector].part:  # rows are drawn
+        sketch = 0
+    else:
+        sketch += matrices * 3 * width**2 * itemsize // 2
+    if len(layout.ranks) > 1:  # the first basis is there, and the old ones, while the second is found
+        sketch += 2 * found
     decoded = found if layout.basis_codec != "fp32" else 0
-    moved = low * 25 // 4 if group["state_codec"] in CODED else 2 * low
+    kind = "predicted" if TRANSPORTS[group["transport"]].adam else "turned"
+    moved = int(low * _MOVED[kind].get(codec, _MOVED_CODES[kind]))
     transport = found + decoded + matrices * rank**2 * itemsize + moved + (state if blind else 0)
     started = 0 if tokens else decoded  # a first basis, the largest, starts from none
-    return max(gradient + max(started, followed) + sketch, transport)
+    # The first moment that a basis follows is made in full, of the gradient in full, and replaces it.
+    made = 2 * found + {"fp32": 0, "bf16": low}.get(codec, 4 * low) + gradient + followed if followed else 0
+    return _held(layout, group) + max(max(gradient, followed) + started + sketch, transport, made)

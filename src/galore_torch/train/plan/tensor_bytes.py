@@ -19,8 +19,9 @@ def step_bytes(layout: Layout, low: int, passes: int, at_once: int) -> int:
     itemsize, ranks = layout.compute_dtype.itemsize, modes(layout.ranks)
     order = sorted(ranks, key=lambda axis: ranks[axis] / layout.view[axis])
     sizes = [*layout.view]
-    first = prod(layout.view) + _chain([*sizes], order[:1], ranks) if SET in layout.ranks else 0  # a copy without its largest elements
-    forth = (max(first, _chain(sizes, order, ranks)) + _is_wide(layout) * prod(layout.view)) * itemsize
+    copies = (SET in layout.ranks) + _is_wide(layout)  # of the gradient, for the first product: in fp32, without its largest elements
+    first = copies * prod(layout.view) + _chain([*sizes], order[:1], ranks)
+    forth = max(first, _chain(sizes, order, ranks)) * itemsize
     last = next((axis for axis in order if prod(sizes[: axis + len(sizes)]) == 1), max(order))
     back = _chain(sizes, [axis for axis in reversed(order) if axis != last], dict(enumerate(layout.view, -len(sizes)))) * itemsize
     rounded = 18 * _rounded_at_once(layout, last, at_once) if layout.dtype.itemsize == 2 else 0
