@@ -24,16 +24,17 @@ def scale(gradient: Tensor) -> Tensor:
 
 
 class Stateless(torch.optim.Optimizer):
-    """W <- W - lr direction(G)."""
+    """W <- W - lr direction(G); ``relative``: times max(0.001, RMS(W)), which is in neither paper."""
 
-    def __init__(self, params: Any, lr: float, direction: Any):
-        super().__init__(params, {"lr": lr, "direction": direction})
+    def __init__(self, params: Any, lr: float, direction: Any, relative: bool = False):
+        super().__init__(params, {"lr": lr, "direction": direction, "relative": relative})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
-                p.sub_(group["direction"](p.grad), alpha=group["lr"])
+                size = max(1e-3, float(p.square().mean().sqrt())) if group["relative"] else 1.0
+                p.sub_(group["direction"](p.grad), alpha=group["lr"] * size)
 
 
 def _rms(gradient: Tensor, dim: int) -> Tensor:

@@ -86,13 +86,14 @@ def difference(score: Score, base: Score) -> str:
 def measured(scores: list[Score], costs: Mapping[str, Any]) -> str:
     base = next(score for score in scores if score.name == BASE)
     best = frontier(scores)
-    header = ["method", "state, bytes an element", "loss, nats", "± s.d.", "less AdamW's, 95 % interval"]
+    header = ["", "method", "state, bytes an element", "loss, nats", "± s.d.", "less AdamW's, 95 % interval"]
     header += ["step, of fused AdamW's, at width 512; 1024", "slowest, of its median", "all memory, bytes an element", "lr (tried)"]
     rows = []
-    for score in scores:
+    for number, score in enumerate(scores, 1):
         cost, label = costs.get(score.name, {}), METHODS[score.name].label
         rows.append(
             [
+                str(number),
                 f"**{label}**" if score.name in best else label,
                 cell(score.bytes),
                 cell(score.mean, 3),
@@ -112,7 +113,9 @@ def each_width(cost: Mapping[str, Any], key: str) -> str:
 
 
 def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
-    """Loss against bytes of state, and against the time of a step where that was measured; those on the frontier are joined."""
+    """Loss against bytes of state, and against the time of a step where that was measured, by the numbers of the table; those on the
+    frontier are joined, and named.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
@@ -123,6 +126,7 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
     figure, every = plt.subplots(1, panels, figsize=(7.5 * panels, 7.5), sharey=True, squeeze=False)
     axes = every[0]
     costs_of = (scores, lambda score: score.bytes), (timed, lambda score: costs[score.name]["steps"]["1024"]["of_adamw"])
+    best, numbers = frontier(scores), {score.name: str(number) for number, score in enumerate(scores, 1)}
     for axis, (some, at) in zip(axes, costs_of, strict=False):
         for score in some:
             method = METHODS[score.name]
@@ -136,10 +140,11 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
                 markersize=5,
                 linewidth=1,
             )
-            axis.annotate(method.label, (at(score), score.mean), (5, 4), textcoords="offset points", fontsize=8, color=INK)
+            name = f"{numbers[score.name]} {method.label}" if score.name in {*best, BASE} else numbers[score.name]
+            axis.annotate(name, (at(score), score.mean), (5, 4), textcoords="offset points", fontsize=8, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#EEEEEE", zorder=0)
-    line = [score for score in scores if score.name in frontier(scores)]
+    line = [score for score in scores if score.name in best]
     axes[0].plot(
         [score.bytes for score in line], [score.mean for score in line], color=PALETTE[2], linewidth=1, zorder=1, drawstyle="steps-post"
     )
