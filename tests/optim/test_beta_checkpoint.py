@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from galore_torch.ops.linalg import product_dtype
 from golden.beta import CASES, LATER, SAVED, make, params, train
 
 BETA = Path(__file__).resolve().parents[1] / "golden" / "beta.pt"
@@ -22,6 +23,8 @@ def beta() -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_goes_on_to_the_recorded_weights(name: str, beta: dict[str, Any]) -> None:
     recorded, weights = beta[name], params(name)
+    if weights[0].dtype == torch.bfloat16 and product_dtype(torch.bfloat16, "cpu") != torch.bfloat16:
+        pytest.skip("recorded by a processor that multiplies in bf16; this one takes fp32, which rounds otherwise")
     assert all("turn" in state for state in recorded["optimizer"]["state"].values())
     optimizer = make(name, weights)
     with torch.no_grad():

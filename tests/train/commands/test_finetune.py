@@ -300,7 +300,8 @@ def test_batches_and_steps_are_those_of_a_loop_by_hand(make: Make, tmp_path: Pat
         losses.append(total.item() / number)  # type: ignore[union-attr]
     assert [loss for _, loss in result.losses] == pytest.approx(losses, rel=1e-5)
     for mine, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        # A thousandth of a step: of gradients near 0 Adam makes whole steps of their rounding, which is each processor's own.
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["galore", "galore8bit"])

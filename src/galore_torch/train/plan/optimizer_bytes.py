@@ -124,7 +124,8 @@ def _step(layout: Layout, group: Mapping[str, Any], low: int, device: str) -> in
     elif recovery.whole:
         product = low + _orthogonal(layout, device)  # the update beside R
     elif "grad" in reads:  # the residual, and the update beside R; where it reads moments those, and what becomes of them
-        product += low + full + (5 * low + decoded if "moments" in reads else 0)
+        made = 8 * low if group["state_codec"] in CODED else 5 * low + decoded
+        product += low + full + (made if "moments" in reads else 0)
         product += low if group["projector"] == "rows" and layout.batch else 0
     beside = low if (reads and not recovery.remakes) or carry else 0  # the update, where R is still wanted
     own = 0 if layout.projector == "identity" and layout.dtype == layout.compute_dtype else low  # else R is G itself
