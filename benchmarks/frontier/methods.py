@@ -152,25 +152,16 @@ METHODS: dict[str, Method] = {
     "ldadam_fp32": Method("LDAdam, n/4, fp32", named("ldadam"), 0.0025),
     # Steps relative to the weights, as Adafactor's are.
     "adamw_rel": Method("AdamW, relative step", full(GaLoreAdamW, eps=1e-8, **RELATIVE), 0.08, ours=False),
-    "adamw8bit_rel": Method("AdamW, 8-bit, relative step", full(GaLoreAdamW8bit, **RELATIVE), 0.08),
     "ldadam_half_rel": Method("LDAdam, n/8, 4-bit error, bf16 basis, relative step", named("ldadam", 0.5, **HALF, **RELATIVE), 0.16),
     "alice0_bf16_rel": Method(
         "Alice-0, n/4, 8-bit, bf16 basis, relative step", named("alice0", state_codec="int8", basis_codec="bf16", **RELATIVE), 0.90510
     ),
-    "fold_rel": Method("fold, n/4, 8-bit, relative step", named("fold", state_codec="int8", **RELATIVE), 0.22627),
     "fold_half_rel": Method(
         "fold, n/8, 8-bit, relative step", named("fold", 0.5, state_codec="int8", min_8bit_size=1024, **RELATIVE), 0.22627
-    ),
-    "fold_half_fp32_rel": Method("fold, n/8, relative step", named("fold", 0.5, **RELATIVE), 0.22627),
-    "fold_quarter_rel": Method(
-        "fold, n/16, 8-bit, relative step", named("fold", 0.25, state_codec="int8", min_8bit_size=512, **RELATIVE), 0.22627
     ),
     "frugal_rel": Method("FRUGAL, n/4, 8-bit, relative step", named("frugal", state_codec="int8", **RELATIVE), 0.08),
     "apollo_half_rel": Method(
         "APOLLO, n/8, 8-bit, relative step", named("apollo", 0.5, state_codec="int8", min_8bit_size=1024, **RELATIVE), 0.64
     ),
-    "apollo_rel": Method("APOLLO, n/4, 8-bit, relative step", named("apollo", state_codec="int8", **RELATIVE), 0.64),
-    "galore8bit_rel": Method("GaLore 8-bit, n/4, relative step", low_rank(GaLoreAdamW8bit, 1, **RELATIVE), 0.90510),
     "sinkgd_rel": Method("SinkGD, relative step", _stateless(sinkgd, relative=True), 0.05657, ours=False),
-    "galore_muon_half_rel": Method("GaLoreMuon, n/8, relative step", muon(0.5, **RELATIVE), 0.32),
 }

@@ -55,10 +55,7 @@ def norm(weight: Tensor) -> Tensor:
     """The 2-norm of all elements, 0-d, in fp32 or fp64; of an INT8 weight a few rows at a time."""
     if isinstance(weight, Int8Weight):
         return torch.linalg.vector_norm(torch.stack([linalg.norm(weight.rows(rows).dequantize()) for rows in row_parts(weight)]))
-    if is_plain(weight):
-        return linalg.norm(weight)
-    real = linalg.as_real(weight)
-    return torch.linalg.vector_norm(real, dtype=torch.promote_types(real.dtype, torch.float32))
+    return linalg.norm(weight)
 
 
 def storages(weight: Tensor) -> tuple[Tensor, ...]:

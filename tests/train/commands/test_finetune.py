@@ -292,16 +292,18 @@ def test_batches_and_steps_are_those_of_a_loop_by_hand(make: Make, tmp_path: Pat
     for share in shares:
         drawn = [next(batches) for _ in range(4)]
         number = sum(len(labels) for _, labels in drawn)
-        total = sum(torch.nn.functional.cross_entropy(by_hand(**inputs).logits, labels, reduction="sum") for inputs, labels in drawn)
-        (total / number).backward()  # type: ignore[union-attr]
+        total = 0.0
+        for inputs, labels in drawn:  # one after the other: Adam makes whole steps of the rounding of a gradient near 0
+            part = torch.nn.functional.cross_entropy(by_hand(**inputs).logits, labels, reduction="sum") / number
+            part.backward()
+            total += part.item()
         adamw.param_groups[0]["lr"] = 1e-2 * share
         adamw.step()
         adamw.zero_grad()
-        losses.append(total.item() / number)  # type: ignore[union-attr]
+        losses.append(total)
     assert [loss for _, loss in result.losses] == pytest.approx(losses, rel=1e-5)
     for mine, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
-        # A thousandth of a step: of gradients near 0 Adam makes whole steps of their rounding, which is each processor's own.
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["galore", "galore8bit"])
