@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.ops.codecs import StoredTensor
-from galore_torch.ops.int8_weight import Int8Weight, int8_spec, move
+from galore_torch.ops.int8_codes import int8_spec, move
+from galore_torch.ops.int8_weight import Int8Weight
 from support.memory import storage_bytes
 
 SHAPES = [(64, 128), (3, 5), (7, 37), (1, 1), (33, 255), (5, 257), (300, 1), (1, 1000), (500, 344)]

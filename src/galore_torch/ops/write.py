@@ -12,7 +12,8 @@ from torch import Tensor
 
 from galore_torch.ops import linalg
 from galore_torch.ops.codecs import Seed, stochastic_round
-from galore_torch.ops.int8_weight import Int8Weight, move, row_parts, row_unit, rows_of
+from galore_torch.ops.int8_codes import move
+from galore_torch.ops.int8_weight import Int8Weight, row_parts, row_unit, rows_of
 
 __all__ = [
     "WeightUpdate",

@@ -10,7 +10,7 @@ from typing import Any
 
 from galore_torch.train.checkpoint.storage import read_trainer
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.settings import PUBLISHED
+from galore_torch.train.config.declare import PUBLISHED
 from galore_torch.train.data.loader import Data
 from galore_torch.train.data.tasks import TaskData
 from galore_torch.train.errors import UserError

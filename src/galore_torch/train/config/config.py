@@ -7,14 +7,15 @@ from pathlib import Path
 
 from galore_torch.train.config.bounds import BOUNDS, check_choice, check_number
 from galore_torch.train.config.compare import check_contenders
-from galore_torch.train.config.settings import TRACKERS, Settings
+from galore_torch.train.config.derived import DerivedSettings
+from galore_torch.train.config.settings import TRACKERS
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import hf_positions, model_folder
 from galore_torch.train.optimizers.registry import check_shardable, optimizer_spec
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Settings):
+class PretrainConfig(DerivedSettings):
     """Settings of one `galore pretrain` call; construction settles and checks them."""
 
     def __post_init__(self) -> None:
