@@ -1,15 +1,16 @@
 """Fine-tuning on GLUE: full, LoRA and GaLore, each rate tuned on a seed that is not reported, then other seeds at that rate.
 
-Every run is one of `galore finetune`. Its result is a line appended to a file, so that the table grows from call to call: what is in the
-file is not run again. `python benchmarks/glue/table.py` makes the table.
+Every run is one of `galore finetune`. Its result is a line of results.jsonl: what is there is not run again, so that the table grows from
+call to call, and processes with other methods or seeds can share the file. `python benchmarks/glue/table.py` makes the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from small_llama import machine
 from galore_torch.train.commands.finetune import finetune
 from galore_torch.train.config.finetune import FinetuneConfig
 
+RESULTS = Path(__file__).with_name("results.jsonl")
 TUNING_SEED = 0  # of the grid alone
 SEEDS = (1, 2, 3, 4, 5)
 ADAM, LORA = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
@@ -70,12 +72,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="in place of --epochs, for a look at whether all of it runs")
     parser.add_argument("--minutes", type=float, help="start no run after so long")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", default="build/glue/results.jsonl")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    output = Path(arguments.output)
+    output, started = arguments.output, time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     for task in arguments.tasks:
         for key in arguments.methods:
             for plan in plans(arguments, task, METHODS[key], output):
@@ -83,7 +84,8 @@ def main() -> None:
                     progress(f"{arguments.minutes:g} minutes are over; the same command goes on\n")
                     return
                 progress(f"{task} {key} lr {plan['lr']:g} seed {plan['seed']}")
-                line = json.dumps(plan | measured(arguments, METHODS[key], plan, output.parent / "run"))
+                with tempfile.TemporaryDirectory() as folder:
+                    line = json.dumps(plan | measured(arguments, METHODS[key], plan, Path(folder) / "run"))
                 with output.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
     progress("")
@@ -114,8 +116,7 @@ def found(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def measured(arguments: argparse.Namespace, method: Method, plan: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train, and read what the run wrote; its folder goes."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Train in a new folder, and read what the run wrote there."""
     settings: dict[str, Any] = {"lr": plan["lr"], "seed": plan["seed"], "batch_size": plan["batch_size"], "max_length": plan["max_length"]}
     settings |= {"num_training_steps": plan["steps"]} if "steps" in plan else {"num_train_epochs": plan["epochs"]}
     settings |= {"rank": method.rank} if method.rank else {}
@@ -131,13 +132,12 @@ def measured(arguments: argparse.Namespace, method: Method, plan: dict[str, Any]
         save_dir=str(folder),
         **settings,
     )
-    with (folder.parent / "log").open("a", encoding="utf-8") as log:
-        code = finetune(config, Console(file=log))
-    if code:
+    said = io.StringIO()
+    if code := finetune(config, Console(file=said)):
+        print(said.getvalue(), file=sys.stderr)
         raise SystemExit(code)
     (record,) = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    shutil.rmtree(folder)
     memory = next(row["memory_mb"] for row in rows if "memory_mb" in row)
     score = next(iter(record["scores_last"]))
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from report import table
-from run import METHODS, TUNING_SEED
+from run import METHODS, RESULTS, TUNING_SEED
 
 # arXiv 2403.03507, table 4: RoBERTa-base, one number each.
 PAPER = {
@@ -25,8 +25,8 @@ PAPER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="?", default="build/glue/results.jsonl")
-    rows = [json.loads(line) for line in Path(parser.parse_args().results).read_text(encoding="utf-8").splitlines()]
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS)
+    rows = [json.loads(line) for line in parser.parse_args().results.read_text(encoding="utf-8").splitlines()]
     print(made(rows))
 
 
