@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from galore_torch import GaLoreAdamW
+from galore_torch import GaLoreAdamW, GaLoreMuon
 from galore_torch.slots.projectors import PROJECTORS
 
 EACH = [name for name, row in PROJECTORS.items() if row.find is not None and row.modes is None]
@@ -102,7 +102,7 @@ def test_whatever_the_strides_of_weight_and_gradient(projector: str, shape: tupl
     assert other.stride() == strides
 
 
-@each_projector
+@pytest.mark.parametrize("projector", [name for name in EACH if PROJECTORS[name].looks and not PROJECTORS[name].follows])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_never_from_a_gradient_that_is_not_finite(projector: str, value: float) -> None:
     """The refresh is due at step 3 and meets a bad gradient: it happens at the next good one, from that one alone."""
@@ -117,6 +117,76 @@ def test_never_from_a_gradient_that_is_not_finite(projector: str, value: float) 
     optimizer.step()
     fresh = run(Parameter(torch.zeros(12, 20)), spoilt[4:], projector=projector)
     torch.testing.assert_close(basis_of(optimizer), basis_of(fresh))
+    assert W.isfinite().all()
+
+
+@pytest.mark.parametrize("projector", [name for name in EACH if not PROJECTORS[name].looks])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_what_does_not_look_at_the_gradient_takes_its_turn_whatever_that_is(projector: str, value: float) -> None:
+    """A gradient of zeros, or not finite, at every refresh but the first: the same subspaces as without. Oracle: that run."""
+    grads = gradients((12, 20), 10)
+    spoilt = [G * value if t % 3 == 0 and t else G for t, G in enumerate(grads)]
+    seen = []
+    for t in range(1, 11):
+        bases = [basis_of(run(Parameter(torch.zeros(12, 20)), given[:t], projector=projector)) for given in (grads, spoilt)]
+        assert torch.equal(*bases)
+        seen.append(bases[0])
+    assert len({tuple(basis.flatten().tolist()) for basis in seen}) > 2, "they do change"
+
+
+def test_the_random_bases_of_golore_change_whatever_the_gradient() -> None:
+    grads = gradients((12, 20), 10)
+    spoilt = [G * 0.0 if t % 3 == 0 and t else G for t, G in enumerate(grads)]
+    bases = [basis_of(run(Parameter(torch.zeros(12, 20)), given, projector="power", random_after=1)) for given in (grads, spoilt)]
+    assert torch.equal(*bases)
+
+
+def test_rows_of_each_expert_take_turns_though_it_often_has_no_tokens() -> None:
+    """Expert 1 has a gradient of zeros at every refresh."""
+    W = Parameter(torch.randn(2, 16, 20))
+    optimizer = GaLoreAdamW([W], **settings_of("rows"), batch_dims=1)
+    firsts = []
+    for t in range(12):
+        W.grad = torch.randn(W.shape)
+        if t % 3 == 0:
+            W.grad[1] = 0.0
+        optimizer.step()
+        firsts.append(optimizer.state[W]["basis"][:, 0].tolist())
+    assert firsts[::3] == [[0, 0], [4, 4], [8, 8], [12, 12]]
+
+
+MU = 0.95  # of Muon
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_momentum_outlives_a_gradient_that_is_zero_or_not_finite(
+    batch: tuple[int, ...], value: float, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Muon's M follows A = G + mu P M. Oracle: the recursion in full size, for gradients of a rank that the subspace holds."""
+    if masked:
+        from galore_torch.engine import refresh
+        from galore_torch.ops import linalg
+
+        for module in (linalg, refresh):
+            monkeypatch.setattr(module, "readable", lambda tensor: False)
+    A, B = torch.zeros(*batch, 32, 48), torch.zeros(*batch, 32, 48)
+    A[..., range(4), range(4)] = torch.tensor([1.0, 0.5, 0.2, 0.1])
+    B[..., range(4), range(4)] = torch.tensor([0.0, 0.1, 0.5, 0.3])
+    W = Parameter(torch.zeros(*batch, 32, 48))
+    optimizer = GaLoreMuon([{"params": [W], "rank": 4, "batch_dims": len(batch)}], lr=1e-3, state_codec="fp32", basis_codec="fp32")
+    M = torch.zeros_like(A)
+    odd = torch.zeros_like(A) if value == 0.0 else torch.where(A == 1.0, value, A)
+    if batch:  # of one expert alone
+        odd[0] = A[0]
+    for G in [A] * 10 + [odd] + [B] * 3:
+        W.grad = G.clone()
+        optimizer.step()
+        M = MU * M + G if G.isfinite().all() else M  # a batch is one parameter
+        state = optimizer.state[W]
+        assert bool(state["basis_ready"].all())
+        torch.testing.assert_close(state["basis"] @ state["momentum_buffer"], M, rtol=1e-4, atol=1e-4)
     assert W.isfinite().all()
 
 

@@ -195,6 +195,33 @@ def test_a_weight_used_twice_is_one_gradient() -> None:
     assert torch.equal(weights(plain), weights(fused))
 
 
+@pytest.mark.parametrize("mode", ["project", "update", "direct", "direct_update"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_gradients_of_another_dtype_than_the_weights(mode: str, micro: int) -> None:
+    """`Tensor.grad_dtype`: bf16 weights with fp32 gradients. Oracle: gradients of the weights' own dtype, but for their rounding."""
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no grad_dtype")
+    if micro > 1 and mode.endswith("update"):
+        pytest.skip("refuses accumulation")
+
+    def trained(dtype: torch.dtype | None) -> torch.Tensor:
+        m = model().bfloat16()
+        for p in m.parameters() if dtype else ():
+            p.grad_dtype = dtype
+        optimizer = g.GaLoreSGD(m.parameters(), lr=0.1, rank=3, update_proj_gap=2)
+        g.fused_backward(m, optimizer, mode)
+        for _ in range(3):
+            for i in range(micro):
+                (m(X.bfloat16().chunk(micro)[i]) - Y.bfloat16().chunk(micro)[i]).square().mean().backward()
+            if dtype and mode in ("project", "direct"):
+                assert {p.grad.dtype for p in m.parameters() if p.grad is not None} == {dtype}
+            optimizer.step()
+            optimizer.zero_grad()
+        return weights(m)
+
+    torch.testing.assert_close(trained(torch.float32), trained(None), rtol=0.02, atol=0.02)
+
+
 def test_removing_brings_ordinary_gradients_back() -> None:
     m = model()
     optimizer = g.GaLoreAdamW(m.parameters(), lr=0.01, rank=3)

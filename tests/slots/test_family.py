@@ -16,6 +16,7 @@ from galore_torch.engine.layout import layout_of
 from galore_torch.engine.stored import stored_error
 from galore_torch.ops.linalg import switched_basis
 from galore_torch.ops.sketch import seeds, sketch
+from galore_torch.optim.methods import METHODS
 from galore_torch.slots.projectors import PROJECTORS, svd
 from references.family import AliceReference, ApolloReference, FoldReference, FrugalReference, LDAdamReference
 from references.galore import best_subspace
@@ -231,24 +232,39 @@ def test_what_other_rules_have_not_is_refused(settings: dict[str, Any], words: s
         g.GaLoreAdagrad([Parameter(torch.zeros(8, 8))], lr=0.1, rank=2, **settings)
 
 
-def test_a_residual_that_is_not_finite_leaves_the_other_rows_and_their_averages_as_they_are() -> None:
-    """A row that `rows` does not look at holds NaN: the rows in turn move, nothing else does; of signs all but that element."""
-    for recovery in ("sign", "rms", "alice"):
-        W = Parameter(torch.randn(12, 20))
+@pytest.mark.parametrize("recovery", ["sign", "rms", "alice", "fira", "apollo", "apollo_mini"])
+@pytest.mark.parametrize("place", [(1, 3), (9, 3)])
+def test_where_a_gradient_is_not_finite_does_not_matter(place: tuple[int, int], recovery: str) -> None:
+    """In a row of the set or beside it: nothing moves, neither weight nor state. Signs beside the set answer for themselves."""
+    W = Parameter(torch.randn(12, 20))
+    optimizer = g.GaLoreAdamW([W], lr=0.1, rank=4, projector="rows", recovery=recovery)
+    W.grad = torch.randn(12, 20)
+    optimizer.step()
+    before = W.detach().clone()
+    kept = {key: value.clone() for key, value in optimizer.state[W].items() if isinstance(value, torch.Tensor)}
+    W.grad = torch.randn(12, 20)
+    W.grad[place] = float("nan")
+    optimizer.step()
+    if recovery == "sign" and place[0] > 3:
+        assert torch.equal(before == W, W.grad.isnan())
+        return
+    assert torch.equal(W, before)
+    assert all(torch.equal(optimizer.state[W][key], value) for key, value in kept.items())
+
+
+def test_a_column_of_zeros_in_the_rows_of_the_set_takes_nothing_from_the_others() -> None:
+    """phi_j = ||N_j|| / ||R_j|| says nothing where R_j is zero: that column's residual is left out, not all of them."""
+    for recovery in ("fira", "apollo"):
+        W = Parameter(torch.zeros(12, 20))
         optimizer = g.GaLoreAdamW([W], lr=0.1, rank=4, projector="rows", recovery=recovery)
-        W.grad = torch.randn(12, 20)
-        optimizer.step()
-        before = W.detach().clone()
-        kept = {key: value.clone() for key, value in optimizer.state[W].items() if key.startswith("residual")}
-        W.grad = torch.randn(12, 20)
-        W.grad[9, 3] = float("nan")
-        optimizer.step()
-        still = torch.ones(12, 20, dtype=torch.bool)
-        still[:4] = False
-        if recovery == "sign":
-            still[4:] = W.grad[4:].isnan()
-        assert torch.equal(before == W, still)
-        assert all(torch.equal(optimizer.state[W][key], value) for key, value in kept.items())
+        for t in range(3):
+            before = W.detach().clone()
+            W.grad = torch.randn(12, 20)
+            W.grad[:4, 3] = 0.0 if t == 2 else W.grad[:4, 3]
+            optimizer.step()
+        expected = torch.ones(12, 20, dtype=torch.bool)
+        expected[4 if recovery == "fira" else 0 :, 3] = False
+        assert torch.equal(before != W, expected)
 
 
 @pytest.mark.parametrize("recovery", ["sign", "rms", "alice", "fira", "apollo"])
@@ -293,6 +309,18 @@ def test_rows_have_a_set_also_where_the_first_gradient_is_not_finite(recovery: s
     optimizer.step()
     assert W.detach().abs().max() < 1.01, "Adam's first step is at most lr long"
     assert torch.equal(optimizer.state[W]["basis"], torch.arange(8))
+
+
+@pytest.mark.parametrize("shape", [(8, 0), (0, 8), (3, 0, 4)])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_parameter_without_elements_is_stepped_over(name: str, shape: tuple[int, ...]) -> None:
+    W, beside = Parameter(torch.zeros(shape)), Parameter(torch.zeros(12, 20))
+    own = {"random_after": 1} if name == "golore" else {}
+    optimizer = g.low_rank_optimizer([{"params": [W, beside], "rank": 2}], name, lr=0.1, **own)
+    for _ in range(2):
+        W.grad, beside.grad = torch.zeros(shape), torch.randn(12, 20)
+        optimizer.step()
+    assert beside.detach().abs().sum() > 0
 
 
 def test_fira_leaves_out_a_residual_of_rounding_errors() -> None:

@@ -328,11 +328,12 @@ def _free_axes(whole: tuple[int, ...], proj_type: str, projector: str, cuts: tup
 
 
 def fits(view: tuple[int, ...], rank: int | float | str | None, axes: tuple[int, ...] | None = None) -> int | None:
-    """The rank in use: None when the group has none or that of the matrix, for vectors, and where it is not smaller than the matrix.
+    """The rank in use: None when the group has none or that of the matrix, for vectors, and where it is not smaller than the matrix, or
+    where that has no elements.
 
     A fraction is one of the short side, or of the axes that a projector always takes.
     """
-    if rank is None or isinstance(rank, str) or len(view) < 2:  # "full"
+    if rank is None or isinstance(rank, str) or len(view) < 2 or 0 in view:  # "full"
         return None
     short = min(view[axis] for axis in axes or (-2, -1))
     rank = max(1, int(rank * short)) if isinstance(rank, float) else rank

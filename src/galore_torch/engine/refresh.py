@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.engine.fused import only_if
-from galore_torch.engine.layout import Group, ParamView, State, bases_of
+from galore_torch.engine.layout import Group, Layout, ParamView, State, bases_of
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import carried_moments
 from galore_torch.ops.codecs import StoredTensor
@@ -66,6 +66,7 @@ def _shift(state: State, group: Group) -> int:
 def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True) -> None:
     """New bases from this gradient, moments carried over; nothing changes, on the device, where the gradient is not usable.
 
+    Usable is what a projector needs: a gradient that is finite and not zero, a momentum that is so, or nothing where it looks at neither.
     grad: of the layout's view, or its factors, or what all processes have of it: a projector that needs the matrix gets it. Each matrix of
     a batch has its own basis: those without one get it from the first gradient they can use, the others at the end of the gap.
     ``first``: whether the gradient begins its step; a later micro-batch changes no basis in use.
@@ -77,9 +78,11 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         grad = grad.dense()
     is_usable, scaled = measured(grad, len(view.layout.batch)) if isinstance(grad, Tensor | ShardedMatrix) else grad.measured()
     ready, can = state["basis_ready"].reshape(-1), is_usable.reshape(-1)  # (matrices,), on the host and on the device
-    if not view.projector.looks:  # the first basis needs no gradient; without a set of rows, each would be the first one
-        can = can | ~ready.to(can.device)
     keeps = scaled.is_zero if isinstance(scaled, SharedGradient) else None  # of a weight that no process has used: as if it were not asked
+    if not _looks(view):  # the first basis needs no gradient; without a set of rows, each would be the first one
+        can = torch.ones_like(can) if keeps is None else ~(keeps.reshape(-1) & ready.to(can.device))
+    elif view.projector.follows:  # the momentum is asked, once the gradient has been added to it
+        can = can | ready.to(can.device)
     grad = grad if view.projector.follows else scaled  # a moment that is added to it is not scaled
     wanted = torch.ones_like(ready) if first and gap_is_over(state, group) else ~ready
     begins = not bool(ready.any())
@@ -92,10 +95,23 @@ def refresh(view: ParamView, grad: Gradient | ShardedMatrix, first: bool = True)
         C = _renew_some(view, grad, warm, chosen, can)
         if group["gap_range"] is not None and (warm or begins):
             _begin_gap(view, C if warm else None, can[chosen.to(can.device)] if view.layout.batch else can)
+    if view.projector.follows:  # the basis in use is the best one until there is another momentum
+        can = can | ready.to(can.device)
     after = can if not view.layout.batch else torch.where(wanted.to(can.device), can, ready.to(can.device))
     after = after if keeps is None else torch.where(keeps.reshape(-1), ready.to(can.device), after)
     # Where processes share a matrix they must all know at the next step whether it has a basis: its refresh is theirs together.
     state["basis_ready"].copy_(after.view(state["basis_ready"].shape), non_blocking=view.place is None)
+
+
+def _looks(view: ParamView) -> bool:
+    """Whether the next bases depend on the gradient."""
+    return view.projector.looks and not _is_random(view)
+
+
+def _is_random(view: ParamView) -> bool:
+    """Whether ``random_after`` has come."""
+    random_from = view.group["random_after"]
+    return random_from is not None and bool(view.state["step"] >= random_from)
 
 
 def _together(view: ParamView, grad: Tensor) -> Tensor | ShardedMatrix:
@@ -127,20 +143,20 @@ def _renew(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, can: Ten
 
     ``can``: which gradients are usable; narrowed, in place, to those that made a finite basis.
     """
-    state, layout = view.state, view.layout
-    if not readable(grad):  # a decomposition must not meet NaN
-        grad = torch.where(can.view(*layout.batch, 1, 1), grad, 0.0) if isinstance(grad, Tensor) else grad.where(can)
+    state, layout, follows = view.state, view.layout, view.projector.follows
+    if not readable(grad) and not follows:
+        grad = _where(can, grad, layout)
     old = _decoded(view) if warm else None
     seed = state["step"] if warm else 0  # the first basis does not depend on how long its gradient was awaited
-    find, overlap = view.projector.find, view.projector.overlap
-    random_from = view.group["random_after"]
-    if random_from is not None and state["step"] >= random_from:
-        find = PROJECTORS["random"].find
+    find, overlap = PROJECTORS["random"].find if _is_random(view) else view.projector.find, view.projector.overlap
     assert find is not None
     exact = grad.to(layout.compute_dtype)
-    if view.projector.follows:
+    if follows:
         exact = exact if old is None else _first_moment(view, exact)
-        exact = measured(exact, len(layout.batch))[1] if isinstance(exact, Tensor | ShardedMatrix) else exact.measured()[1]
+        is_usable, exact = measured(exact, len(layout.batch)) if isinstance(exact, Tensor | ShardedMatrix) else exact.measured()
+        can &= is_usable.reshape(-1)
+        if not readable(exact) or not bool(can.all()):
+            exact = _where(can, exact, layout)
     found = find(exact, layout.ranks, old, seed)
     del exact  # a copy of the whole gradient, where that is of 16 bits
     for basis in found.values():  # whatever became of the gradient in there: the old basis is the better one
@@ -154,6 +170,11 @@ def _renew(view: ParamView, grad: Gradient | ShardedMatrix, warm: bool, can: Ten
             one.encode(state, found[axis], None)
         _transport(view, C, moments)
     return C
+
+
+def _where(can: Tensor, grad: Any, layout: Layout) -> Any:
+    """Zeros in the place of matrices that are not usable: a decomposition must not meet NaN."""
+    return torch.where(can.view(*layout.batch, 1, 1), grad, 0.0) if isinstance(grad, Tensor) else grad.where(can)
 
 
 def _first_moment(view: ParamView, grad: Any) -> Any:

@@ -27,7 +27,7 @@ from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec, stored_error, stored_moments
 from galore_torch.engine.whole_rules import all_hold, of_whole, rms_of, whole_rule
-from galore_torch.ops import write
+from galore_torch.ops import native, write
 from galore_torch.ops.linalg import all_finite, finite
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import Part
@@ -191,14 +191,25 @@ def _apply_each(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 
 
 def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
-    # NaN or Inf in G reaches R, whatever the basis; of means, whose elements may cancel, G itself is asked where it is there.
-    is_finite = all_finite(low if grad is None or not (view.layout.ranks and view.projector.averages) else grad)
+    is_finite = all_finite(grad if grad is not None and _hides(view) else low)
     if view.place and _is_seen_whole(view):  # its shards are skipped as one
         is_finite = all_hold(view, is_finite, low)
     if isinstance(view.rule, BaseRule):
         _apply_base(view, low if is_finite is True else torch.where(torch.as_tensor(is_finite, device=low.device), low, 0.0), view.rule)
     else:
         _apply_rule(view, low, is_finite, grad, view.rule)
+
+
+def _hides(view: ParamView) -> bool:
+    """Whether G may hold NaN or Inf that R does not show, and that the step would meet.
+
+    Through a basis that is multiplied they reach R. The elements of a mean may cancel, and rows beside the set are not in R; where these
+    move by their signs alone each element answers for itself.
+    """
+    if not view.layout.ranks:
+        return False
+    recovery = RECOVERIES[view.group["recovery"]]
+    return view.projector.averages or (view.projector.part is not None and "grad" in recovery.reads and recovery.residual != native.SIGNS)
 
 
 def _is_seen_whole(view: ParamView) -> bool:

@@ -23,7 +23,7 @@ from galore_torch.engine.whole_rules import check_shared
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.write import is_plain
 from galore_torch.optim.left_behind import left_behind, refuse_flattened
-from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, in_place_of, owner_of
+from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad, dtype_of_grad, in_place_of, owner_of
 from galore_torch.optim.param_groups import PLACE
 from galore_torch.optim.parameter_checks import check_compiler, check_parameter, notes
 from galore_torch.optim.quantize import refuse_replaced
@@ -220,7 +220,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         def project(more: Tensor, first: bool) -> Tensor:  # holds neither the parameter nor the optimizer
             return cast(LowRankOptimizer, owner())._project_more(place, more, first)
 
-        return LowRankGrad(local(p), low, owner, project)
+        return LowRankGrad(local(p), low, owner, project, dtype=dtype_of_grad(p))
 
     def _project_more(self, place: int, more: Tensor, first: bool) -> Tensor:
         """A further micro-batch; ``first``: it begins a step."""
@@ -249,7 +249,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         view = self._check(p, group)
         with without_autocast([p]):
             self._update(view, p.grad)
-        p.grad = in_place_of(view, ConsumedGrad(local(p), owner_of(self)))
+        p.grad = in_place_of(view, ConsumedGrad(local(p), owner_of(self), dtype=dtype_of_grad(p)))
 
     def _view(self, p: Tensor, group: dict[str, Any]) -> ParamView:
         return engine.view_of(p, self.state[p], group, self.rule)

@@ -166,6 +166,11 @@ def owner_of(optimizer: object) -> Owner:
     return weakref.ref(optimizer)
 
 
+def dtype_of_grad(p: Tensor) -> torch.dtype:
+    """What autograd has ``p.grad`` in: the weight's dtype, unless ``p.grad_dtype`` says otherwise."""
+    return getattr(p, "grad_dtype", None) or p.dtype
+
+
 def in_place_of(view: ParamView, stand_in: Tensor) -> Tensor:
     """What stands in for this process' part of a gradient, as the gradient does: in a DTensor where the parameter is one.
 

@@ -65,7 +65,7 @@ def notes(group: Mapping[str, Any], row: Recipe, alone: bool) -> Iterator[str]:
             "fully_shard or DistributedDataParallel. In a group of true vectors leave rank out"
         )
         return
-    layouts = [layout_of(p, group) for p in group["params"] if p.dim() > 1]
+    layouts = [layout_of(p, group) for p in group["params"] if p.dim() > 1 and p.numel()]
     if whole := [layout.shape for layout in layouts if not layout.ranks]:
         blocks = "leaves no means of 2, 4, 8, ... neighbours, which divide it, on the projected side"
         why = blocks if group["projector"] == "block_mean" else "is not smaller than the short side"

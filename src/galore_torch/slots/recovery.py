@@ -111,9 +111,10 @@ def norm_of(tensor: Tensor, seen: Seen, axes: tuple[int, ...]) -> Tensor:
 
 
 def scale_as_rule(full: Tensor, N: Tensor, seen: Seen, axes: tuple[int, ...]) -> None:
-    """full <- phi full, in place: phi = ||N|| / ||R|| over ``axes`` says how much the rule scaled there."""
+    """full <- phi full, in place: phi = ||N|| / ||R|| over ``axes`` says how much the rule scaled there; 0 where R says nothing."""
     assert seen.low is not None
-    full.mul_(norm_of(N, seen, axes) / norm_of(seen.low, seen, axes).clamp_min(torch.finfo(full.dtype).tiny))
+    length = norm_of(seen.low, seen, axes)
+    full.mul_(torch.where(length > 0, norm_of(N, seen, axes) / length, 0.0))
 
 
 def limit_growth(full: Tensor, seen: Seen, key: str, least: Tensor | float = 0.0) -> None:
@@ -175,8 +176,8 @@ def apollo(change: WeightUpdate, N: Tensor, seen: Seen, axes: tuple[int, ...] | 
 def signs(change: WeightUpdate, N: Tensor, seen: Seen) -> None:
     """W <- decay_factor W - scale P N - lr sign(G - P R) (FRUGAL, arXiv 2411.07837, Alg. 1, with signSGD for what keeps no state).
 
-    With rows for a subspace those in turn have Adam, and all others the sign of their gradient. What is not finite of the residual is left
-    out, element by element: a sign says nothing of its neighbours.
+    With rows for a subspace those in turn have Adam, and all others the sign of their gradient. Of what is not finite in R nothing moves;
+    beside the rows it is left out, element by element: a sign says nothing of its neighbours.
     """
     residual = residual_of(seen).nan_to_num_(0.0, 0.0, 0.0).sign_()
     residual.mul_(torch.as_tensor(seen.is_finite, device=residual.device)).mul_(seen.lr * seen.sign)
