@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -23,10 +24,11 @@ from galore_torch import cli
 from galore_torch.train.checkpoint.storage import checkpoints_in, verify
 from galore_torch.train.commands.finetune import finetune, read
 from galore_torch.train.config.finetune import METHODS, FinetuneConfig
-from galore_torch.train.config.flags import config_from
+from galore_torch.train.config.flags import add_flags, config_from
 from galore_torch.train.data.glue import GLUE
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop import find_lr
+from galore_torch.train.loop.result import RunResult
 from galore_torch.train.loop.tasks import Labels
 from galore_torch.train.loop.trainer import train
 from galore_torch.train.model.baselines import to_dense
@@ -36,6 +38,7 @@ from galore_torch.train.optimizers.registry import build_optimizer, state_bytes
 from galore_torch.train.plan.answer import plan_request
 from galore_torch.train.report.chart_style import house_style
 from galore_torch.train.report.runs import read_runs
+from galore_torch.train.report.summary import _outcome_rows
 from galore_torch.train.report.task_charts import _rates
 from support import tasks
 from support.forked import Forked
@@ -455,6 +458,16 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--model_name_or_path", "MODEL", "--task_name", "rte", "--num_train_epochs", "3", "--max_train_steps", "9"],
         "both say how long to train",
     ),
+    "gap that is not between": (
+        ["--model_name_or_path", "MODEL", "--task_name", "mrpc", "--data_dir", "GLUE", "--gap_range", "20", "80"],
+        "--gap_range 20 80 must have --update_proj_gap 200 between them; try --gap_range 50 1600",
+    ),
+    "upload": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--push_to_hub"], "--push_to_hub: nothing is uploaded here"),
+    "foreign code": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--trust_remote_code"], "no code of a model's folder is run"),
+    "weights of their own": (
+        ["--model_name_or_path", "MODEL", "--task_name", "rte", "--load_pretrained_model", "w.pt"],
+        "--load_pretrained_model: give the weights' folder as --model_name_or_path",
+    ),
     "too long": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--max_length", "65"], "more than the 64 positions"),
     "no such model": (["--model_name_or_path", "./nofolder", "--task_name", "rte"], "--hf_model ./nofolder does not exist"),
     "no such folder": (["--model_name_or_path", "MODEL", "--task_name", "rte", "--data_dir", "nowhere"], "--data_dir nowhere is no folder"),
@@ -506,6 +519,48 @@ def test_rates_are_found_and_taken(method: str, make: Make, tmp_path: Path, monk
     )
     with house_style():
         assert _rates([run]) is not None
+
+
+def test_rates_of_a_run_that_has_its_own_are_not_looked_for(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a sweep, not after it."""
+    assert command(make(optimizer="full", rank=None, update_proj_gap=None, num_training_steps=1, save_every=1))[0] == 0
+    monkeypatch.setattr("galore_torch.train.loop.find_lr.short_run", None)
+    for resume in ("auto", str(tmp_path / "run" / "checkpoints" / "step-000001")):
+        with pytest.raises(UserError, match=r"--find_lr has no effect on the run in .*run, which has its rates"):
+            command(make(optimizer="full", rank=None, update_proj_gap=None, num_training_steps=1, find_lr=True, resume=resume))
+
+
+def test_a_refused_setting_says_what_the_run_has(make: Make) -> None:
+    assert command(make(update_proj_gap=None, num_training_steps=1))[0] == 0
+    with pytest.raises(UserError, match=r"--galore_scale is 4.0, but 2.0 in .*; give 2.0, or start a new run"):
+        command(make(update_proj_gap=None, num_training_steps=1, galore_scale=4.0, resume="auto"))
+    with pytest.raises(UserError, match=r"--freeze is .*; leave it out, or start a new run"):
+        command(make(update_proj_gap=None, num_training_steps=1, freeze=("embeddings",), resume="auto"))
+
+
+def test_the_gap_in_use_is_between_those_of_a_range(make: Make) -> None:
+    assert make(update_proj_gap=None, gap_range=(100, 400)).gap_range == (100, 400)
+
+
+def test_every_other_flag_of_the_published_script_acts_or_is_noted(model: str) -> None:
+    line = "--use_slow_tokenizer --ignore_mismatched_sizes --eval_llama --low_rank_method x --with_tracking --report_to all"
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    add_flags(parser, FinetuneConfig)
+    words = ["--model_name_or_path", model, "--task_name", "mrpc", *line.split(), "--checkpointing_steps", "epoch"]
+    config = config_from(vars(parser.parse_args(words)), kind=FinetuneConfig)
+    assert config.save_every == 0
+    noted = {note.split()[0] for note in config.notes if "has no effect" in note}
+    assert noted == {word for word in line.split() if word.startswith("--")}
+
+
+def test_a_run_that_training_made_worse_says_so() -> None:
+    result = RunResult("adamw", 1e-3, 1, 1, 1)
+    result.scores = [(0, {"f1": 0.5}), (1, {"f1": 0.4})]
+    result.values = [(0, 0.5), (1, 0.4)]
+    result.steps = 1
+    assert ["f1 before training", "0.5000, which no later evaluation reached"] in _outcome_rows(result)
+    result.scores[1] = (1, {"f1": 0.6})
+    assert ["f1 before training", "0.5000"] in _outcome_rows(result)
 
 
 def test_rates_of_which_none_trains_are_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

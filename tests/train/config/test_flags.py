@@ -131,6 +131,10 @@ def test_token_budget_is_a_number_of_updates(text: str, tokens: int, parsed: Cal
         ("--gradient_accumulation 3 --total_batch_size 20", "--gradient_accumulation 3 times --batch_size 16 is 48"),
         ("--gap_range 60 100", "--gap_range 60 100 must have --update_proj_gap 50 between them"),
         ("--gap_range 60", "expected 2 arguments"),
+        (
+            "--carry_codec int8",
+            "--carry_codec has no effect on galore_adamw; leave it out, or choose an optimizer that uses it, such as ldadam",
+        ),
         ("--optimizer adamw --gap_range 10 100", "--gap_range has no effect on adamw"),
         ("--scheduler cosine_restarts", "--scheduler cosine_restarts needs --cycle_length"),
         ("--scheduler cosine_restarts --cycle_length 400", "below --num_training_steps 400 (now 400)"),

@@ -77,6 +77,33 @@ def test_chat_template_makes_the_text(make: Make) -> None:
     assert targets == "w2 w3 [SEP] w5 [SEP]"
 
 
+def test_a_template_without_a_generation_prompt_keeps_its_header_out_of_the_loss(make: Make) -> None:
+    """Oracle: the same template with one."""
+    config = make(questions(4), chat=True)
+    tokenizer = load_tokenizer(config.hf_model or "")
+    plain = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [SEP] {% endfor %}"
+    turns = [
+        {"role": role, "content": content}
+        for role, content in (("user", "w1"), ("assistant", "w2 w3"), ("user", "w2"), ("assistant", "w2"))
+    ]
+    found = []
+    for template in (plain, plain + "{% if add_generation_prompt %}assistant : {% endif %}"):
+        tokenizer.fast.chat_template = template
+        found.append(example(("line 1", {"messages": turns}), tokenizer))
+    assert found[0] == found[1]
+    assert sum(target != IGNORED for target in found[0][1]) == len(["w2", "w3", "[SEP]", "w2", "[SEP]"])
+
+
+def test_conversations_in_two_parts_and_content_in_parts(make: Make) -> None:
+    """Answers in the prompt are given, not targets."""
+    config = make(questions(4), chat=True)
+    told = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}, {"role": "user", "content": "w3"}]
+    said = [{"role": "assistant", "content": [{"type": "text", "text": "w4 "}, {"type": "text", "text": "w5"}]}]
+    text, targets = spoken(config, {"prompt": told, "completion": said})
+    assert text == "user : w1 [SEP] assistant : w2 [SEP] user : w3 [SEP] assistant : w4 w5 [SEP]"
+    assert targets == "w4 w5 [SEP]"
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("prompt", ["the cat ", "the cat", "the cat:\n", ""])
@@ -113,6 +140,8 @@ def test_every_token_with_a_character_of_the_answer_is_a_target(prompt: str, ans
         ({"prompt": 1, "response": "w2"}, False, "prompt is int, not text"),
         ({"messages": [{"role": "assistant", "content": "w1"}]}, False, "has no chat template; give prompt and response"),
         ({"messages": "w1"}, True, "messages must be a list of"),
+        ({"prompt": [{"role": "user", "content": "w1"}], "completion": "w2"}, True, "completion must be a list of"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "w2"}, True, "a part of type 'image'"),
         ({"messages": [{"role": "user", "content": "w1"}]}, True, "one of them the assistant's"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from galore_torch.train.config.finetune import GLUE_TASKS, FinetuneConfig
 from galore_torch.train.data.answers import label_names
 from galore_torch.train.data.glue import GLUE
+from galore_torch.train.data.own_files import held_out
 from galore_torch.train.data.tasks import load_labelled
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.heads import LabelLoss, load_classifier
@@ -56,15 +59,63 @@ def test_numbers_are_classes_by_size() -> None:
     assert label_names(("line", value) for value in (10, 9, "2", 2.0)) == ("2", "9", "10")
 
 
-def test_every_tenth_is_held_out_where_there_is_no_validation_file(make: Make) -> None:
-    data = load_labelled(make([{"text": f"w{index}", "label": index % 2} for index in range(40)]))
+@pytest.mark.parametrize("period", [2, 5, 10, 20])
+def test_a_tenth_is_held_out_of_each_class_whatever_the_order(period: int, make: Make) -> None:
+    """Files with a pattern, and sorted ones (20); the same examples for every seed."""
+    rows = [{"text": f"w{index}", "label": index % period * 2 // period} for index in range(40)]
+    data = load_labelled(make(rows))
     assert (len(data.train), len(data.held_out[""])) == (36, 4)
+    assert data.held_out[""].targets.bincount().tolist() == [2, 2]
     assert data.scores == ("accuracy", "f1")
+    assert load_labelled(make(rows, seed=7)).held_out_fingerprint == data.held_out_fingerprint
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_every_class_is_trained_on_and_none_is_drawn_beyond_its_share(least: int) -> None:
+    draw = random.Random(0)
+    for length in range(1, 60):
+        kinds = draw.choices("abc", weights=(10, 3, 1), k=length)
+        held = held_out(kinds, least)
+        spare = length - len(set(kinds))
+        assert len(held) == min(max(least, math.ceil((length - 1) / 10)), spare)
+        for kind, number in Counter(kinds).items():
+            drawn = sum(kinds[index] == kind for index in held)
+            assert drawn < number
+            assert drawn <= math.ceil((number - 1) * len(held) / max(1, spare))
+
+
+def test_one_example_of_each_class_leaves_none_to_hold_out(make: Make) -> None:
+    with pytest.raises(UserError, match="has one example of each of 2 classes, so that none can be held out; give more, or --validation"):
+        load_labelled(make([{"text": "w1", "label": label} for label in (1, 0)]))
+    data = load_labelled(make([{"text": "w1", "label": label} for label in (0, 1, 0)]))
+    assert (sorted(data.train.targets.tolist()), data.held_out[""].targets.tolist()) == ([0, 1], [0])
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [(("text", "text"), "a pair is of two columns"), (("text", "label"), "has the answer, --label_column label, in the text")],
+)
+def test_columns_that_say_nothing_more_are_refused(columns: tuple[str, ...], says: str, make: Make) -> None:
+    with pytest.raises(UserError, match=says):
+        make([{"text": "w1", "label": 0}], text_columns=columns)
+
+
+def test_two_columns_of_one_name_are_refused(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("text,text,label\nw1,w2,0\nw3,w4,1\nw5,w6,1\n")
+    with pytest.raises(UserError, match=r"own.csv has two columns 'text', of which one would be lost"):
+        load_labelled(make([], train_file=(str(tmp_path / "own.csv"),)))
+
+
+@pytest.mark.parametrize("task", ["mrpc", "rte"])
+def test_a_task_of_numbers_has_classes_with_names(task: str, model: str, tmp_path: Path) -> None:
+    data = load_labelled(FinetuneConfig(hf_model=model, task_name=task, data_dir=tasks.glue(tmp_path / "glue", task=task)))
+    assert data.labels == GLUE[task].classes
+    assert load_classifier(model, data.labels or ()).config.id2label == dict(enumerate(GLUE[task].classes))
 
 
 @pytest.mark.parametrize("number", [3, 10, 11, 12, 40])
 def test_two_numbers_at_least_are_held_out(number: int, make: Make) -> None:
-    """Of one there is no correlation; from 12 rows on it is every tenth."""
+    """Of one there is no correlation; from 12 rows on it is a tenth."""
     data = load_labelled(make([{"text": f"w{index}", "label": index / 7} for index in range(number)], task_name="regression"))
     held = max(2, -(-(number - 1) // 10))
     assert (len(data.train), len(data.held_out[""])) == (number - held, held)
@@ -173,7 +224,7 @@ def test_hidden_answers_of_a_test_set_are_refused(model: str, tmp_path: Path) ->
     folder = tasks.glue(tmp_path / "glue", task="rte")
     tasks.write(tmp_path / "glue" / "rte" / "dev.jsonl", [row | {"label": -1} for row in tasks.examples(3)])
     config = FinetuneConfig(hf_model=model, task_name="rte", data_dir=folder)
-    with pytest.raises(UserError, match="the label '-1' is none of '0', '1'"):
+    with pytest.raises(UserError, match="the label '-1' is none of 'entailment', 'not_entailment', '0', '1'"):
         load_labelled(config)
 
 
@@ -216,7 +267,7 @@ def test_words_are_numbered_in_the_order_of_the_task(task: str) -> None:
     classes = GLUE[task].classes
     assert label_names((("line", name) for name in sorted(classes)), classes) == classes
     assert label_names([("line", classes[-1])], classes) == classes
-    assert label_names((("line", number) for number in reversed(range(len(classes)))), classes) == tuple(map(str, range(len(classes))))
+    assert label_names((("line", number) for number in reversed(range(len(classes)))), classes) == classes
 
 
 def test_hub_order_of_the_tasks_whose_score_is_of_one_class() -> None:

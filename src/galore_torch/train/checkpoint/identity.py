@@ -98,8 +98,10 @@ def check_identity(checkpoint: Path, config: PretrainConfig, ours: dict[str, Any
         if flag == "model_config":
             part = next(key for key in value if value[key] != was.get(key))
             flag, was, value = f"model_config ({part})", was.get(part), value[part]
+        was, value = (_settled(either, flag, derived) for either in (was, value))
+        cure = "leave it out" if was in (None, False, (), []) else f"give {was}"
         raise UserError(
-            f"--{flag} is {value}, but {was} in {checkpoint}, which would change the run; give {was}, or start a new run without --resume"
+            f"--{flag} is {value}, but {was} in {checkpoint}, which would change the run; {cure}, or start a new run without --resume"
         )
 
 

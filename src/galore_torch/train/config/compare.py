@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from galore_torch.train.errors import UserError
-from galore_torch.train.optimizers.registry import optimizer_spec, unused_flags
+from galore_torch.train.optimizers.registry import OPTIMIZERS, optimizer_spec, unused_flags
 
 Contender = tuple[str, float]  # name in lower case, peak learning rate
 
@@ -52,6 +52,6 @@ def check_contenders(compare: Sequence[str], pairs: Sequence[Contender], given: 
         raise UserError(f"--compare names one optimizer twice with one lr: {', '.join(compare)}; write name:lr")
     for flag in sorted(given):
         if all(flag in unused_flags(name, given) for name in names):
-            raise UserError(
-                f"--{flag} has no effect on {', '.join(names)}; leave it out, or choose an optimizer that uses it, such as galore_adamw"
-            )
+            user = next((name for name in ("galore_adamw", *OPTIMIZERS) if flag not in unused_flags(name, {flag})), None)
+            cure = f", or choose an optimizer that uses it, such as {user}" if user else ""
+            raise UserError(f"--{flag} has no effect on {', '.join(names)}; leave it out{cure}")

@@ -11,7 +11,7 @@ from galore_torch.train.config.derived import DerivedSettings
 from galore_torch.train.config.settings import TRACKERS
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import hf_positions, model_folder
-from galore_torch.train.optimizers.registry import check_shardable, optimizer_spec
+from galore_torch.train.optimizers.registry import check_shardable, optimizer_spec, own_settings
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class PretrainConfig(DerivedSettings):
         for name, _ in self.contenders:
             if self.gap_range is None:
                 break
-            (least, most), gap = self.gap_range, self.update_proj_gap or optimizer_spec(name).gap
+            least, most = self.gap_range
+            gap = self.update_proj_gap or own_settings(name, self.dtype, self.usual)["update_proj_gap"]
             if "gap_range" in optimizer_spec(name).flags and not 1 <= least <= gap <= most:
                 raise UserError(
                     f"--gap_range {least} {most} must have --update_proj_gap {gap} between them; "

@@ -16,6 +16,11 @@ def setting(default: Any, group: str, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **more})
 
 
+def refused(default: Any, cure: str) -> Any:
+    """A flag of the published script that asks for what is not done here; ``cure``: how it is done instead."""
+    return field(default=default, metadata={"group": PUBLISHED, "help": f"refused: {cure}", "refused": cure})
+
+
 def published(why: str) -> Any:
     """A flag that has nothing to set here: it is accepted, and a note says why."""
     return field(default=None, metadata={"group": PUBLISHED, "help": f"no effect: {why}", "note": why})

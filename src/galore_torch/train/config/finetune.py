@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from galore_torch.train.config.bounds import check_choice
 from galore_torch.train.config.compare import contenders
 from galore_torch.train.config.config import PretrainConfig
-from galore_torch.train.config.declare import PUBLISHED, published, setting
+from galore_torch.train.config.declare import PUBLISHED, published, refused, setting
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import HFShape, hf_shape
 from galore_torch.train.optimizers.registry import OPTIMIZERS, optimizer_spec
@@ -74,7 +74,7 @@ class FinetuneConfig(PretrainConfig):
     )
     train_file: tuple[str, ...] = setting((), "data", "your examples: .csv, .tsv, .jsonl or .json (each also .gz)", metavar="FILE")
     validation_file: tuple[str, ...] = setting(
-        (), "data", f"examples to evaluate on (default: every {HOLD_OUT}th of --train_file)", metavar="FILE"
+        (), "data", f"examples to evaluate on (default: one in {HOLD_OUT} of --train_file)", metavar="FILE"
     )
     text_columns: tuple[str, ...] = setting(
         (), "data", "the column with the text, or the two with a pair (default: the one or two that hold text)", metavar="NAME"
@@ -134,7 +134,9 @@ class FinetuneConfig(PretrainConfig):
     eval_batch_size: int = setting(
         32, "run", "examples in one forward pass of an evaluation", at_least=1, also=("per_device_eval_batch_size",)
     )
-    save_every: int = setting(0, "run", "steps between checkpoints, 0: after every epoch", at_least=0)
+    save_every: int = setting(
+        0, "run", "steps between checkpoints, 0 or epoch: after every epoch", parse="epoch", at_least=0, also=("checkpointing_steps",)
+    )
     save_dir: str | None = setting(None, "run", "new folder for the run (default: runs/finetune-<date>-<time>)", also=("output_dir",))
     resume: str | None = setting(
         None,
@@ -146,6 +148,17 @@ class FinetuneConfig(PretrainConfig):
     enable_galore: bool = setting(False, PUBLISHED, "what --method galore says, which is the default")
     lora_all_modules: bool | None = published("the linear layers of the body are all projected; --targets chooses others")
     pad_to_max_length: bool | None = published("examples are padded to the longest of their batch")
+    ignore_mismatched_sizes: bool | None = published("the head has the task's size in any case")
+    use_slow_tokenizer: bool | None = published("the fast tokenizer reads the examples")
+    eval_llama: bool | None = published("a decoder is evaluated as an encoder is")
+    low_rank_method: str | None = published("nothing reads it, in the published script neither")
+    with_tracking: bool | None = published("--tracker names what else to log to")
+    report_to: str | None = published("--tracker names what else to log to")
+    load_pretrained_model: str | None = refused(None, "give the weights' folder as --model_name_or_path")
+    trust_remote_code: bool = refused(False, "no code of a model's folder is run; give a model that transformers has")
+    push_to_hub: bool = refused(False, "nothing is uploaded here; `hf upload NAME RUN/model` does it")
+    hub_model_id: str | None = refused(None, "nothing is uploaded here; `hf upload NAME RUN/model` does it")
+    hub_token: str | None = refused(None, "nothing is uploaded here; `hf upload NAME RUN/model` does it")
     # How many examples there are: `for_examples` says it when they have been read.
     examples: int = field(default=0, repr=False)
     # What --find_lr has tried: records of `Tried`, for config.json.
@@ -225,6 +238,9 @@ class FinetuneConfig(PretrainConfig):
     # --- checks -----------------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
+        for name, item in self.settings().items():
+            if "refused" in item.metadata and getattr(self, name):
+                raise UserError(f"--{name}: {item.metadata['refused']}; leave it out")
         if self.hf_model is None:
             raise UserError("galore finetune needs a model: give --model_name_or_path FOLDER, or a name on the hub")
         self._check_task()
@@ -255,6 +271,12 @@ class FinetuneConfig(PretrainConfig):
             raise UserError(f"--{ignored[0]} has no effect on --task_name {self.task_name}; leave it out")
         if len(self.text_columns) > 2:
             raise UserError(f"--text_columns {' '.join(self.text_columns)}: a text is one column, or a pair of two; name no more")
+        if len(set(self.text_columns)) < len(self.text_columns):
+            raise UserError(f"--text_columns {' '.join(self.text_columns)}: a pair is of two columns; name the other one, or one alone")
+        if self.label_column in self.text_columns:
+            raise UserError(
+                f"--text_columns {' '.join(self.text_columns)} has the answer, --label_column {self.label_column}, in the text; name others"
+            )
 
     def _check_model(self) -> None:
         super()._check_model()

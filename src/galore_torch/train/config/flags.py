@@ -156,7 +156,7 @@ def _as_tuple(item: Field[Any], parts: list[Any]) -> tuple[Any, ...]:
 def converter(item: Field[Any]) -> Callable[[str], Any]:
     """text -> one value of a setting; ValueError with the text and an example otherwise."""
     if parse := item.metadata.get("parse"):
-        return {"names": _names, "tokens": _tokens}[parse]
+        return {"names": _names, "tokens": _tokens, "epoch": _steps_or_epoch}[parse]
     return {int: _int, float: _float}.get(_kind(item), str)
 
 
@@ -225,6 +225,10 @@ def _tokens(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is no number of tokens, such as 500K, 100M or 1.5B")
     return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _steps_or_epoch(text: str) -> int:
+    return 0 if text == "epoch" else _int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

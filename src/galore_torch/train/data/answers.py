@@ -15,12 +15,16 @@ from galore_torch.train.errors import UserError
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def targets_of(rows: list[Row], column: str, labels: tuple[str, ...]) -> Tensor:
-    """(n,): the numbers of the classes among `labels` as int64, or numbers as float32 where there are no labels."""
+def targets_of(rows: list[Row], column: str, labels: tuple[str, ...], *, numbered: bool = False) -> Tensor:
+    """(n,): the numbers of the classes among `labels` as int64, or numbers as float32 where there are no labels.
+
+    `numbered`: a class may be given by its number, too.
+    """
     answers = [answer(row, column) for row in rows]
     if not labels:
         return torch.tensor([_number(where, value) for where, value in answers], dtype=torch.float32)
     numbers = {label: index for index, label in enumerate(labels)}
+    numbers |= {str(index): index for index in numbers.values()} if numbered else {}
     return torch.tensor([_class(where, value, numbers) for where, value in answers])
 
 
@@ -32,13 +36,12 @@ def label_names(answers: Iterable[tuple[str, Any]], classes: tuple[str, ...] = (
     seen: dict[str, str] = {}
     examples = 0
     for where, value in answers:
-        seen.setdefault(_class_name(where, value), where)
+        seen.setdefault(class_name(where, value), where)
         examples += 1
     if classes:
         numbers = tuple(map(str, range(len(classes))))
-        for known in (numbers, classes):
-            if seen.keys() <= set(known):
-                return known
+        if any(seen.keys() <= set(known) for known in (numbers, classes)):
+            return classes
         strange = next((name for name in seen if name not in (*numbers, *classes)), next(iter(seen)))
         raise UserError(
             f"{seen[strange]}: the label {strange!r} is no class of the task, of {some(tuple(seen))} in all; give {some(classes)}, or 0 to "
@@ -68,7 +71,8 @@ def answer(row: Row, column: str) -> tuple[str, Any]:
     return where, cells[column]
 
 
-def _class_name(where: str, value: Any) -> str:
+def class_name(where: str, value: Any) -> str:
+    """The class that a cell names, a whole number without its decimals; UserError where it is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, float):
@@ -79,7 +83,7 @@ def _class_name(where: str, value: Any) -> str:
 
 
 def _class(where: str, value: Any, numbers: dict[str, int]) -> int:
-    name = _class_name(where, value)
+    name = class_name(where, value)
     if name not in numbers:
         raise UserError(f"{where}: the label {name!r} is none of {some(tuple(numbers))}, which the training examples have")
     return numbers[name]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from galore_torch.train.config.finetune import FinetuneConfig
+from galore_torch.train.data.own_files import own_rows
 from galore_torch.train.data.readers import encodable
 from galore_torch.train.data.sequences import Sequences
 from galore_torch.train.data.tables import Row
-from galore_torch.train.data.tasks import TaskData, own_rows
+from galore_torch.train.data.tasks import TaskData
 from galore_torch.train.data.tokenizer import TextTokenizer, load_tokenizer
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.loss import IGNORED
@@ -58,22 +59,27 @@ def _sequences(rows: list[Row], tokenizer: TextTokenizer, config: FinetuneConfig
 def example(row: Row, tokenizer: TextTokenizer) -> Example:
     """A row as tokens: by the tokenizer's chat template where there is one, else prompt, response and the end of the text."""
     where, cells = row
-    fast = tokenizer.fast
+    fast, asked = tokenizer.fast, 0
     if "messages" in cells:
-        messages = _messages(where, cells["messages"])
-        if not fast.chat_template:
-            raise UserError(f"{where} has messages, but the tokenizer {tokenizer.source} has no chat template; give prompt and response")
+        messages = _messages(where, "messages", cells["messages"])
     else:
         answer = next((name for name in _ANSWERS if name in cells), None)
         if "prompt" not in cells or answer is None:
             raise UserError(f"{where} has {', '.join(map(repr, cells))}; a row needs prompt and response, or messages")
-        prompt, response = _text(where, "prompt", cells["prompt"]), _text(where, answer, cells[answer])
-        if not fast.chat_template:
-            seam = "" if prompt[-1:].isspace() or response[:1].isspace() or not prompt else "\n"
-            start = len(prompt + seam)
-            return _tokens(fast, prompt + seam + response, [(start, start + len(response))], special=True, end=tokenizer.end_id)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    text, spans = _rendered(where, fast, messages)
+        if isinstance(cells["prompt"], list):  # a conversation, and how it goes on
+            messages = _messages(where, "prompt", cells["prompt"], answered=False)
+            asked = len(messages)
+            messages += _messages(where, answer, cells[answer])
+        else:
+            prompt, response = _text(where, "prompt", cells["prompt"]), _text(where, answer, cells[answer])
+            if not fast.chat_template:
+                seam = "" if prompt[-1:].isspace() or response[:1].isspace() or not prompt else "\n"
+                start = len(prompt + seam)
+                return _tokens(fast, prompt + seam + response, [(start, start + len(response))], special=True, end=tokenizer.end_id)
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    if not fast.chat_template:
+        raise UserError(f"{where} has messages, but the tokenizer {tokenizer.source} has no chat template; give prompt and response")
+    text, spans = _rendered(where, fast, messages, asked)
     return _tokens(fast, text, spans, special=False, end=None)
 
 
@@ -100,12 +106,11 @@ def chat_text(where: str, fast: Any, messages: list[dict[str, str]], **how: Any)
         raise UserError(f"{where}: the chat template refuses the messages: {first_line(error)}") from error
 
 
-def _rendered(where: str, fast: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and from where to where the assistant speaks."""
-
+def _rendered(where: str, fast: Any, messages: list[dict[str, str]], asked: int) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and from where to where the assistant speaks; the first `asked` messages are given to it."""
     text, spans = chat_text(where, fast, messages), []
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and index >= asked:
             before = chat_text(where, fast, messages[:index], add_generation_prompt=True)
             through = chat_text(where, fast, messages[: index + 1])
             if not (through.startswith(before) and text.startswith(through)):
@@ -113,7 +118,10 @@ def _rendered(where: str, fast: Any, messages: list[dict[str, str]]) -> tuple[st
                     f"{where}: the chat template changes earlier turns when a later one is added, so that answer {index} has no place of "
                     "its own; give one question and answer in a row"
                 )
-            spans.append((len(before), len(through)))
+            begins = len(before)
+            if before == chat_text(where, fast, messages[:index]):  # no prompt of the template's: what it writes first is no answer
+                begins = max(begins, through.find(message["content"].strip(), begins))
+            spans.append((begins, len(through)))
     return text, spans
 
 
@@ -141,11 +149,22 @@ def _cut(found: Example, length: int) -> Example:
     return found[0][: length + 1], found[1][: length + 1]
 
 
-def _messages(where: str, value: Any) -> list[dict[str, str]]:
+def _messages(where: str, name: str, value: Any, *, answered: bool = True) -> list[dict[str, str]]:
     good = isinstance(value, list) and all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value)
-    if not good or not any(one["role"] == "assistant" for one in value):
-        raise UserError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}, one of them the assistant\'s')
-    return [{"role": str(one["role"]), "content": _text(where, "content", one["content"])} for one in value]
+    if not good or (answered and not any(one["role"] == "assistant" for one in value)):
+        own = ", one of them the assistant's" if answered else ""
+        raise UserError(f'{where}: {name} must be a list of {{"role": ..., "content": ...}}{own}')
+    return [{"role": str(one["role"]), "content": _content(where, one["content"])} for one in value]
+
+
+def _content(where: str, value: Any) -> str:
+    """Text, or a list of parts that are text."""
+    if not isinstance(value, list):
+        return _text(where, "content", value)
+    kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in value]
+    if strange := next((kind for kind in kinds if kind != "text"), None):
+        raise UserError(f"{where}: content has a part of type {strange!r}; only parts of type 'text' can be trained on")
+    return "".join(_text(where, "text", part.get("text")) for part in value)
 
 
 def _text(where: str, name: str, value: Any) -> str:

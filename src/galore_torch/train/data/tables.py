@@ -45,6 +45,9 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader(lines_of(path), delimiter=delimiter, strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{path} has two columns {twice!r}, of which one would be lost; give each its own name")
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if None in row or None in row.values():

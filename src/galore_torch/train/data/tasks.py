@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from galore_torch.train.config.finetune import HOLD_OUT, FinetuneConfig
+from galore_torch.train.config.finetune import FinetuneConfig
 from galore_torch.train.data.answers import answer, label_names, some, targets_of
 from galore_torch.train.data.glue import GLUE, glue_rows
 from galore_torch.train.data.loader import Batches
+from galore_torch.train.data.own_files import CORRELATED, own_rows
 from galore_torch.train.data.readers import encodable
 from galore_torch.train.data.sampler import Lanes
 from galore_torch.train.data.sequences import BucketedBatches, Sequences
-from galore_torch.train.data.tables import Row, table_rows
+from galore_torch.train.data.tables import Row
 from galore_torch.train.data.tokenizer import TextTokenizer, load_tokenizer
 from galore_torch.train.errors import UserError
 from galore_torch.train.model.pretrained import reads_last_place
 
 _ENCODE_AT_ONCE = 1000
-_CORRELATED = 2  # examples that have a correlation, at least
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ def load_labelled(config: FinetuneConfig) -> TaskData:
         labels = label_names((answer(row, column) for row in rows["train"]), glue.classes if glue else ())
     tokenizer = with_padding(load_tokenizer(config.tokenizer_name or "").within(config.shape.vocab_size))
     _check_length(tokenizer, len(columns), config.max_length)
-    sets = {key: _encoded(tokenizer, found, columns, targets_of(found, column, labels), config) for key, found in rows.items()}
+    sets = {
+        key: _encoded(tokenizer, found, columns, targets_of(found, column, labels, numbered=glue is not None), config)
+        for key, found in rows.items()
+    }
     train = sets.pop("train")
     text = ", ".join(config.train_file) if glue is None else f"{name} of {config.data_dir or 'the hub'}"
     return TaskData(train, sets, tokenizer, config.shape.vocab_size, text, labels, glue.scores if glue else _own_scores(labels), columns)
@@ -110,27 +113,12 @@ def with_padding(tokenizer: TextTokenizer) -> TextTokenizer:
     return tokenizer
 
 
-def own_rows(config: FinetuneConfig) -> dict[str, list[Row]]:
-    """{"train": rows, "": rows to evaluate on} of --train_file and --validation_file; every tenth is held out where there is no latter."""
-    train = list(table_rows(config.train_file))
-    if config.validation_file:
-        return {"train": train, "": list(table_rows(config.validation_file))}
-    least = _CORRELATED if config.task_name == "regression" else 1
-    if len(train) <= least:
-        has = "one example" if len(train) == 1 else f"{len(train)} examples, of which {least} would be held out"
-        raise UserError(f"--train_file {' '.join(config.train_file)} has {has}; give more, or --validation_file too")
-    held = set(range(1, len(train), HOLD_OUT))  # from the second: two are enough for both sides
-    if len(held) < least:
-        held.add(len(train) - 1)
-    return {"train": [row for index, row in enumerate(train) if index not in held], "": [train[index] for index in sorted(held)]}
-
-
 def _check_held_out(rows: dict[str, list[Row]], config: FinetuneConfig) -> None:
     """Refuse a set of numbers that has no correlation."""
     for key, found in rows.items():
-        if key != "train" and len(found) < _CORRELATED:
+        if key != "train" and len(found) < CORRELATED:
             flag = f"--data_dir {config.data_dir}" if config.task_name in GLUE else "--validation_file " + " ".join(config.validation_file)
-            raise UserError(f"{flag} has {len(found)} example to evaluate on, and a correlation is of at least {_CORRELATED}; give more")
+            raise UserError(f"{flag} has {len(found)} example to evaluate on, and a correlation is of at least {CORRELATED}; give more")
 
 
 def _check_length(tokenizer: TextTokenizer, texts: int, length: int) -> None:

@@ -163,7 +163,10 @@ def _outcome_rows(result: RunResult) -> list[list[str]]:
         at = dict(result.scores)[result.best[0]]
         rows += [[f"{name} at its best evaluation, step {result.best[0]}", reading(value, ".4f")] for name, value in at.items()]
     if first == 0 and last > 0:
-        rows.insert(0, [f"{next(iter(before), 'score')} before training", reading(next(iter(before.values()), None), ".4f")])
+        name, at_first = next(iter(before.items()), ("score", None))
+        best = None if result.best is None else dict(result.scores)[result.best[0]].get(name)
+        worse = ", which no later evaluation reached" if at_first is not None and best is not None and best < at_first else ""
+        rows.insert(0, [f"{name} before training", reading(at_first, ".4f") + worse])
     return rows
 
 
