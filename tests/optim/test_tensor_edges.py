@@ -181,8 +181,7 @@ def test_numbers_of_numpy_in_lists_are_plain_in_a_checkpoint() -> None:
 @pytest.mark.parametrize("rank", [4, 0.25, [4, None, 4, 4]])
 def test_an_empty_tensor_is_none_of_its_business(rank: Any) -> None:
     p = Parameter(torch.zeros(0, 8, 8, 8))
-    with pytest.warns(UserWarning, match="full rank"):
-        optimizer = g.TensorGaLoreAdamW([p], rank=rank)
+    optimizer = g.TensorGaLoreAdamW([p], rank=rank)  # nor of a warning's, which is an error here
     p.grad = torch.zeros_like(p)
     optimizer.step()
 

@@ -220,7 +220,7 @@ def test_setting_younger_than_the_checkpoint_had_its_default(make_config: Make, 
     (checkpoint / "trainer.json").write_text(json.dumps(trainer))
     config = make_config(optimizer="galore_adamw")
     name, lr = config.contenders[0]
-    for changes, says in (({}, None), ({"state_codec": "fp32"}, None), ({"state_codec": "bf16"}, "--state_codec is bf16, but None in")):
+    for changes, says in (({}, None), ({"state_codec": "fp32"}, None), ({"state_codec": "bf16"}, "--state_codec is bf16, but fp32 in")):
         config = make_config(optimizer="galore_adamw", **changes)
         with pytest.raises(UserError, match=says) if says else nullcontext():
             check_identity(checkpoint, config, identity(config, name, lr, load_data(config)))
