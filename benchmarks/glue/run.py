@@ -29,7 +29,7 @@ from galore_torch.train.config.finetune import FinetuneConfig
 RESULTS = Path(__file__).with_name("results.jsonl")
 TUNING_SEED = 0  # of the grid alone
 SEEDS = (1, 2, 3, 4, 5)
-ADAM, LORA = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
+FULL, GALORE, LORA = (1e-5, 3e-5, 1e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Method:
 METHODS = {
     method.key: method
     for method in (
-        Method("full", None, ADAM),
+        Method("full", None, FULL),
         *(Method("lora", rank, LORA) for rank in (4, 8)),
-        *(Method("galore", rank, ADAM, scale) for rank, scale in ((4, 4.0), (8, 2.0))),
-        *(Method("galore8bit", rank, ADAM, scale) for rank, scale in ((4, 4.0), (8, 2.0))),
+        *(Method("galore", rank, GALORE, scale) for rank, scale in ((4, 4.0), (8, 2.0))),
+        *(Method("galore8bit", rank, GALORE, scale) for rank, scale in ((4, 4.0), (8, 2.0))),
     )
 }
 
