@@ -52,6 +52,7 @@ def check_contenders(compare: Sequence[str], pairs: Sequence[Contender], given: 
         raise UserError(f"--compare names one optimizer twice with one lr: {', '.join(compare)}; write name:lr")
     for flag in sorted(given):
         if all(flag in unused_flags(name, given) for name in names):
-            user = next((name for name in ("galore_adamw", *OPTIMIZERS) if flag not in unused_flags(name, {flag})), None)
-            cure = f", or choose an optimizer that uses it, such as {user}" if user else ""
-            raise UserError(f"--{flag} has no effect on {', '.join(names)}; leave it out{cure}")
+            user = next(name for name in ("galore_adamw", *OPTIMIZERS) if flag not in unused_flags(name, {flag}))
+            raise UserError(
+                f"--{flag} has no effect on {', '.join(names)}; leave it out, or choose an optimizer that uses it, such as {user}"
+            )
