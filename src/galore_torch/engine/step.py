@@ -27,7 +27,7 @@ from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.engine.stored import state_spec, stored_error, stored_moments
 from galore_torch.engine.whole_rules import all_hold, of_whole, rms_of, whole_rule
-from galore_torch.ops import native, write
+from galore_torch.ops import write
 from galore_torch.ops.linalg import all_finite, finite
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.ops.sharded import Part
@@ -203,13 +203,12 @@ def _apply(view: ParamView, low: Tensor, grad: Tensor | None) -> None:
 def _hides(view: ParamView) -> bool:
     """Whether G may hold NaN or Inf that R does not show, and that the step would meet.
 
-    Through a basis that is multiplied they reach R. The elements of a mean may cancel, and rows beside the set are not in R; where these
-    move by their signs alone each element answers for itself.
+    Through a basis that is multiplied they reach R. The elements of a mean may cancel, and rows beside the set are not in R.
     """
     if not view.layout.ranks:
         return False
     recovery = RECOVERIES[view.group["recovery"]]
-    return view.projector.averages or (view.projector.part is not None and "grad" in recovery.reads and recovery.residual != native.SIGNS)
+    return view.projector.averages or (view.projector.part is not None and "grad" in recovery.reads and not recovery.elementwise)
 
 
 def _is_seen_whole(view: ParamView) -> bool:

@@ -58,8 +58,8 @@ class Recovery:
     package, whose step size it knows. ``one_sided``: whether one axis alone may be projected. ``only``: the one rule, and the one
     projector or None for any, that it is written for; ``about`` says in words what it is then. ``remakes``: whether it makes an update of
     its own, not of N's size. ``whole``: whether it looks at whole matrices: one that is not smaller than its rank still takes it, and the
-    parts of one that processes share are skipped together. ``residual``: which of those of `ops.native.AdamStep` does the same in one
-    pass; None: none.
+    parts of one that processes share are skipped together. ``elementwise``: whether each element of the residual moves by itself, so that
+    one that is not finite is left out alone. ``residual``: which of those of `ops.native.AdamStep` does the same in one pass; None: none.
     """
 
     apply: Callable[[WeightUpdate, Tensor, Seen], None]
@@ -71,6 +71,7 @@ class Recovery:
     about: str = ""
     remakes: bool = False
     whole: bool = False
+    elementwise: bool = False
     residual: int | None = None
 
 
@@ -309,7 +310,7 @@ RECOVERIES = {
     "fira": Recovery(fira, partial(one_norm, "residual_norm"), WHOLE, native=True, one_sided=True),
     "apollo": Recovery(apollo, partial(one_norm, "update_norm"), WHOLE, native=True, one_sided=True),
     "apollo_mini": Recovery(partial(apollo, axes=BOTH), partial(one_norm, "update_norm"), WHOLE, native=True),
-    "sign": Recovery(signs, stateless, WHOLE, native=True, residual=SIGNS),
+    "sign": Recovery(signs, stateless, WHOLE, native=True, elementwise=True, residual=SIGNS),
     "rms": Recovery(unit_rms, stateless, WHOLE, native=True),
     "alice": Recovery(
         alice, alice_spec, WHOLE, native=True, one_sided=True, only=("adam", None), about="Adam's step with a residual over its energies"
