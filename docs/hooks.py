@@ -10,12 +10,14 @@ from typing import Any
 from galore_torch import cli
 from galore_torch.optim.shared_arguments import SHARED
 
+_NOT_BUILT = re.compile(r"<!-- not built -->.*?<!-- end -->\n*", re.DOTALL)  # for who reads the file itself, as on GitHub
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace `<!-- options -->` and `<!-- shared arguments -->`."""
     for mark, lines in (("<!-- options -->", options), ("<!-- shared arguments -->", shared_arguments)):
         if mark in markdown:
-            markdown = markdown.replace(mark, "\n".join(lines()))
+            markdown = _NOT_BUILT.sub("", markdown.replace(mark, "\n".join(lines())))
     return markdown
 
 

@@ -162,7 +162,7 @@ def test_the_table_of_architectures_says_what_is_refused_and_why(tmp_path: Path,
 
 
 def test_glue_benchmark_tunes_reports_and_goes_on(tmp_path: Path, forked: Forked) -> None:
-    """A grid of two rates on a seed of its own, then two seeds; the same command again runs nothing."""
+    """A grid of two rates on a seed of its own, then two seeds; the same command again runs nothing. Claims are differences of pairs."""
     model, data, results = tasks.bert(tmp_path / "bert"), tasks.glue(tmp_path / "glue", train=24, dev=8), tmp_path / "results.jsonl"
     words = ["glue/run.py", "--model", model, "--data", data, "--tasks", "mrpc", "--methods", "galore r=4", "--grid", "1e-3", "1e-4"]
     words += ["--steps", "2", "--seeds", "1", "2", "--max_length", "32", "--output", str(results)]
@@ -173,7 +173,13 @@ def test_glue_benchmark_tunes_reports_and_goes_on(tmp_path: Path, forked: Forked
     assert [(line["seed"], line["lr"]) for line in lines[2:]] == [(1, best), (2, best)]
     run(*words, forked=forked, folder=tmp_path)
     assert len(results.read_text().splitlines()) == 4
+    with results.open("a", encoding="utf-8") as file:
+        for line in lines:
+            further = {score: line[score] + 0.01 * (2 + line["seed"]) for score in ("last", "best")}
+            file.write(json.dumps(line | {"method": "lora r=4"} | further) + "\n")
     printed = run("glue/table.py", str(results), forked=forked, folder=tmp_path)
-    assert f"| galore r=4 | {best:g} of 0.0001, 0.001 |" in printed
+    assert f"| galore r=4 | {best:g} of 0.0001, 0.001 (at an end) |" in printed
     assert "| 2 |" in printed
+    # 3 and 4 points: the mean is 3.5, and half of the interval of two pairs 12.706 x 0.5.
+    assert "- mrpc, galore r=4 less lora r=4, 2 pairs of seeds: -3.50 (-9.85 to +2.85) at the last epoch" in printed
     assert "| 92.25 |" in printed

@@ -140,8 +140,6 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
                 markersize=5,
                 linewidth=1,
             )
-            name = f"{numbers[score.name]} {method.label}" if score.name in {*best, BASE} else numbers[score.name]
-            axis.annotate(name, (at(score), score.mean), (5, 4), textcoords="offset points", fontsize=8, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#EEEEEE", zorder=0)
     line = [score for score in scores if score.name in best]
@@ -149,6 +147,7 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
         [score.bytes for score in line], [score.mean for score in line], color=PALETTE[2], linewidth=1, zorder=1, drawstyle="steps-post"
     )
     axes[0].set_xscale("symlog", linthresh=0.25)
+    axes[0].set_xlim(right=14)  # room for AdamW's name
     axes[0].set_xticks([0, 0.25, 0.5, 1, 2, 4, 8], ["0", "¼", "½", "1", "2", "4", "8"])
     axes[0].set_xlabel("optimizer state of the matrices, bytes an element; green: the frontier", fontsize=9)
     axes[0].set_ylabel("held-out loss, nats a token: mean and standard error", fontsize=9)
@@ -157,8 +156,30 @@ def picture(path: Path, scores: list[Score], costs: Mapping[str, Any]) -> None:
         axes[1].set_xlabel("time of a step, of fused AdamW's (one thread, width 1024)", fontsize=9)
     figure.suptitle("Loss against cost: blue this package, orange others", fontsize=11)
     figure.tight_layout()
+    for axis, (some, at) in zip(axes, costs_of, strict=False):  # now that the scales are what they are
+        texts = {score.name: numbers[score.name] for score in some}
+        texts |= {score.name: f"{numbers[score.name]} {METHODS[score.name].label}" for score in some if score.name in {*best, BASE}}
+        name_points(axis, [(at(score), score.mean, texts[score.name]) for score in some])
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def name_points(axis: Any, points: list[tuple[float, float, str]]) -> None:
+    """Each text beside its point (x, y), at the first of some places where it covers neither a point nor another text."""
+    pixel, height = axis.figure.dpi / 72, 9  # pixels a point; points of a line of text
+    spots = [axis.transData.transform((x, y)) / pixel for x, y, _ in points]
+    taken = [(left - 3, bottom - 4, left + 3) for left, bottom in spots]  # left, bottom and right of what is there, in points
+    for (x, y, text), (left, bottom) in zip(points, spots, strict=True):
+        width = 4.6 * len(text)
+        places = [(dx, dy) for dx in (5, -5 - width) for dy in (4, -11)]
+        free = (
+            (dx, dy)
+            for dx, dy in places
+            if not any(left + dx < r and left + dx + width > l and abs(bottom + dy - b) < height for l, b, r in taken)
+        )
+        dx, dy = next(free, places[0])
+        taken.append((left + dx, bottom + dy, left + dx + width))
+        axis.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=INK)
 
 
 def report(task: str, scores: list[Score], costs: Mapping[str, Any]) -> str:

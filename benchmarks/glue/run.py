@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if TUNING_SEED in arguments.seeds:
+        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
     torch.set_num_threads(arguments.threads)
     output, started = arguments.output, time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)

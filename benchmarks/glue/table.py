@@ -1,4 +1,4 @@
-"""The table of the lines that run.py has written, beside the paper's."""
+"""The table of the lines that run.py has written, beside the paper's, and the paired differences that the claim is about."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from paired_runs import paired
 from report import table
 from run import METHODS, RESULTS, TUNING_SEED
 
@@ -30,6 +31,9 @@ def main() -> None:
     print(made(rows))
 
 
+CLAIMS = (("galore r=4", "lora r=4"), ("galore r=4", "full"), ("galore r=8", "lora r=8"), ("galore8bit r=4", "galore r=4"))
+
+
 def made(rows: list[dict[str, Any]]) -> str:
     """A table for each protocol and task; a method that is still being tuned says so."""
     parts = []
@@ -38,7 +42,8 @@ def made(rows: list[dict[str, Any]]) -> str:
         dates, machines = (sorted({row[key] for row in mine}) for key in ("date", "machine"))
         parts += [f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {'; '.join(machines)}; {same}", ""]
         for task in dict.fromkeys(row["task"] for row in mine):
-            parts += [of_task(task, [row for row in mine if row["task"] == task]), ""]
+            of_one = [row for row in mine if row["task"] == task]
+            parts += [of_task(task, of_one), "", *differences(task, of_one)]
     return "\n".join(parts)
 
 
@@ -56,8 +61,12 @@ def of_task(task: str, rows: list[dict[str, Any]]) -> str:
             continue
         grid = sorted({row["lr"] for row in mine if row["seed"] == TUNING_SEED})
         reported = [row for row in mine if row["seed"] != TUNING_SEED]
+        if len({row["lr"] for row in reported}) > 1:
+            raise SystemExit(f"{task}, {key}: reported seeds at several rates: remove the lines of all but one")
         memory = sum(mine[0]["memory_mb"].values())
         rate = f"{reported[0]['lr']:g} of {', '.join(f'{lr:g}' for lr in grid)}" if reported else "being tuned"
+        if reported and reported[0]["lr"] in (grid[0], grid[-1]):
+            rate += " (at an end)"
         figures = [spread([row[which] for row in reported]) for which in ("last", "best")]
         paper = PAPER.get(key, {}).get(task)
         lines.append(
@@ -74,6 +83,20 @@ def of_task(task: str, rows: list[dict[str, Any]]) -> str:
     score = rows[0]["score"]
     header = [f"{task}, {score}", "rate", "last epoch", "best epoch", "seeds", "state MB", "memory MB", "paper, RoBERTa-base"]
     return table(header, lines)
+
+
+def differences(task: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each claim of which two seeds or more have run on both sides: the mean over pairs of seeds, with its 95 % interval."""
+    lines = []
+    for ours, theirs in CLAIMS:
+        sides = [{row["seed"]: row for row in rows if row["method"] == key and row["seed"] != TUNING_SEED} for key in (ours, theirs)]
+        if len(seeds := sorted(sides[0].keys() & sides[1].keys())) > 1:
+            found = []
+            for which in ("last", "best"):
+                mean, _, _, half = paired(*([100 * side[seed][which] for seed in seeds] for side in sides))
+                found.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) at the {which} epoch")
+            lines.append(f"- {task}, {ours} less {theirs}, {len(seeds)} pairs of seeds: {', '.join(found)}")
+    return [*lines, ""] if lines else []
 
 
 def spread(values: list[float]) -> str:

@@ -266,7 +266,7 @@ def _add_eval(commands: Any) -> None:
     )
     evaluate.add_argument("source", metavar="RUN_OR_FOLDER", help="such as runs/a, one of its checkpoints, or an exported folder")
     evaluate.add_argument("--data", nargs="+", metavar="FILE", help="the text: .txt, .jsonl (each also .gz) or .parquet files")
-    evaluate.add_argument("--text_field", metavar="NAME", help="the column of .jsonl and .parquet with the text (default: text)")
+    evaluate.add_argument("--text_field", metavar="NAME", help="the column of .jsonl and .parquet with the text (default: the run's own; else text)")
     evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window (default: the run's own; else 256)")
     evaluate.add_argument("--batch_size", type=int, metavar="N", help="windows, or examples, in one forward pass (default: 8)")
     evaluate.add_argument("--eval_tokens", type=int, metavar="N", help="tokens of the text, at most (default: all)")
@@ -313,7 +313,7 @@ def _add_plan(commands: Any) -> None:
         "fno:64x64:64:4 (modes, channels, layers)",
     )
     plan.add_argument(
-        "--memory", metavar="24GB", help="what there is: GB is 10**9 bytes, GiB 2**30 (a card sold as 24 GB has 24 GiB: --card)"
+        "--memory", metavar="24GB", help="what there is: GB is 10**9 bytes, GiB 2**30; --card NAME is the size it is sold with, in GB"
     )
     plan.add_argument("--card", "--device_name", metavar="NAME", help='a graphics card by name, such as "RTX 4090", A100 or "H100 80GB"')
     plan.add_argument("--device", choices=("cuda", "cpu"), help="what it runs on (default: cuda)")

@@ -86,6 +86,22 @@ def test_whole_values_are_written_to_the_nearest_code(weight: nn.Parameter) -> N
             weight.data = other
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_lost(value: float, weight: nn.Parameter) -> None:
+    """One would make its whole block NaN."""
+    before = weight.dequantize()
+    values = torch.randn(32, 24)
+    values[3, 3] = value
+    for write in (lambda: weight.copy_(values), lambda: setattr(weight, "data", values), lambda: Int8Weight.quantize(values)):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"of shape \(32, 24\) are not finite: INT8 cannot"):
+            write()
+    layer = nn.Linear(24, 32, bias=False)
+    layer.weight = weight
+    with pytest.raises(RuntimeError, match="are not finite: INT8 cannot"):
+        layer.load_state_dict({"weight": values})
+    assert torch.equal(weight.dequantize(), before)
+
+
 def test_views_read_and_differentiate_like_the_decoded_weight(weight: nn.Parameter) -> None:
     plain = nn.Parameter(weight.dequantize().detach())
     X = torch.randn(5, 24)

@@ -49,12 +49,22 @@ class Int8Weight(torch.Tensor):
     @staticmethod
     @torch.no_grad()
     def quantize(weight: Tensor) -> Int8Weight:
-        """The nearest INT8 weight to a matrix in bf16 or fp32, a few rows at a time: no full-size temporary."""
+        """The nearest INT8 weight to a matrix in bf16 or fp32, a few rows at a time: no full-size temporary.
+
+        ValueError for values that are not finite: one would take the 255 others of its block with it.
+        """
         codes, scale, offset = (tensor.allocate(weight.device) for tensor in int8_spec(tuple(weight.shape)).values())
         out = Int8Weight(codes, scale, offset, weight.dtype)
         for rows in row_parts(out):
             values = blocks_of(weight[rows].float())
-            scale, offset = affine.grid(values.amin(1), values.amax(1), LEVELS)
+            low, high = values.amin(1), values.amax(1)
+            is_real = type(high) is Tensor and not high.is_meta  # a traced one has no values
+            if is_real and not bool((high - low).isfinite().all()):
+                raise ValueError(
+                    f"values for an INT8 weight of shape {tuple(weight.shape)} are not finite: INT8 cannot hold them; load or initialise "
+                    "the weights first"
+                )
+            scale, offset = affine.grid(low, high, LEVELS)
             store(out.rows(rows).stored, values - offset.unsqueeze(1), scale, offset, 0.5)
         return out
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,6 +319,10 @@ def test_state_bytes_counts_a_storage_once_and_whole() -> None:
     nested = [torch.zeros(5, dtype=torch.int8), {"x": torch.zeros(2)}]
     optimizer.state[parameter] = {"view": big[:3], "same": big[3:6], "nested": nested, "step": 7}
     assert state_bytes(optimizer) == 4000 + 5 + 8
+    peer = SimpleNamespace(basis=torch.zeros(3), whole=big)  # as galore-torch 1.0 keeps its projector
+    peer.itself = peer
+    optimizer.state[parameter]["projector"] = peer
+    assert state_bytes(optimizer) == 4000 + 5 + 8 + 12
 
 
 def test_adamw_bytes_are_those_of_adamw(model: nn.Module) -> None:

@@ -107,10 +107,11 @@ def _method(name: str) -> OptimizerSpec:
 
 _ADAFACTOR = (("scale_parameter", False), ("relative_step", False), ("warmup_init", False))  # the published choice: a plain lr
 _BASELINES = "galore_torch.train.model.baselines"
+_FUSED = (("fused", True),)  # one pass and no copy of a moment; torch's default on a CPU takes several times as long
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "adam": OptimizerSpec("Adam", "torch.optim", 3e-3, ADAM_FLAGS),
-    "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3, ADAM_FLAGS),
+    "adam": OptimizerSpec("Adam", "torch.optim", 3e-3, ADAM_FLAGS, extra=_FUSED),
+    "adamw": OptimizerSpec("AdamW", "torch.optim", 3e-3, ADAM_FLAGS, extra=_FUSED),
     "sgd": OptimizerSpec("SGD", "torch.optim", 0.3, adaptive=False),
     "adafactor": OptimizerSpec("Adafactor", "transformers.optimization", 3e-3, extra=_ADAFACTOR),
     "adagrad": OptimizerSpec("Adagrad", "torch.optim", 1e-2, frozenset({"weight_decay"}), adaptive=False),
@@ -132,9 +133,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     ),
     **{name: _method(name) for name in METHODS},
     # The paper's baselines: they change the layers, not the optimizer, which is torch's AdamW.
-    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, adaptive=False),
-    "lora": OptimizerSpec("lora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}),
-    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, adaptive=False),
+    "low_rank": OptimizerSpec("low_rank", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, extra=_FUSED, adaptive=False),
+    "lora": OptimizerSpec("lora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, extra=_FUSED),
+    "relora": OptimizerSpec("relora", _BASELINES, 3e-3, ADAM_FLAGS | {"rank"}, extra=_FUSED, adaptive=False),
 }
 # Full-rank AdamW and Adafactor inside the backward pass, as in the paper's table 11: this package's classes without a rank.
 _PER_LAYER = {
@@ -342,10 +343,14 @@ def fused_pass(
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of memory that the optimizer's state holds in this process: each storage once, whole, views or not."""
+    """Bytes of memory that the optimizer's state holds in this process: each storage once, whole, views or not.
+
+    Also of tensors in an object, such as the projector of galore-torch 1.0.
+    """
     import torch
 
     storages: dict[tuple[str, int], int] = {}
+    objects: set[int] = set()
 
     def visit(value: object) -> None:
         if isinstance(value, torch.Tensor):
@@ -358,6 +363,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 visit(item)
+        elif hasattr(value, "__dict__") and id(value) not in objects:
+            objects.add(id(value))
+            visit(vars(value))
 
     visit(optimizer.state)
     return sum(storages.values())

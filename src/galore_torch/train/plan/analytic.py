@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from galore_torch.train.model.sizes import Part, Sizes, Targets
-from galore_torch.train.optimizers.registry import backward_mode, optimizer_spec
+from galore_torch.train.optimizers.registry import backward_mode
 from galore_torch.train.plan.methods import FACTORED, Cost, cost, thin_input, trained_parts
 
 STEP = "the optimizer's step"
@@ -218,13 +218,12 @@ def passing_bytes(q: PlanRequest, each: Cost) -> int:
 
 
 def step_transient(q: PlanRequest) -> int:
-    """Of `optimizer.step()`: one parameter after the other; torch's own handle all at once on a GPU (foreach)."""
+    """Of `optimizer.step()`: one parameter after the other; torch's Adagrad handles all at once on a GPU (foreach)."""
     if q.updates:
         return 0
     costs = [*q.outer, *q.layer]
-    if q.device == "cuda" and optimizer_spec(q.optimizer).home in ("torch.optim", "galore_torch.train.model.baselines"):
-        roots = q.optimizer in ("adam", "adamw", "adagrad") or q.optimizer in FACTORED
-        return q.total("gradient") if roots else 0
+    if q.device == "cuda" and q.optimizer == "adagrad":  # a root of every second moment
+        return q.total("gradient")
     return max(each.step if q.mode else each.transient for _, each in costs)
 
 

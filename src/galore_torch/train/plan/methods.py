@@ -135,7 +135,7 @@ def _foreign(part: Part, name: str, itemsize: int, beta1: float | None) -> tuple
     """
     size = prod(part.shape)
     if name in ("adam", "adamw"):
-        return 2 * size * itemsize + _COUNTER, 2 * size * itemsize
+        return 2 * size * itemsize + _COUNTER, 0
     if name == "adagrad":
         return size * itemsize + _COUNTER, size * itemsize
     if name == "sgd":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -12,6 +13,11 @@ from galore_torch.train.plan.answer import Plan
 from galore_torch.train.plan.show import PARTS, parts
 from galore_torch.train.plan.units import GB, gb
 from galore_torch.train.report.chart_style import INK, colour, house_style
+
+_HATCHED: dict[str, dict[str, Any]] = {
+    "gathered": {"color": colour(PARTS.index("weights")), "edgecolor": "white", "hatch": "...."},  # weights, whole for a while
+    "reserve": {"color": "none", "edgecolor": INK, "hatch": "////"},
+}
 
 
 def draw_bars(path: Path, title: str, rows: Sequence[tuple[str, Plan]], budget: int | None) -> None:
@@ -24,8 +30,10 @@ def draw_bars(path: Path, title: str, rows: Sequence[tuple[str, Plan]], budget: 
         stacks = [(name, [parts(plan)[name] / GB for _, plan in rows]) for name in PARTS]
         stacks.append(("reserve", [plan.reserve / GB for _, plan in rows]))
         for index, (name, values) in enumerate(stacks):
-            look = {"color": colour(index)} if name != "reserve" else {"color": "none", "edgecolor": INK, "hatch": "////", "linewidth": 0}
-            axes.barh(places, values, left=left, height=0.7, label=name, **look)
+            if not any(values):
+                continue
+            look = _HATCHED.get(name) or {"color": colour(index)}
+            axes.barh(places, values, left=left, height=0.7, label=name, linewidth=0, **look)
             left = [so_far + value for so_far, value in zip(left, values, strict=True)]
         label = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the line at the budget
         for place, end in zip(places, left, strict=True):
