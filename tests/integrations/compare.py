@@ -30,6 +30,7 @@ def compare(record: Callable[..., None], feature: str, straight: nn.Module, resu
     fall = [held_out_loss(like(straight)) - each for each in (loss, other)]
     assert apart == 0.0
     assert fall[1] > 0.3, "AdamW has not trained"
+    assert difference(straight, adamw) > 0.0, "it is AdamW that has trained, and not the optimizer that was asked for"
     assert fall[0] >= SHARE * fall[1], f"the loss fell by {fall[0]:.3f}, AdamW's by {fall[1]:.3f}"
     record(feature, **row, resume=apart, loss=loss, adamw=other)
 
