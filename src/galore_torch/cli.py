@@ -266,7 +266,7 @@ def _add_eval(commands: Any) -> None:
     )
     evaluate.add_argument("source", metavar="RUN_OR_FOLDER", help="such as runs/a, one of its checkpoints, or an exported folder")
     evaluate.add_argument("--data", nargs="+", metavar="FILE", help="the text: .txt, .jsonl (each also .gz) or .parquet files")
-    evaluate.add_argument("--text_field", metavar="NAME", help="the column of .jsonl and .parquet with the text (default: the run's own; else text)")
+    evaluate.add_argument("--text_field", metavar="NAME", help="the column of the files with the text (default: the run's own; else text)")
     evaluate.add_argument("--max_length", type=int, metavar="N", help="tokens in one window (default: the run's own; else 256)")
     evaluate.add_argument("--batch_size", type=int, metavar="N", help="windows, or examples, in one forward pass (default: 8)")
     evaluate.add_argument("--eval_tokens", type=int, metavar="N", help="tokens of the text, at most (default: all)")

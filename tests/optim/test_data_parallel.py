@@ -329,6 +329,32 @@ def test_a_second_optimizer_takes_the_place_of_one_that_is_gone(group: None) -> 
     assert reduced(wrapped) == set(wrapped.module.parameters())
 
 
+@pytest.mark.parametrize("mode", ["project", "update", "direct", "direct_update"])
+def test_a_weight_of_a_later_group_leaves_the_wrapper_after_its_first_step(mode: str, group: None) -> None:
+    """Oracle: the same without a wrapper, one process being as good as none."""
+    results = []
+    for wraps in (False, True):
+        torch.manual_seed(0)
+        model = Net(Run())
+        model.words.requires_grad_(False)
+        first = [p for p in model.parameters() if p.requires_grad and p is not model.mid.weight]
+        optimizer = g.GaLoreAdamW([{"params": first, "rank": 6}], lr=2e-3, update_proj_gap=3)
+        called = nn.parallel.DistributedDataParallel(model) if wraps else model
+        attachment = g.fused_backward(called, optimizer, mode)
+        for step in range(7):
+            if step == 2:
+                optimizer.add_param_group({"params": [model.mid.weight], "rank": 6})
+            loss_of(called, ids_of(step, 0, 0, False)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if wraps:
+            assert model.up.weight not in reduced(called)
+            assert model.mid.weight not in reduced(called)
+            attachment.remove()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def reduced(wrapped: Any) -> set[torch.Tensor]:
     """The parameters that a wrapper's reducer was built from."""
     return set(wrapped._build_params_for_reducer()[0])

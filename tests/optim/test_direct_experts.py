@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -163,6 +164,164 @@ def test_an_unknown_use_is_listed_once_and_trains_as_in_project() -> None:
         assert [str(w.message).split()[0] for w in seen] == (["up"] if mode == "direct" else [])
         results.append(model)
     assert_same(results[1], results[0])
+
+
+def shifted(w: Tensor) -> Tensor:
+    """A matrix that begins in one expert and ends in the next."""
+    return w.flatten(0, 1)[5 : 5 + INNER]
+
+
+def unseen(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return w[1]
+
+
+VIEWS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {  # a product with a view of the experts, and whether R is made of it
+    "one, broadcast": (lambda x, w: x @ w[1:2].mT, True),
+    "one, expanded": (lambda x, w: torch.bmm(x, w[2].expand_as(w).mT), True),
+    "one, for all tokens": (lambda x, w: x @ w[1].mT, True),
+    "one, before fewer axes": (lambda x, w: x[0] @ w[1:2].mT, True),
+    "some": (lambda x, w: torch.bmm(x[:2], w[1:].mT), True),
+    "every other one": (lambda x, w: x[1:] @ w[::2].mT, True),
+    "twice over": (lambda x, w: x[1:] @ w.as_strided((2, INNER, WIDTH), (0, WIDTH, 1), INNER * WIDTH).mT, True),
+    "the other way round": (lambda x, w: x @ w.flip(0).mT, False),
+    "those of a list": (lambda x, w: x @ w[[2, 2, 0]].mT, False),
+    "four axes": (lambda x, w: x @ w.unsqueeze(0).mT, False),
+    "tokens broadcast": (lambda x, w: x[:1] @ w.mT, False),
+    "between two": (lambda x, w: x @ shifted(w).T, False),
+    "made without gradients": (lambda x, w: x @ unseen(w).mT + x @ w[0].mT, True),
+    "detached": (lambda x, w: x @ w.detach()[1].mT + x @ w[0].mT, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:w is used otherwise")
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_each_view_of_the_experts_has_its_own_gradient(name: str, proj_type: str) -> None:
+    """Oracle: the gradients of the input and of the weight that plain autograd makes, the latter projected."""
+    product, is_direct = VIEWS[name]
+    model = Views().double()
+    optimizer = g.GaLoreAdamW([{"params": [model.w], "rank": 4, "proj_type": proj_type}], update_proj_gap=50, compile=False)
+    attachment = g.fused_backward(model, optimizer, "direct")
+    x = torch.randn(EXPERTS, 24, WIDTH, dtype=torch.float64, requires_grad=True)
+    model(x, lambda x, w: x @ w.mT).square().mean().backward()  # makes the bases
+    optimizer.step()
+    optimizer.zero_grad()
+    w = model.w.detach().clone().requires_grad_()
+    wanted = torch.autograd.grad(product(x, w).square().mean(), (x, w))
+    x.grad = None
+    model(x, product).square().mean().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, wanted[0])
+    assert isinstance(model.w.grad, LowRankGrad)
+    basis = optimizer.state[model.w]["basis"]
+    torch.testing.assert_close(model.w.grad.low, basis.mT @ wanted[1] if proj_type == "left" else wanted[1] @ basis)
+    assert (attachment.left == []) == is_direct
+
+
+def test_a_group_of_rows_for_each_of_some_experts() -> None:
+    results = []
+    for mode in ("project", "direct"):
+        model = Views()
+        optimizer = g.GaLoreAdamW([{"params": [model.w], "rank": 4}], lr=1e-2, update_proj_gap=50, compile=False)
+        g.fused_backward(model, optimizer, mode)
+        for i, x in enumerate(torch.randn(6, EXPERTS, 24, WIDTH, generator=torch.Generator().manual_seed(1))):
+            first = int(i > 1)
+            offsets = torch.arange(1, EXPERTS - first + 1, dtype=torch.int32) * 24
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model(x, lambda x, w: F.grouped_mm(x[first:].flatten(0, 1), w[first:].mT, offs=offsets)).square().mean().backward()  # noqa: B023
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ValueError("as an out-of-memory error would")
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_pass_that_failed_leaves_nothing_behind(due: bool) -> None:
+    """It ends when some of the experts have been differentiated, in the midst of an accumulation or before it."""
+
+    def failing(x: Tensor, w: Tensor) -> Tensor:
+        first: Tensor = Fails.apply(x[0] @ w[0].mT)  # type: ignore[no-untyped-call]
+        return torch.cat([first, *(x[i] @ w[i].mT for i in (1, 2))])
+
+    results = []
+    for mode in ("project", "direct"):
+        model = Views().double()
+        optimizer = g.GaLoreAdamW([{"params": [model.w], "rank": 4}], lr=1e-2, update_proj_gap=1 if due else 50, compile=False)
+        attachment = g.fused_backward(model, optimizer, mode)
+        for i, x in enumerate(torch.randn(6, EXPERTS, 24, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)):
+            for part in (x, 2 * x) if i % 2 else (x,):
+                with pytest.raises(ValueError, match="out-of-memory"):
+                    model(part, failing).square().mean().backward()
+                model(part, lambda x, w: x @ w.mT).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not attachment.left
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_two_forward_passes_before_two_backward_passes(late: bool) -> None:
+    """``late``: one expert has no basis yet, and gets its own between the backward passes, in which the others keep theirs."""
+    results = []
+    for mode in ("project", "direct"):
+        model = Experts("linear")
+        optimizer = g.GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2, update_proj_gap=5, compile=False)
+        attachment = g.fused_backward(model, optimizer, mode)
+        for i, x in enumerate(torch.randn(8, EXPERTS, 12, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)):
+            used = EXPERTS - int(late and i < 2)
+            losses = [model(part)[:used].square().mean() for part in (x, 2 * x + 1)]
+            for loss in losses:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not attachment.left
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model, _optimizer = run("bmm", "direct", steps=4)
+    x = torch.randn(EXPERTS, 24, WIDTH, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice through (up|down).*mode='project'"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+def test_a_checkpoint_loaded_between_the_passes_is_an_error(proj_type: str) -> None:
+    model, optimizer = run("bmm", "direct", steps=4, proj_type=proj_type)
+    loss = model(torch.randn(EXPERTS, 24, WIDTH, dtype=torch.float64)).square().mean()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match=r"basis of layer (up|down) has changed.*load_state_dict"):
+        loss.backward()
+    optimizer.zero_grad()
+    model(torch.randn(EXPERTS, 24, WIDTH, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+
+
+class Views(nn.Module):
+    """Experts that are multiplied as the caller says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return product(x, self.w)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler

@@ -78,6 +78,9 @@ class Averaging:
     def __contains__(self, p: Tensor) -> bool:
         return p in self._weights
 
+    def is_of(self, weights: Iterable[Tensor]) -> bool:
+        return self._weights == set(weights)
+
     def serves(self, wrapper: DistributedDataParallel) -> bool:
         return self._wrapper() is wrapper
 

@@ -32,7 +32,7 @@ from galore_torch.optim.state import seal, unseal, whole_state
 from galore_torch.slots.rules import RULES
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The stacklevel of a warning that is to point at the first frame outside this package and torch."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("galore_torch", "torch"):
@@ -116,7 +116,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"{type(self).__name__} does not read the group keys {unread}: they have no effect. Leave them out, or choose among "
                 f"{sorted(self.defaults)}",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
         super().add_param_group(group)
         try:
@@ -159,7 +159,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for attachment in self.attachments:
             attachment.check()
         if not (self._has_stepped or self.attachments) and (said := left_behind(p for group in self.param_groups for p in group["params"])):
-            warnings.warn(said, stacklevel=_callers_level())
+            warnings.warn(said, stacklevel=callers_level())
         self._has_stepped = True
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         alike: dict[Any, Any] = {}
@@ -332,7 +332,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self.state[p] = engine.new_state(p, group, self.rule, getattr(p, PLACE, self._places[p]))
         for group in changed:
             for note in notes(group, self.row, len(self._present) == 1):
-                warnings.warn(note, stacklevel=_callers_level())
+                warnings.warn(note, stacklevel=callers_level())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state_dict exactly, dtypes included; those of galore-torch 1.0 are converted.
@@ -345,6 +345,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for attachment in self.attachments:
+            attachment.follow_groups()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule, "of_ranked_groups": self.of_ranked_groups}  # torch lists what a copy keeps

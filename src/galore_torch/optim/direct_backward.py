@@ -17,11 +17,10 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from galore_torch.engine import step as engine
-from galore_torch.engine.layout import ParamView
+from galore_torch.engine.layout import Layout, ParamView
 from galore_torch.engine.refresh import refresh_is_due
 from galore_torch.engine.sharding import local
 from galore_torch.engine.shared_gradient import SharedGradient
@@ -54,18 +53,19 @@ class DirectLayer:
     def __init__(self, name: str, module: nn.Module, optimizer: LowRankOptimizer, finish: Finish):
         weight: Any = module.weight
         self.name, self.weight, self.finish = name, weight, finish
+        self.layout = engine.layout_of(weight, optimizer.group_of(weight))  # that of the probe: a checkpoint may bring another
         self.transposed = _is_conv1d(module)
         self.input_axis = -2 if self.transposed else -1
         self.has_warned = False
         self._optimizer = weakref.ref(optimizer)
         self._module = weakref.ref(module)
-        self._passes: dict[int, _Pass] = {}  # by autograd's number of the backward pass: reentrant checkpoints nest passes
+        self._passes: dict[int, Pass] = {}  # by autograd's number of the backward pass: reentrant checkpoints nest passes
         self._whole_step = -1  # the step in which the input is kept whole: recomputed forward passes must do as the first one did
         self.kept: dict[int, Tensor] = {}  # of compiled layers: inputs that are kept whole, by ticket
         self._arrival: _Arrival | None = None
         self.probe: Tensor | None = self.new_probe()
         self._node: Any = get_gradient_edge(self.probe).node  # what adds up the probe's gradients; until `remove`
-        width = self.seen().layout.ranks.get(self.input_axis, 0)
+        width = self.layout.ranks.get(self.input_axis, 0)
         own = {"layer": self, "key": register(self), "probe": self.probe, "weight": weight, "form": (width, self.transposed)}
         swap_class(module, _DirectForward, **own)
 
@@ -78,7 +78,7 @@ class DirectLayer:
 
     def zero(self, device: torch.device) -> Tensor:
         """A tensor of R's shape, of one element."""
-        layout = self.seen().layout.entire
+        layout = self.layout.entire
         return torch.zeros((), dtype=layout.compute_dtype, device=device).expand(layout.low_shape)
 
     def used_weight(self) -> Tensor:
@@ -100,6 +100,7 @@ class DirectLayer:
         """Hand on what a backward pass has made."""
         self.finish(self.weight, low, factors)
 
+    @_untraced  # compiled autograd took the view of one layer for another's
     def seen(self) -> ParamView:
         """`view`, where it is needed."""
         view = self.view()
@@ -170,21 +171,20 @@ class DirectLayer:
     def check_basis(self, version: int) -> None:
         """Raise RuntimeError where the basis that an input is projected with is another one by now."""
         if self.basis_version(self.seen()) != version:
-            raise RuntimeError(
-                f"the basis of layer {self.name} has changed between its forward and its backward pass: call backward() before "
-                "optimizer.load_state_dict(), zero_grad() and another backward pass of the same step that refreshes it"
-            )
+            raise changed_basis(self.name)
 
     @_untraced
     def reduce(self, view: ParamView, output_grad: Tensor, kept: Tensor, projected: bool) -> Tensor:
         """R, the gradient of the probe: from dy (T x m) and what `keep` returned. Zero where the basis is due: `arrived` adds it."""
+        if not is_alike(view.layout, self.layout):
+            raise changed_basis(self.name)
         zero = self.zero(output_grad.device)
         wanted, number = self.is_wanted(), torch._C._current_graph_task_id()
         if not wanted and not is_named(self.weight):
             return zero
         if not wanted and number not in self._passes:  # the probe has no part in the pass
             at_end(lambda: self.arrived(zero, number))
-        this = self._passes.setdefault(number, _Pass(view.state["step"]))
+        this = self._passes.setdefault(number, Pass(view.state["step"]))
         with without_autocast([kept]):
             if self.is_whole(view) and not projected:
                 this.terms.append(self._factors(output_grad, kept))
@@ -204,22 +204,42 @@ class DirectLayer:
     @_untraced
     def arrived(self, low: Tensor, number: int | None = None) -> None:
         """All that this backward pass adds to R is there. ``number``: which pass, where it does not run any more."""
-        this = self._passes.pop(torch._C._current_graph_task_id() if number is None else number, _Pass(-1))
+        this = end_pass(self._passes, number)
         low = low if this.low is None else this.low
-        self._passes = {number: other for number, other in self._passes.items() if other.step == this.step}  # others have failed
         if self._optimizer() is not None and self.weight.requires_grad:  # it may have been frozen since the forward pass
             total = OuterProduct.total(this.terms) if this.terms else None
             self.deliver(low if this.reduced or not this.terms else None, total)
 
 
 @dataclass
-class _Pass:
+class Pass:
     """What one backward pass has made of R so far."""
 
     step: int
     terms: list[OuterProduct] = field(default_factory=list)  # the factors whose basis is due
     reduced: bool = False  # whether a part has been made in the basis as it is
     low: Tensor | None = None  # that part, where the pass does not add it up in the probe
+
+
+def end_pass(passes: dict[int, Pass], number: int | None = None) -> Pass:
+    """What a pass has made, by default the one under way: it is taken out, with those of other steps, which have failed."""
+    this = passes.pop(torch._C._current_graph_task_id() if number is None else number, Pass(-1))
+    for other in [other for other, found in passes.items() if found.step != this.step]:
+        del passes[other]
+    return this
+
+
+def is_alike(layout: Layout, other: Layout) -> bool:
+    """Whether both make the same of a gradient, but for the bases; neither has to do with the model's dtype."""
+    return (layout.view, layout.ranks) == (other.view, other.ranks)
+
+
+def changed_basis(name: str) -> RuntimeError:
+    """What a backward pass raises whose basis is not that of its forward pass."""
+    return RuntimeError(
+        f"the basis of layer {name} has changed between its forward and its backward pass: call backward() before "
+        "optimizer.load_state_dict(), zero_grad() and another backward pass of the same step that refreshes it"
+    )
 
 
 class _Arrival:
@@ -286,6 +306,25 @@ def at_end(call: Callable[[], None]) -> None:
     """Call it when the backward pass under way ends."""
     engine_of_autograd: Any = torch.autograd.Variable._execution_engine
     engine_of_autograd.queue_callback(call)
+
+
+def differentiable_once(backward: F) -> F:
+    """torch's `once_differentiable`, with an error that names the layer and the cure."""
+
+    @wraps(backward)
+    def call(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            made = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or not any(grad.requires_grad for grad in grads):
+            return made
+        text = (
+            f"cannot differentiate twice through {ctx.layer.name}, whose gradient is made in its own backward pass: for second derivatives "
+            "use fused_backward(mode='project') or 'update'"
+        )
+        refuse: Any = torch._C._functions.DelayedError(text, len(made))
+        return refuse(*(None if each is None else each.detach().requires_grad_() for each in made))
+
+    return cast(F, call)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------
@@ -358,7 +397,7 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,), layer, (dtype, bias_dtype) = ctx.saved_tensors, ctx.layer, ctx.dtypes
         layer.check(ctx.weight_version)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +22,7 @@ from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import gap_is_over
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
-from galore_torch.optim.direct_backward import Finish, at_end, in_graph, is_named, runs
+from galore_torch.optim.direct_backward import Finish, Pass, at_end, changed_basis, differentiable_once, end_pass, in_graph, is_named, runs
 from galore_torch.optim.swapped_class import SwappedClass, restore_class, swap_class
 
 Segments = Sequence[tuple[int, slice]]  # expert, and which of the tokens are its
@@ -39,11 +38,12 @@ class DirectExperts:
 
     def __init__(self, name: str, module: nn.Module, weight: Tensor, optimizer: LowRankOptimizer, finish: Finish):
         self.name, self.weight, self.finish = name, weight, finish
+        self.layout = engine.layout_of(weight, optimizer.group_of(weight))
         self.has_warned = False
         self._optimizer = weakref.ref(optimizer)
-        self._low: Tensor | None = None  # R of this pass so far
+        self._passes: dict[int, Pass] = {}  # by autograd's number of the backward pass: one that failed never ends
         self._whole_step = -1  # the step whose products are ordinary ones: recomputed forward passes must do as the first one did
-        self._was_plain = False  # whether a product was since the last ordinary gradient
+        self._plain_step = -1  # the last step in which one was
         self.trigger = torch.zeros((), requires_grad=True)
         self.trigger.register_post_accumulate_grad_hook(_Arrival(weakref.ref(self)))
         self._node: Any = get_gradient_edge(self.trigger).node
@@ -65,14 +65,25 @@ class DirectExperts:
             return True
         if not is_named(self.weight):
             return False
-        if self._low is None:
-            at_end(self.arrived)
+        number = torch._C._current_graph_task_id()
+        if number not in self._passes:
+            at_end(lambda: self.arrived(number))
         return True
 
     def takes_plain(self) -> bool:
-        """Whether an ordinary gradient of the weight is as it should be: where a product was an ordinary one."""
-        was, self._was_plain = self._was_plain, False
-        return was
+        """Whether an ordinary gradient of the weight is as it should be: where a product of this step was an ordinary one."""
+        optimizer = self._optimizer()
+        return optimizer is not None and bool(optimizer.view_of(self.weight).state["step"] == self._plain_step)
+
+    def check_basis(self, view: ParamView) -> None:
+        """Raise RuntimeError where the bases are others by now than in the forward pass, whose ``view`` it is.
+
+        Loading makes another state. A refresh replaces bases in use only after a step, which has changed the weight too: that is an error
+        of autograd's. What it gives to experts without a basis leaves those of the others, so the tensor's version says nothing.
+        """
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer.view_of(self.weight).state is not view.state:
+            raise changed_basis(self.name)
 
     def view(self, segments: Segments) -> ParamView | None:
         """The parameter as the engine sees it; None where the product of these experts is to be an ordinary one."""
@@ -85,20 +96,22 @@ class DirectExperts:
         if gap_is_over(state, view.group):
             self._whole_step = state["step"]
         if self._whole_step == state["step"] or not ready or torch._C._are_functorch_transforms_active():
-            self._was_plain = True
+            self._plain_step = state["step"]
             return None
         return view
 
     def add(self, view: ParamView, expert: int, low: Tensor) -> None:
-        if self._low is None:
-            self._low = torch.zeros(view.layout.low_shape, dtype=view.layout.compute_dtype, device=low.device)
-        self._low[expert] += low
+        """Add to R of the backward pass under way."""
+        this = self._passes.setdefault(torch._C._current_graph_task_id(), Pass(view.state["step"]))
+        if this.low is None:
+            this.low = torch.zeros(view.layout.low_shape, dtype=view.layout.compute_dtype, device=low.device)
+        this.low[expert] += low
 
-    def arrived(self) -> None:
-        """All products of this backward pass have been seen."""
-        low, self._low = self._low, None
-        if self._optimizer() is not None and low is not None:
-            self.finish(self.weight, low, None)
+    def arrived(self, number: int | None = None) -> None:
+        """All products of this backward pass have been seen. ``number``: which pass, where it does not run any more."""
+        this = end_pass(self._passes, number)
+        if self._optimizer() is not None and this.low is not None:
+            self.finish(self.weight, this.low, None)
 
 
 class _Arrival:
@@ -131,12 +144,13 @@ class _Products(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         back = grad.new_empty((grad.shape[0], weight.shape[-2 if ctx.transposed else -1]))
         other = -1 if ctx.transposed else -2
+        ctx.layer.check_basis(ctx.view)
         begins = ctx.layer.begins()
         with without_autocast([kept]):
             for expert, rows in ctx.segments:
@@ -183,7 +197,7 @@ class _Watch(TorchFunctionMode):
             return None
         for layer in self.layers:
             p = layer.weight
-            if weight is not p and weight._base is not p:
+            if weight is not p and not _is_view(weight, p):
                 continue
             size, strides = p.shape[-2:], p.stride()[-2:]
             if (weight.shape[-2:], weight.stride()[-2:]) == (size, strides):
@@ -212,22 +226,39 @@ def _is_product(func: Any, args: Any, kwargs: Any) -> bool:
     return given == {"offs"} and (func in _GROUPED or str(func) == "transformers.grouped_mm_fallback")
 
 
+def _is_view(weight: Tensor, p: Tensor) -> bool:
+    """Whether it is a view of p whose gradient is p's: one that was made under `no_grad` is a leaf of its own."""
+    node = weight.grad_fn if weight._base is p else None
+    while node is not None and node.next_functions:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None) is p
+
+
 def _segments(p: Tensor, input: Tensor, weight: Tensor, offsets: Tensor | None) -> Segments | None:
     """Which rows of the flattened input meet which expert; None where that is not plain."""
+    experts = _experts(p, weight)
+    if not experts:
+        return None
+    rows = input.numel() // max(1, input.shape[-1])
     if offsets is not None:
-        if not offsets.is_cpu or weight.dim() != 3 or input.dim() != 2 or len(offsets) != p.shape[0]:
+        if not offsets.is_cpu or weight.dim() != 3 or input.dim() != 2 or len(offsets) != len(experts):
             return None
         ends = [int(end) for end in offsets.unbind()]
-        if ends[-1] != len(input):
+    else:
+        if len(experts) > 1 and (input.dim() != 3 or len(input) != len(experts)):  # one expert takes all tokens there are
             return None
-        return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
-    if weight.dim() == 3:
-        if input.dim() != 3 or input.shape[0] != p.shape[0]:
-            return None
-        tokens = input.shape[1]
-        return [(expert, slice(expert * tokens, (expert + 1) * tokens)) for expert in range(p.shape[0])]
-    place, rest = divmod(int(weight.storage_offset() - p.storage_offset()), p.stride(0))
-    return None if rest else [(place, slice(0, input.numel() // max(1, input.shape[-1])))]
+        ends = [rows // len(experts) * (i + 1) for i in range(len(experts))]
+    if ends[-1] != rows:
+        return None
+    return [(expert, slice(start, end)) for expert, start, end in zip(experts, [0, *ends], ends, strict=False)]
+
+
+def _experts(p: Tensor, weight: Tensor) -> list[int]:
+    """Which expert each matrix of a view is, by where it begins in memory: a slice, or one expert expanded; empty where one is none."""
+    first, stride = weight.storage_offset() - p.storage_offset(), p.stride(0)
+    starts = [first] if weight.dim() == 2 else [first + i * weight.stride(0) for i in range(weight.shape[0])]
+    whole = all(start % stride == 0 and 0 <= start // stride < p.shape[0] for start in starts)
+    return [int(start // stride) for start in starts] if whole and weight.dim() <= 3 else []
 
 
 class _DirectExpertsForward(SwappedClass):

@@ -17,19 +17,21 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from galore_torch.choices import one_of
+from galore_torch.engine.layout import layout_of
 from galore_torch.engine.processes import Processes
 from galore_torch.engine.recipe import check_kept
 from galore_torch.engine.sharding import local, place_of
 from galore_torch.engine.shared_gradient import SharedGradient
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.averaging import Averaging
-from galore_torch.optim.base import LowRankOptimizer
-from galore_torch.optim.direct_backward import DirectLayer, is_linear
+from galore_torch.optim.base import LowRankOptimizer, callers_level
+from galore_torch.optim.direct_backward import DirectLayer, is_alike, is_linear
 from galore_torch.optim.direct_experts import DirectExperts
 from galore_torch.optim.direct_sharded import ShardedLayer
 from galore_torch.optim.in_model import Held, places_of
 from galore_torch.optim.low_rank_grad import ConsumedGrad, LowRankGrad
 from galore_torch.optim.wrapped import active_wrapper, check_join, holds, refuse_join, wrappers
+from galore_torch.slots.projectors import PROJECTORS
 
 MODES = ("project", "update", "direct", "direct_update")
 _DIRECT, UPDATING = ("direct", "direct_update"), ("update", "direct_update")
@@ -39,25 +41,49 @@ class FusedBackward:
     """The attachment of an optimizer to a model's backward pass; ``remove()`` undoes it, and so does leaving a ``with``."""
 
     def __init__(
-        self, model: nn.Module, optimizer: LowRankOptimizer, params: list[nn.Parameter], mode: str, reduce_dtype: torch.dtype | None = None
+        self, model: nn.Module, optimizer: LowRankOptimizer, params: list[Tensor], mode: str, reduce_dtype: torch.dtype | None = None
     ):
-        self.mode, self._params, self._reduce_dtype, self._held = mode, params, reduce_dtype, Held(model, params)
-        self._optimizer = weakref.ref(optimizer)
+        self.mode, self._reduce_dtype, self._held = mode, reduce_dtype, Held(model)
+        self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
+        self._params: list[Tensor] = []
+        self._seen: set[Tensor] = set()  # those, and others of the optimizer that are not in the model
         self._handles: list[Any] = []
         self._checked = False
         self._averaging: Averaging | None = None  # where a DistributedDataParallel has left the gradients of projected weights to us
+        self._is_stale = False  # whether it averages others than the projected weights
         self._direct: dict[Tensor, DirectLayer | DirectExperts] = {}  # by weight
-        self.left: list[str] = []  # in a direct mode: projected matrices whose gradients are made in full, as warned of
+        self._left: dict[Tensor, str] = {}
         # Called with each R of a linear layer, and with each part of a gradient, before it is used up.
         self.look: Callable[[Tensor], None] | None = None
-        self._quantised: list[Any] = [p for p in params if is_traceable_wrapper_subclass(p)]
-        hook = _Hook(weakref.ref(self))
-        self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]
-        if self._quantised or _has_processes():
-            self._handles.append(model.register_forward_pre_hook(hook))
+        self._quantised: list[Any] = []
+        self._take(model, params)
         if _has_processes():
-            self._handles.append(model.register_forward_hook(hook))
+            hook = _Hook(weakref.ref(self))
+            self._handles += [model.register_forward_pre_hook(hook), model.register_forward_hook(hook)]
         optimizer.attachments.append(self)
+
+    @property
+    def left(self) -> list[str]:
+        """In a direct mode: projected matrices whose gradients are made in full, as warned of."""
+        return list(self._left.values())
+
+    def _take(self, model: nn.Module, params: list[Tensor]) -> None:
+        """Attach to some of the model's parameters."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        if self.mode != "update":
+            for p in params:
+                check_kept(optimizer.group_of(p))
+        hook = _Hook(weakref.ref(self))
+        self._params += params
+        self._seen.update(params)
+        self._held.add(model, params)
+        self._handles += [p.register_post_accumulate_grad_hook(hook) for p in params]
+        if quantised := [p for p in params if is_traceable_wrapper_subclass(p)]:
+            self._quantised += quantised
+            self._handles.append(model.register_forward_pre_hook(hook))
+        if self.mode in _DIRECT:
+            self._attach_layers(model)
 
     def remove(self) -> None:
         """Detach: gradients are ordinary again from the next backward pass on."""
@@ -78,8 +104,37 @@ class FusedBackward:
         self.remove()
 
     def check(self) -> None:
-        """Raise ValueError where the model has exchanged parameters since: the optimizer would be left behind."""
+        """Raise ValueError where the model has exchanged parameters since: the optimizer would be left behind.
+
+        Take in parameters that were frozen until now, or came with a later group: this step has their gradients in full.
+        """
         self._held.check()
+        optimizer, model = self._optimizer(), self._model()
+        assert optimizer is not None
+        new = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p not in self._seen]
+        if new and model is not None:
+            held = set(model.parameters())
+            self._take(model, [p for p in new if p in held and attachment_of(p) is None])
+            self._seen.update(new)
+            self._is_stale = self._averaging is not None and not self._averaging.is_of(self._projected())
+
+    def follow_groups(self) -> None:
+        """A checkpoint has brought other groups: make the layers anew whose weights have another rank or side."""
+        optimizer, model = self._optimizer(), self._model()
+        assert optimizer is not None
+        self._is_stale = self._averaging is not None and not self._averaging.is_of(self._projected())
+        if self.mode not in _DIRECT or model is None:
+            return
+        for p, layer in list(self._direct.items()):
+            if not is_alike(layer.layout, layout_of(p, optimizer.group_of(p))):
+                layer.remove()
+                del self._direct[p]
+        self._attach_layers(model)
+
+    def _projected(self) -> list[Tensor]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return [p for p in self._params if layout_of(p, optimizer.group_of(p)).ranks]
 
     def follow(self) -> None:
         """`Module.to` exchanges what a quantised weight is, and the hooks stay behind with the old one: give them to the new one."""
@@ -94,6 +149,10 @@ class FusedBackward:
 
     def meet(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
         """Take the projected weights from this wrapper, where it holds them: their gradients are averaged as R."""
+        if self._averaging is not None and self._is_stale:
+            self._averaging.close()
+            self._averaging = None
+        self._is_stale = False
         if self._averaging is not None and self._averaging.serves(wrapper):
             check_join(wrapper)
             return
@@ -101,10 +160,9 @@ class FusedBackward:
         if optimizer is None or not holds(wrapper, self._params):
             return
         refuse_join(wrapper, "a model that was fused before it was wrapped")
-        weights = [p for p in self._params if optimizer.view_of(p).layout.ranks]
         if self._averaging is not None:
             self._averaging.close()
-        self._averaging = Averaging(optimizer, weights, wrapper, self._reduce_dtype)
+        self._averaging = Averaging(optimizer, self._projected(), wrapper, self._reduce_dtype)
         if self.mode in UPDATING:
             self._averaging.averaged = _Update(weakref.ref(self))
 
@@ -145,36 +203,37 @@ class FusedBackward:
             _refuse_unseen_wrapper(self._params[0])
             self._checked = True
 
-    def attach_layers(self, model: nn.Module) -> None:
+    def _attach_layers(self, model: nn.Module) -> None:
         """Give the linear layers of projected matrices a backward pass that makes no full gradient; say which matrices have none."""
-        optimizer, names, left = self._optimizer(), places_of(model), self.left
+        optimizer, names, left = self._optimizer(), places_of(model), {}
         assert optimizer is not None
         finish = _Finish(weakref.ref(self), weakref.ref(optimizer))
-        for p in self._params:
-            view = optimizer.view_of(p)
-            if not (layout := view.layout).ranks:
+        for p in self._projected():
+            if p in self._direct or p in self._left or p not in names:
                 continue
+            layout, place = layout_of(p, optimizer.group_of(p)), place_of(p)
             name, module = names[p][0]
             whole = len(names[p]) == 1 and tuple(p.shape) == layout.whole and name.rpartition(".")[2] == "weight"
             whole = whole and not p.is_complex()  # whose products have conjugates
-            if whole and is_linear(module) and not view.projector.elements:
+            if whole and is_linear(module) and not PROJECTORS[layout.projector].elements:
                 of_layer = name, module, optimizer, finish
-                self._direct[p] = DirectLayer(*of_layer) if view.place is None else ShardedLayer(Processes(view.place.ranks), *of_layer)
-            elif len(names[p]) == 1 and layout.batch and view.place is None and tuple(p.shape) == layout.view:
+                self._direct[p] = DirectLayer(*of_layer) if place is None else ShardedLayer(Processes(place.ranks), *of_layer)
+            elif len(names[p]) == 1 and layout.batch and place is None and tuple(p.shape) == layout.view:
                 self._direct[p] = DirectExperts(name, module, p, optimizer, finish)
             else:
-                left.append(name if len(names[p]) == 1 else " = ".join(name for name, _ in names[p]))
-        if left:
+                left[p] = name if len(names[p]) == 1 else " = ".join(name for name, _ in names[p])
+        self._left |= left
+        if said := list(left.values()):
             warnings.warn(
-                f"the gradients of {len(left)} matrices are made in full and then projected, for each is not the weight of one linear "
-                f"layer alone, is complex, or keeps single elements (sparse): {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}",
-                stacklevel=3,
+                f"the gradients of {len(said)} matrices are made in full and then projected, for each is not the weight of one linear "
+                f"layer alone, is complex, or keeps single elements (sparse): {', '.join(said[:8])}{', ...' if len(said) > 8 else ''}",
+                stacklevel=callers_level(),
             )
 
     def _give_up(self, p: Tensor, layer: DirectLayer | DirectExperts) -> None:
         layer.remove()
         del self._direct[p]
-        self.left.append(layer.name)
+        self._left[p] = layer.name
         warnings.warn(
             f"{layer.name} is used otherwise than in its layer's product too, or holds experts in a compiled module: from now on its "
             "gradient is made in full and then projected",
@@ -294,6 +353,9 @@ def fused_backward(
     processes average R of linear layers in its place, in every backward pass. Call `fully_shard` first, and load with `assign=True` first:
     ``optimizer.step()`` raises ValueError where the model has exchanged its parameters since.
 
+    Parameters that are thawed later, or come with a later group, are taken in by the first step in which they have a gradient, which has
+    it in full. Where ``load_state_dict`` brings other ranks or sides, the layers follow.
+
     It lasts until ``remove()``, or as long as the optimizer. Another optimizer cannot step on these gradients: that is an error.
 
     Raises ValueError for another optimizer's class, a model that shares no parameter with it, a second attachment, and but in mode "update"
@@ -309,7 +371,7 @@ def fused_backward(
     wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     model = model if wrapper is None else wrapper.module
     own = {p for group in optimizer.param_groups for p in group["params"]}
-    mine = [p for p in model.parameters() if p in own and p.requires_grad]
+    mine: list[Tensor] = [p for p in model.parameters() if p in own and p.requires_grad]
     if reduce_dtype is not None and any(place_of(p) is not None for p in mine):
         raise ValueError(
             f"reduce_dtype={reduce_dtype} is of DistributedDataParallel, and fully_shard has its own MixedPrecisionPolicy: leave it None"
@@ -318,12 +380,7 @@ def fused_backward(
         raise ValueError("model and optimizer share no trainable parameter: pass the model the optimizer was built from")
     if any(attachment_of(p) is not None for p in mine):
         raise ValueError("model already has a fused backward pass: call remove() on it first")
-    if mode != "update":
-        for p in mine:
-            check_kept(optimizer.group_of(p))
     attachment = FusedBackward(model, optimizer, mine, mode, reduce_dtype)
-    if mode in _DIRECT:
-        attachment.attach_layers(model)
     if wrapper is not None:
         attachment.meet(wrapper)
     return attachment

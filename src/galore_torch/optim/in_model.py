@@ -22,9 +22,14 @@ def places_of(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
 class Held:
     """Some parameters of a model, and one place where it has each. Shards are left out: FSDP2 exchanges them for the time of a pass."""
 
-    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
-        self._model, places = weakref.ref(model), places_of(model)
-        self._first = [(p, places[p][0][0], weakref.ref(places[p][0][1])) for p in params if place_of(p) is None]
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._first: list[tuple[Tensor, str, weakref.ref[nn.Module]]] = []
+
+    def add(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+        """More of them."""
+        places = places_of(model)
+        self._first += [(p, places[p][0][0], weakref.ref(places[p][0][1])) for p in params if place_of(p) is None]
 
     def check(self) -> None:
         """Raise ValueError where another parameter has come into the place of one: no gradient reaches that one any more.

@@ -72,6 +72,20 @@ def test_finished_run_is_left_as_it_is(make_config: Make, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(summary)
 
 
+def test_comparison_goes_on_with_all_its_runs_and_more_and_never_with_fewer(make_config: Make, tmp_path: Path) -> None:
+    """summary.json, results.md and loss.png are written with the runs of the call alone."""
+    assert command(make_config(compare=("adamw", "sgd:0.1"), num_training_steps=1))[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for fewer in (("adamw",), ("sgd:0.1", "adagrad"), ("adamw", "sgd:0.1", "sgd:0.2")):
+        lost = "sgd" if "adamw" in fewer else "adamw"
+        with pytest.raises(UserError, match=rf"run also compares {lost}, whose records would be lost; name all in --compare, or give"):
+            command(make_config(compare=fewer, num_training_steps=1, resume="auto"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert command(make_config(compare=("sgd:0.1", "adagrad", "adamw"), num_training_steps=1, resume="auto"))[0] == 0
+    records = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [(record["optimizer"], record["steps"]) for record in records] == [("sgd", 1), ("adagrad", 1), ("adamw", 1)]
+
+
 def test_a_folder_resumes_just_that_one(make_config: Make, tmp_path: Path) -> None:
     """Branched off into a new folder; in its own folder only where the run has not gone further."""
     command(make_config(save_every=2, keep=9))

@@ -53,6 +53,30 @@ def test_it_finds_what_the_run_found(finished: Path, held_out_file: Path, capsys
         assert found["perplexity"] == pytest.approx(own["eval_perplexity"])
 
 
+def test_padded_documents_are_read_as_the_run_reads_them(make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A document in a row, from the run's own column of the file: the run's figures, of the run, its checkpoint and its model's folder."""
+    path = tmp_path / "content.jsonl"
+    path.write_text("\n".join(json.dumps({"content": document(i)}) for i in range(30)), encoding="utf-8")
+    text = {"data": (str(path),), "eval_data": (str(path),), "text_field": "content"}
+    assert command(make_config(**text, pad_documents=True, max_length=64, eval_tokens=500, batch_size=7))[0] == 0
+    run, own = tmp_path / "run", last_eval(tmp_path / "run")
+    for source in (run, next((run / "checkpoints").iterdir()), run / "model"):
+        found = evaluate(str(source), data=(str(path),), batch_size=7, eval_tokens=500)
+        assert (found["loss"], found["tokens"], found["pad_documents"]) == (own["eval_loss"], own["eval_tokens"], True)
+    assert cli.main(["eval", str(run), "--data", str(path)]) == 0
+    assert "in padded documents of 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_int8_weights_are_evaluated_as_the_run_holds_them(dtype: str, make_config: Make, held_out_file: Path, tmp_path: Path) -> None:
+    """What they are rounded to in bf16, for others to load, has another loss."""
+    own = {"optimizer": "qgalore_adamw8bit", "dtype": dtype, "eval_data": (str(held_out_file),), "eval_tokens": 500, "batch_size": 7}
+    assert command(make_config(**own))[0] == 0
+    run, text = tmp_path / "run", {"data": (str(held_out_file),), "batch_size": 7, "eval_tokens": 500}
+    assert evaluate(str(run), **text)["loss"] == last_eval(run)["eval_loss"]
+    assert dtype == "float32" or evaluate(str(run / "model"), **text)["loss"] != last_eval(run)["eval_loss"]
+
+
 def test_length_is_that_of_the_run(finished: Path, held_out_file: Path) -> None:
     """Trained on 16 tokens: what --max_length 16 gives, of the run, its checkpoint and its model's folder; another length differs."""
     data = (str(held_out_file),)

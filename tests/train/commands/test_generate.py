@@ -44,6 +44,13 @@ def test_top_k_of_one_is_greedy(run: Path) -> None:
     assert generate(str(run), PROMPT, max_new_tokens=8, temperature=5.0, top_k=1, seed=9) == greedy
 
 
+def test_least_and_great_temperatures_are_greedy_and_even(run: Path) -> None:
+    """Neither end leaves the range of a float: the least one draws the likeliest token, a great one any."""
+    greedy = generate(str(run), PROMPT, max_new_tokens=8, temperature=0.0)
+    assert generate(str(run), PROMPT, max_new_tokens=8, temperature=0.001, seed=9) == greedy
+    assert generate(str(run), PROMPT, max_new_tokens=8, temperature=1e30, seed=9) != greedy
+
+
 def test_the_seed_decides_the_texts(run: Path) -> None:
     def texts(seed: int) -> list[str]:
         return generate(str(run), PROMPT, max_new_tokens=10, temperature=1.0, top_k=0, seed=seed, count=3)
@@ -113,6 +120,7 @@ def test_prompt_has_the_special_tokens_that_the_model_was_trained_on(run: Path) 
         (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of bounds: give a number at least 1"),
         (["--temperature", "-1"], "--temperature -1.0 is out of bounds: give a number at least 0"),
         (["--temperature", "nan"], "--temperature nan is out of bounds"),
+        (["--temperature", "1e-40"], "--temperature 1e-40 is out of bounds: give a number at least 0.001, or 0 for the likeliest token"),
         (["--top_k", "-1"], "--top_k -1 is out of bounds: give a number at least 0"),
         (["--count", "0"], "--count 0 is out of bounds: give a number at least 1"),
         (["--count", "2", "--temperature", "0"], "--count 2 at --temperature 0 would be one text 2 times"),

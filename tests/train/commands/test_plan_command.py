@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from galore_torch import cli
+from galore_torch.choices import STATE_CODECS
 from galore_torch.train.commands.plan import COMPARED
 from galore_torch.train.config.flags import config_from
+from galore_torch.train.errors import UserError
+from galore_torch.train.optimizers.registry import build_optimizer
 from galore_torch.train.plan.answer import plan_request, planned
 from galore_torch.train.plan.search import best_that_fits
 from galore_torch.train.plan.show import parts
@@ -48,6 +54,8 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("--model 7b --optimizer adamv", "is not known; did you mean adam? choose one of"),
         ("--model 7b --dtype int3", "is not known; choose one of"),
         ("--model 7b --state_codec int3", "is not known; did you mean int8? choose one of"),
+        ("--model 7b --optimizer fira --state_codec mulaw4", "fira: state_codec='mulaw4' is too coarse for the moments of the rule 'adam'"),
+        ("--model 7b --compare --state_codec mulaw4", "galore_adamw: state_codec='mulaw4' is too coarse"),
         ("--model 7b -o recipe.json", "give --memory or --card"),
         ("--model 7b --picture a.png", "has no effect alone"),
         ("--model 7b --sweep rank --optimizer adamw", "has no rank"),
@@ -97,6 +105,61 @@ def test_best_recipe_for_a_card_is_a_config_that_pretrain_takes(tmp_path: Path, 
     assert planned(plan_request(config, device="cuda"), traced=False).needed <= 24e9
     assert cli.main(["plan", "--model", "llama_7b", "--memory", "24GB", "-o", "recipe.json"]) == 2  # never over a file
     assert "already exists" in capsys.readouterr().err
+
+
+def test_recipe_of_several_processes_says_what_each_accumulates(tmp_path: Path) -> None:
+    """Not --total_batch_size, which is of all processes: the recipe is taken by any number of them."""
+    words = "plan --model 9m --memory 2GB --batch 4 --world_size 4 --gradient_accumulation 2 -o recipe.json"
+    assert cli.main(words.split()) == 0
+    for processes in (1, 2, 4):
+        config = config_from({"config": "recipe.json"}, processes)
+        assert (config.batch_size, config.accumulation, config.sequences_per_update) == (4, 2, 8 * processes)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "galore_sgd", "galore_muon", "muon", "ldadam", "apollo", "adam8bit"])
+@pytest.mark.parametrize("codec", STATE_CODECS)
+def test_codecs_are_refused_in_the_words_of_the_run(name: str, codec: str) -> None:
+    """Oracle: the optimizer itself, built for a layer without values."""
+    try:
+        config = config_from({"optimizer": name, "state_codec": codec, "model_config": "9m"})
+    except UserError:
+        return  # by the settings' own check, which both commands share
+    with torch.device("meta"):
+        model = nn.ModuleDict({"layer": nn.Linear(512, 512), "head": nn.Linear(512, 512)})
+
+    def said(ask: Callable[[], Any]) -> str | None:
+        try:
+            ask()
+        except UserError as error:
+            return str(error)
+        return None
+
+    built = said(lambda: build_optimizer(name, model, lr=0.1, settings=config.optimizer_settings | {"targets": ("layer",)}))
+    assert said(lambda: plan_request(config, device="cuda")) == built
+
+
+def test_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    """Nothing is planned; a folder that is missing is made, as by galore report, and what is there stays as it is."""
+    work: list[None] = []
+    monkeypatch.setattr("galore_torch.train.commands.plan._for_a_card", lambda *_: work.append(None) or 0)
+    monkeypatch.setattr("galore_torch.train.commands.plan.show_rows", lambda *_: work.append(None))
+    Path("file.txt").write_text("mine")
+    for words, says in (
+        ("--memory 24GB -o .", "-o . already exists; give a new name"),
+        ("--memory 24GB -o file.txt", "-o file.txt already exists; give a new name"),
+        ("--memory 24GB -o file.txt/r.json", "-o file.txt/r.json cannot be written: "),
+        ("--compare --picture file.txt/r.png", "--picture file.txt/r.png cannot be written: "),
+        ("--sweep rank --picture r.json", "--picture r.json is no picture; give a name that ends in .png"),
+        ("--sweep rank --picture r", "--picture r is no picture; give a name that ends in .png"),
+    ):
+        assert cli.main(["plan", "--model", "7b", *words.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+    assert (work, Path("file.txt").read_text()) == ([], "mine")
+    assert cli.main(["plan", "--model", "7b", "--memory", "24GB", "-o", "new/r.json"]) == 0
+    assert cli.main(["plan", "--model", "60m", "--sweep", "rank", "--picture", "other/r.png"]) == 0
+    assert len(work) == 2
+    assert (list(Path("new").iterdir()), [path.name for path in Path("other").iterdir()]) == ([], ["r.png"])
 
 
 def test_a_card_has_one_answer_by_name_and_by_memory(capsys: Out) -> None:

@@ -136,6 +136,13 @@ def test_one_optimizer_with_two_lrs_is_a_sweep() -> None:
     assert config.run_names == ["adamw-lr0.001", "adamw-lr0.01", "sgd"]
 
 
+def test_rates_that_are_nearly_the_same_have_folders_of_their_own() -> None:
+    """Six digits do not tell these apart; the names of ordinary rates stay as they were."""
+    config = PretrainConfig(compare=("adamw:0.001", "adamw:0.0010000001", "adamw:3e-05", "adamw:1e30", "adamw:1"))
+    rates = ["0.001", "0.0010000001", "3e-05", "1e+30", "1"]
+    assert config.run_names == [f"adamw-lr{rate}" for rate in rates]
+
+
 def test_accumulation_is_the_ratio_of_the_batches() -> None:
     assert PretrainConfig(batch_size=4, total_batch_size=12).accumulation == 3
     assert PretrainConfig(batch_size=4).accumulation == 1

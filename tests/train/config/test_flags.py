@@ -205,6 +205,44 @@ def test_warm_up_that_is_given_and_a_recipe_that_is_not_shortened_stay() -> None
     assert not any("becomes" in note for note in config_from({"config": "60m"}).notes)
 
 
+def test_file_is_checked_as_the_model_that_it_names(tmp_path: Path) -> None:
+    """2048 tokens are refused of demo, which has 1024 positions, and this file does not mean it."""
+    path = write(tmp_path / "a.json", model_config="7b", max_length=2048, batch_size=1)
+    assert config_from({"config": path}).max_length == 2048
+    assert config_from({"config": path, "num_training_steps": 30}).max_length == 2048
+
+
+NUMBERS = {
+    "warmup_steps": {},
+    "decay_steps": {"scheduler": "wsd"},
+    "cycle_length": {"scheduler": "cosine_restarts", "warmup_steps": 1},
+    "restart_warmup_steps": {"scheduler": "cosine_restarts", "warmup_steps": 1, "cycle_length": 300},
+    "random_after": {"optimizer": "golore"},
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_steps_of_a_file_are_those_of_its_model_and_of_all_processes(key: str, tmp_path: Path) -> None:
+    """4M tokens are 976 steps of 16 sequences of 256 tokens, the length of every model but demo; of two processes 488."""
+    path = write(tmp_path / "a.json", model_config="9m", max_train_tokens="4M", **NUMBERS[key], **{key: 100})
+    shorter = config_from({"config": path, "num_training_steps": 100})
+    assert getattr(shorter, key) == 100 * 100 // 976 == 10
+    assert f"--{key} 100 of {path} becomes 10, as its 976 steps become 100" in shorter.notes
+    of_two = config_from({"config": path, "num_training_steps": 100}, processes=2)
+    assert getattr(of_two, key) == 100 * 100 // 488 == 20
+    longer = config_from({"config": path, "num_training_steps": 1500})
+    assert getattr(longer, key) == 100
+    assert not any("becomes" in note for note in longer.notes)
+
+
+def test_flags_make_a_run_of_a_file_that_is_none_alone(tmp_path: Path) -> None:
+    """1500 tokens are less than one step of 16 x 128 tokens, and eleven of 4 x 32."""
+    path = write(tmp_path / "a.json", max_train_tokens=1500, warmup_steps=2)
+    smaller = {"config": path, "batch_size": 4, "max_length": 32}
+    assert config_from(smaller).num_training_steps == 11
+    assert config_from({**smaller, "num_training_steps": 5}).warmup == 2  # what it is two steps of is not known
+
+
 def test_targets_are_patterns_and_of_projecting_optimizers_alone(parsed: Callable[[str], PretrainConfig]) -> None:
     config = parsed("--targets q_proj v_proj$")
     assert config.optimizer_settings["targets"] == ("q_proj", "v_proj$")

@@ -23,7 +23,7 @@ from galore_torch.train.data.sources import FileSource
 from galore_torch.train.data.streaming import StreamedBatches
 from galore_torch.train.errors import UserError
 from galore_torch.train.loop.trainer import train
-from galore_torch.train.model.loss import IGNORED
+from galore_torch.train.model.loss import IGNORED, counted
 from support.texts import document
 from support.whole_runs import Silent, command, rows
 
@@ -88,6 +88,15 @@ def test_padded_text_in_memory_is_seen_once_a_pass(make_config: Make) -> None:
     seen = Counter(tuple(row.tolist()) for _, targets in drawn(data, config, 19) for row in targets)
     assert seen == Counter(tuple(row[1:].tolist()) for row in data.train)
     assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("eval_tokens", [64, 128, 150])
+def test_padded_documents_are_evaluated_up_to_the_tokens_asked_for(eval_tokens: int, make_config: Make) -> None:
+    """As many documents as have no more targets together; the next one would be too many."""
+    everything = load_data(make_config(pad_documents=True, max_length=64)).held_out
+    held = load_data(make_config(pad_documents=True, max_length=64, eval_tokens=eval_tokens)).held_out
+    assert torch.equal(held, everything[: len(held)])
+    assert counted(held[:, 1:]) <= eval_tokens < counted(everything[: len(held) + 1, 1:])
 
 
 @pytest.mark.parametrize("pad", [False, True])

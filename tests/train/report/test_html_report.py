@@ -323,16 +323,16 @@ def test_summary_counts_until_a_resumed_run_goes_beyond_it(steps: int, status: s
 def test_comparison_is_all_its_runs(tmp_path: Path) -> None:
     """Names, optimizers and what summary.json says of each; the same run named twice is one."""
     home = tmp_path / "compare"
-    for name in ("adamw-lr0.01", "adamw-lr0.02"):
+    for name in ("adamw-lr0.01", "adamw-lr0.0100000001"):
         write_run(home / name, updates(3))
         (home / name / "config.json").unlink()
     (home / "config.json").write_text(json.dumps({"num_training_steps": 3, "resolved": {"optimizers": [{}, {}]}}))
-    records = [{"optimizer": "adamw", "lr": lr, "status": status} for lr, status in ((0.01, "finished"), (0.02, "the loss is nan"))]
+    records = [{"optimizer": "adamw", "lr": lr, "status": status} for lr, status in ((0.01, "finished"), (0.0100000001, "the loss is nan"))]
     (home / "summary.json").write_text(json.dumps(records))
     runs = read_runs([home, home / "adamw-lr0.01"])
     assert [(run.name, run.optimizer, run.status) for run in runs] == [
         ("adamw-lr0.01", "adamw", "finished"),
-        ("adamw-lr0.02", "adamw", "the loss is nan"),
+        ("adamw-lr0.0100000001", "adamw", "the loss is nan"),
     ]
 
 

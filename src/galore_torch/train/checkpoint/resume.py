@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 TRACKED = "trackers.json"  # the names of this run at the services it is sent to
 BEST = "best"  # the folder of the checkpoint whose score was the best
-_WEIGHTS, _OPTIMIZER, _INT8 = "model.safetensors", "optimizer", "int8"
+_WEIGHTS, _OPTIMIZER, INT8 = "model.safetensors", "optimizer", "int8"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ def _newest(config: PretrainConfig) -> Starts:
     if config.save_dir is None:
         raise UserError("--resume auto looks for checkpoints in --save_dir; name the run's folder with it")
     folder = Path(config.save_dir)
+    others = sorted({path.parent.name for path in folder.glob(f"*/{METRICS}")} - set(config.run_names))
+    if config.compare and others:  # what lies beside the runs' folders is written anew, with those of this call alone
+        raise UserError(
+            f"--resume auto: {folder} also compares {', '.join(others)}, whose records would be lost; name all in --compare, or give "
+            "another --save_dir"
+        )
     found: dict[str, Path] = {}
     skipped: list[str] = []
     for run_name in config.run_names:
@@ -137,7 +143,7 @@ def fill(
     else:
         save_weights(model, folder, max_shard_size="100TB", **_own_names(model))  # one file, which `restore` reads
         if coded := _int8_weights(model):
-            save_tree(folder / _INT8, {name: weight.stored for name, weight in coded.items()})
+            save_tree(folder / INT8, {name: weight.stored for name, weight in coded.items()})
         save_tree(folder / _OPTIMIZER, optimizer.state_dict())
     tokenizer.save_pretrained(folder)
     shutil.copyfile(metrics, folder / METRICS)
@@ -202,7 +208,7 @@ def _load_whole(checkpoint: Path, model: nn.Module) -> None:
 
     load_model(model, checkpoint / _WEIGHTS)
     if coded := _int8_weights(model):
-        for name, stored in load_tree(checkpoint / _INT8).items():
+        for name, stored in load_tree(checkpoint / INT8).items():
             for held, saved in zip(coded[name].stored, stored, strict=True):
                 held.copy_(saved)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from galore_torch.train.checkpoint.parts import has_parts
 from galore_torch.train.checkpoint.parts import load_weights as load_parts
-from galore_torch.train.checkpoint.resume import METRICS
-from galore_torch.train.checkpoint.storage import MANIFEST, TRAINER, newest_whole, read_trainer, verify
+from galore_torch.train.checkpoint.resume import INT8, METRICS
+from galore_torch.train.checkpoint.storage import MANIFEST, TRAINER, load_tree, newest_whole, read_trainer, verify
 from galore_torch.train.errors import UserError, first_line
 from galore_torch.train.model.freeze import freeze
 from galore_torch.train.model.llama import finish
@@ -54,12 +54,11 @@ def is_of_run(folder: Path) -> bool:
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """Settings of the run that wrote the weights in `folder`; {} where no run says so. Those of `galore finetune` have a task_name."""
-    if (folder / TRAINER).is_file():
-        return dict(read_trainer(folder)["identity"])
-    for home in (folder.resolve().parent, folder.resolve().parent.parent):  # a comparison's config lies above its runs
+    own = dict(read_trainer(folder)["identity"]) if (folder / TRAINER).is_file() else {}
+    for home in folder.resolve().parents[:3]:  # of a model, of a checkpoint; a comparison's config lies above its runs
         if is_of_run(folder) and (home / "config.json").is_file():
-            return dict(json.loads((home / "config.json").read_text(encoding="utf-8")))
-    return {}
+            return json.loads((home / "config.json").read_text(encoding="utf-8")) | own
+    return own
 
 
 def _of_run(run: Path) -> Path:
@@ -113,6 +112,19 @@ def load_weights(folder: Path, *, classifiers: bool = False) -> Any:
         vars(model).pop("_weight_conversions", None)  # a checkpoint has the model's own names; a file written from it those of the hub
     refuse_absent(f"{folder} is no whole model", found)
     return model.eval()
+
+
+def hold_as_trained(model: Any, folder: Path) -> None:
+    """Give the model that was loaded from `folder` the INT8 weights of a checkpoint that has them: the floating ones are rounded."""
+    from torch import nn
+
+    from galore_torch.ops.int8_weight import Int8Weight
+
+    if (folder / f"{INT8}.json").is_file():
+        for name, (codes, scale, offset) in load_tree(folder / INT8).items():
+            layer, _, key = name.rpartition(".")
+            weight = Int8Weight(codes, scale, offset, model.dtype)
+            setattr(model.get_submodule(layer), key, nn.Parameter(weight, requires_grad=False))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.train.checkpoint.saved_model import load_weights, settings_of_run, weights_folder
+from galore_torch.train.checkpoint.saved_model import hold_as_trained, load_weights, settings_of_run, weights_folder
 from galore_torch.train.config.bounds import check_choice, check_number
 from galore_torch.train.config.config import PretrainConfig
 from galore_torch.train.config.settings import DTYPES
@@ -34,7 +34,7 @@ def evaluate(
     source: str,
     *,
     data: tuple[str, ...] = (),
-    text_field: str = "text",
+    text_field: str | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
     eval_tokens: int | None = None,
@@ -46,7 +46,8 @@ def evaluate(
     """Figures of the model that `source` means, as JSON has them: of the text `data`, and of each of the tasks `harness`.
 
     `max_length`: tokens in one window, each of which is predicted from those before it in its window; a tail shorter than one is left
-    out. None: as the run was trained, 256 for a model that is of no run.
+    out. None: as the run was trained, 256 for a model that is of no run. `text_field` alike; of a run with --pad_documents a window is one
+    document, cut or padded.
     `eval_tokens`: of the text, at most. `limit`: examples of a task, at most. `dtype`: None, as it was saved.
     """
     if not data and not harness:
@@ -58,8 +59,9 @@ def evaluate(
         raise UserError(f"--limit {limit} has no effect without --harness; leave it out, or shorten the text with --eval_tokens")
     device = pick_device(device)
     folder = weights_folder(source)
-    max_length = max_length or settings_of_run(folder).get("max_length") or 256
-    text = _read(folder, data, text_field, max_length, batch_size, eval_tokens) if data else None
+    trained = settings_of_run(folder)
+    max_length = max_length or trained.get("max_length") or 256
+    text = _read(folder, data, trained, text_field, max_length, eval_tokens) if data else None
     if harness:
         from galore_torch.train.commands.lm_eval import check_harness
 
@@ -67,7 +69,8 @@ def evaluate(
     model = _model(folder, dtype, device)
     found: dict[str, Any] = {"model": str(folder), "dtype": str(model.dtype).removeprefix("torch."), "device": device}
     if text is not None:
-        found |= {"data": list(data), "max_length": max_length, **asdict(score(model, text, max_length, batch_size, device))}
+        figures = asdict(score(model, text, max_length, batch_size, device))
+        found |= {"data": list(data), "max_length": max_length, "pad_documents": text.held_out.dim() == 2, **figures}
     if harness:
         from galore_torch.train.commands.lm_eval import run_harness
 
@@ -80,30 +83,32 @@ def score(model: Any, text: TokenData, length: int, batch_size: int, device: str
     import torch
 
     from galore_torch.train.loop.evaluate import held_out_loss
-    from galore_torch.train.model.loss import TokenLoss
+    from galore_torch.train.model.loss import IGNORED, TokenLoss
 
     windows = list(windows_in_order(text.held_out, length, batch_size))
     found = held_out_loss(TokenLoss(model, None, batch_size * length), windows, device)
     assert found is not None, "nobody asks it to stop"
     loss, tokens = found
-    ids = torch.cat([targets.flatten() for _, targets in windows])
+    ids = torch.cat([targets[targets != IGNORED] for _, targets in windows])
     written = text.tokenizer.fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Score(loss, perplexity(loss), tokens, loss * tokens / math.log(2) / max(1, len(written.encode())))
 
 
-def _read(folder: Path, data: tuple[str, ...], text_field: str, max_length: int, batch_size: int, eval_tokens: int | None) -> TokenData:
+def _read(
+    folder: Path, data: tuple[str, ...], trained: dict[str, Any], text_field: str | None, max_length: int, eval_tokens: int | None
+) -> TokenData:
     """The text as `galore pretrain --eval_data` reads it; also as training text, of which one sequence is enough."""
-    given = {"text_field"} if text_field != "text" else set()
     config = PretrainConfig(
         hf_model=str(folder),
         data=data,
         eval_data=data,
-        text_field=text_field,
+        text_field=text_field or trained.get("text_field") or "text",
+        pad_documents=bool(trained.get("pad_documents")),
         max_length=max_length,
         batch_size=1,
         num_training_steps=1,
         eval_tokens=_ALL if eval_tokens is None else eval_tokens,
-        given=frozenset(given),
+        given=frozenset({"text_field"} if text_field else ()),
     )
     check_data(config)
     return load_data(config)
@@ -113,7 +118,9 @@ def _model(folder: Path, dtype: str | None, device: str) -> Any:
     import torch
 
     model = load_weights(folder)
-    if dtype is not None:
+    if dtype is None:
+        hold_as_trained(model, folder)
+    else:
         for p in model.parameters():  # not the buffers: the angles of positions stay exact
             p.data = p.data.to(getattr(torch, DTYPES[dtype]))
     return model.to(device)
@@ -123,9 +130,10 @@ def show(found: dict[str, Any]) -> str:
     """The figures for people."""
     lines = [f"model          {found['model']} ({found['dtype']} on {found['device']})"]
     if "loss" in found:
+        places = "padded documents" if found["pad_documents"] else "windows"
         lines += [
             f"text           {', '.join(found['data'])}",
-            f"tokens         {found['tokens']:,} in windows of {found['max_length']}",
+            f"tokens         {found['tokens']:,} in {places} of {found['max_length']}",
             f"loss           {found['loss']:.4f} nats per token",
             f"perplexity     {found['perplexity']:,.3f}",
             f"bits per byte  {found['bits_per_byte']:.4f}",

@@ -10,6 +10,8 @@ from galore_torch.train.data.prompts import chat_text
 from galore_torch.train.device import pick_device
 from galore_torch.train.errors import UserError
 
+_LEAST = 1e-3  # of temperatures above 0: the model's logits, divided by much less, are beyond a float
+
 
 def generate(
     source: str,
@@ -72,6 +74,8 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, seed: int, count
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("count", count, 1)):
         check_number(name, value, at_least=least)
     check_number("temperature", temperature, at_least=0)
+    if 0 < temperature < _LEAST:
+        raise UserError(f"--temperature {temperature} is out of bounds: give a number at least {_LEAST}, or 0 for the likeliest token")
     check_number("seed", seed, at_least=0, at_most=2**63 - 1)
     if count > 1 and not temperature:
         raise UserError(f"--count {count} at --temperature 0 would be one text {count} times; give a temperature above 0, or no --count")

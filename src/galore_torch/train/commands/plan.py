@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 
 from galore_torch.train.config.bounds import check_number
@@ -79,6 +81,8 @@ def plan(arguments: Mapping[str, Any], console: Console | None = None) -> int:
         raise UserError(f"--{flag} plans whole parameters; leave it out, or --parallel {parallel}")
     if arguments.get("compare") or arguments.get("sweep"):
         return _side_by_side(console, arguments, config, device, budget)
+    if output := arguments.get("output"):
+        _check_output(Path(output))
     if arguments.get("picture"):
         raise UserError(f"--picture {arguments['picture']} has no effect alone: give --compare or --sweep rank")
     if "max_length" not in given:
@@ -185,7 +189,7 @@ def _choices(given: Mapping[str, Any], found: Plan, budget: Budget, device: str)
 
 
 def _recipe(config: PretrainConfig, found: Plan, budget: Budget) -> dict[str, Any]:
-    names: tuple[str, ...] = ("model_config", "hf_model", "max_length", "batch_size", "total_batch_size", "optimizer", "rank", "dtype")
+    names: tuple[str, ...] = ("model_config", "hf_model", "max_length", "batch_size", "gradient_accumulation", "optimizer", "rank", "dtype")
     names += ("activation_checkpointing", "vocab_size", "cycle_length", "targets", "gradients", *_CODECS)
     settings = {name: getattr(config, name) for name in names}
     if config.hf_model:
@@ -195,32 +199,58 @@ def _recipe(config: PretrainConfig, found: Plan, budget: Budget) -> dict[str, An
 
 
 def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    with _said_plainly("-o", path), path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(settings, indent=2) + "\n")
+
+
+def _check_output(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"-o {path} already exists; give a new name")
+    _check_writable("-o", path)
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--picture {path} is no picture; give a name that ends in .png")
+    _check_writable("--picture", path)
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Make the folder of a file that will be written; UserError where the file cannot be, before the work for it."""
+    with _said_plainly(flag, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+
+
+@contextmanager
+def _said_plainly(flag: str, path: Path) -> Iterator[None]:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(settings, indent=2) + "\n")
-    except FileExistsError:
-        raise UserError(f"-o {path} already exists; give a new name") from None
+        yield
     except OSError as error:
-        raise UserError(f"-o {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from error
 
 
 def _side_by_side(console: Console, arguments: Mapping[str, Any], config: PretrainConfig, device: str, budget: Budget | None) -> int:
     """`--compare` and `--sweep rank`: the same run with other optimizers, or other ranks."""
+    picture = Path(arguments.get("picture") or f"plan-{'compare' if arguments.get('compare') else 'sweep'}.png")
+    _check_picture(picture)
     setting = f"{config.model_name}, {config.torch_dtype}, {config.batch_size} x {config.max_length} tokens"
     rows: Sequence[tuple[str, Plan]]
     if arguments.get("compare"):
         names = COMPARED.items()
         rows = [(label, planned(plan_request(config, device=device, optimizer=name), traced=False)) for label, name in names]
-        title, first, kind = f"{setting}, rank {config.resolved_rank}", "optimizer", "compare"
+        title, first = f"{setting}, rank {config.resolved_rank}", "optimizer"
     else:
         width = plan_request(config, device=device).sizes.short_side
         ranks = sorted({width // share for share in SHARES if width >= share} | ({config.rank} if config.rank else set()))
         rows = [(str(rank), _with_rank(config, rank, device)) for rank in ranks]
-        title, first, kind = f"{setting}, {config.contenders[0][0]}", "rank", "sweep"
+        title, first = f"{setting}, {config.contenders[0][0]}", "rank"
         if len({found.peak for _, found in rows}) == 1 and not rows[0][1].basis:
             raise UserError(f"--sweep rank: the memory of {config.contenders[0][0]} has no rank; choose galore_adamw8bit")
     show_rows(console, title, first, rows, budget)
-    picture = Path(arguments.get("picture") or f"plan-{kind}.png")
     draw_bars(picture, title, rows, budget.bytes if budget else None)
     console.print(f"picture    {picture}", highlight=False, soft_wrap=True)
     return EXIT_FITS

@@ -40,7 +40,12 @@ def contenders(items: Iterable[str], lr: float | None, pretrained: bool = False,
 def run_names(pairs: Sequence[Contender]) -> list[str]:
     """A folder name for each: the optimizer's, with the lr where that alone tells two apart."""
     names = [name for name, _ in pairs]
-    return [f"{name}-lr{lr:g}" if names.count(name) > 1 else name for name, lr in pairs]
+    return [name_with_lr(name, lr) if names.count(name) > 1 else name for name, lr in pairs]
+
+
+def name_with_lr(name: str, lr: float) -> str:
+    """Another one for every other lr: six digits of it, or as many more as read back as the same number."""
+    return f"{name}-lr" + next(text for digits in range(6, 18) if float(text := f"{lr:.{digits}g}") == lr)
 
 
 def check_contenders(compare: Sequence[str], pairs: Sequence[Contender], given: frozenset[str]) -> None:

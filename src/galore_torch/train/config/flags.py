@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,7 +29,11 @@ _RIVALS = (
     {"model_config", "hf_model"},
     {"optimizer", "compare"},
 )
-_OF_THE_SCHEDULE = {"warmup_steps", "decay_steps", "cycle_length", "restart_warmup_steps"}
+_OF_THE_SCHEDULE = {"warmup_steps", "decay_steps", "cycle_length", "restart_warmup_steps", "random_after"}
+_OF_THE_LENGTH = {
+    *("num_training_steps", "max_train_tokens", "max_length", "batch_size", "total_batch_size", "gradient_accumulation"),
+    *("model_config", "hf_model", "nproc"),  # which decide the usual --max_length, and how many batches are trained on at once
+}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -56,11 +61,11 @@ def config_from(
         return kind(**flags, given=frozenset(flags), processes=processes, machine=machine)
     known = kind.settings()
     raw = _read(path, known, kind.command)
-    values = {key: _value(path, known[key], value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
-    remarks = _shortened(path, values, flags) if kind is PretrainConfig else []
-    for rivals in _RIVALS:
-        if rivals & flags.keys():
-            values = {key: value for key, value in values.items() if key not in rivals}
+    read = {key: _value(path, known[key], value) for key, value in raw.items() if key not in _FREE_KEYS and value is not None}
+    values = {key: value for key, value in read.items() if not any(key in rivals for rivals in _RIVALS if rivals & flags.keys())}
+    remarks = []
+    if kind is PretrainConfig and flags.keys() & {"num_training_steps", "max_train_tokens"}:
+        remarks = _shorten(path, values, flags, *(_steps(each, processes) for each in (read, {**values, **flags})))
     if "optimizer" in flags or "compare" in flags:
         names = [name.partition(":")[0] for name in flags.get("compare") or (flags["optimizer"],)]
         unused = set.intersection(*(set(unused_flags(name, values)) for name in names))
@@ -71,20 +76,19 @@ def config_from(
     return kind(**{**values, **flags}, given=frozenset(given), remarks=tuple(remarks), processes=processes, machine=machine)
 
 
-def _shortened(path: str, values: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
-    """Scale the schedule of a file whose run the flags make shorter, in place; a note for each number that changes."""
-    length = {"num_training_steps", "max_train_tokens", "max_length", "batch_size", "total_batch_size", "gradient_accumulation"}
-    sizes = {key: value for key, value in values.items() if key in length}
-    was = PretrainConfig(**sizes).num_training_steps
-    for rivals in _RIVALS:
-        if rivals & flags.keys():
-            sizes = {key: value for key, value in sizes.items() if key not in rivals}
-    if not flags.keys() & {"num_training_steps", "max_train_tokens"}:
-        return []
-    steps = PretrainConfig(**sizes | {key: value for key, value in flags.items() if key in length}).num_training_steps
+def _steps(settings: Mapping[str, Any], processes: int) -> int:
+    """Of a run of these settings; 0 where they do not make one, as those of a file may that the flags complete."""
+    with suppress(UserError):
+        sizes = {key: value for key, value in settings.items() if key in _OF_THE_LENGTH}
+        return PretrainConfig(**sizes, processes=processes).num_training_steps
+    return 0
+
+
+def _shorten(path: str, values: dict[str, Any], flags: Mapping[str, Any], was: int, steps: int) -> list[str]:
+    """Scale the schedule of a file from the steps that it `was` for, in place, where there are fewer; a note for each number."""
     remarks = []
     for key in _OF_THE_SCHEDULE - flags.keys():
-        if steps < was and values.get(key):
+        if 0 < steps < was and values.get(key):
             scaled = max(1, values[key] * steps // was)
             remarks.append(f"--{key} {values[key]} of {path} becomes {scaled}, as its {was} steps become {steps}")
             values[key] = scaled

@@ -127,7 +127,8 @@ class Settings:
         None,
         "optimizer",
         "of the projected matrices: direct (made low-rank in the layer's backward pass, never in full), project (made in full one at a "
-        "time, projected and freed) or full (kept whole until the step) (default: direct; under --parallel fsdp and hsdp full, or project for _per_layer)",
+        "time, projected and freed) or full (kept whole until the step) (default: direct; under --parallel fsdp and hsdp full, or project "
+        "for _per_layer)",
         choices=GRADIENTS,
     )
     # -- training

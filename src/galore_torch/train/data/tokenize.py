@@ -79,15 +79,19 @@ def _token_stream(documents: Iterator[str], tokenizer: TextTokenizer, at_most: i
 
 
 def _padded(documents: Iterator[str], tokenizer: TextTokenizer, length: int, targets: int, sequences: int | None) -> Tensor:
-    """(D, length + 1) int32: a padded row for each document."""
+    """(D, length + 1) int32: a padded row for each document, up to the one that has more targets than are left."""
     rows: list[Tensor] = []
     found = 0
-    while found < targets and (texts := list(itertools.islice(documents, _ENCODE_AT_ONCE))):
-        for ids in encoded(tokenizer, texts):
-            row = padded_row(ids, length, tokenizer.end_id)
-            if row is not None and found < targets and len(rows) != sequences:
-                rows.append(torch.from_numpy(row))
-                found += counted(rows[-1][1:])
-        if len(rows) == sequences:
+    for row in itertools.islice(_padded_rows(documents, tokenizer, length), sequences):
+        found += counted(row[1:])
+        if found > targets:
             break
+        rows.append(row)
     return torch.stack(rows) if rows else torch.empty(0, length + 1, dtype=torch.int32)
+
+
+def _padded_rows(documents: Iterator[str], tokenizer: TextTokenizer, length: int) -> Iterator[Tensor]:
+    while texts := list(itertools.islice(documents, _ENCODE_AT_ONCE)):
+        for ids in encoded(tokenizer, texts):
+            if (row := padded_row(ids, length, tokenizer.end_id)) is not None:
+                yield torch.from_numpy(row)

@@ -92,6 +92,7 @@ def plan_request(
     shards = config.shards if shards is None else shards
     if shards > 1:
         check_shardable(name, "fsdp")
+    _check_codecs(name, config)
     return PlanRequest(
         sizes=sizes,
         optimizer=name,
@@ -110,6 +111,19 @@ def plan_request(
         gradients=settled_gradients(name, config.gradients, config.sharded or shards > 1),
         shards=shards,
     )
+
+
+def _check_codecs(name: str, config: PretrainConfig) -> None:
+    """Refuse a codec that the optimizer's rule cannot have, as the optimizer does when it is built."""
+    spec = optimizer_spec(name)
+    given = {key: codec for key in ("state_codec", "basis_codec") if key in spec.flags and (codec := getattr(config, key)) is not None}
+    if given:
+        import galore_torch
+
+        try:
+            replace(getattr(galore_torch, spec.class_name).row, **given)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def planned(request: PlanRequest, *, traced: bool) -> Plan:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from galore_torch.train.config.compare import name_with_lr
 from galore_torch.train.errors import UserError
 from galore_torch.train.report.series import RefreshShare, number, smooth
 
@@ -229,8 +230,8 @@ def _own_record(records: object, folder: Path, *, alone: bool) -> dict[str, Any]
     if alone:
         return found[0] if found else {}
     for record in found:
-        name = record.get("optimizer")
-        if folder.name in (name, f"{name}-lr{number(record.get('lr')) or 0:g}"):
+        name = str(record.get("optimizer"))
+        if folder.name in (name, name_with_lr(name, number(record.get("lr")) or 0.0)):
             return record
     return {}
 
