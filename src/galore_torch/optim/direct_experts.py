@@ -22,7 +22,8 @@ from galore_torch.engine.layout import ParamView
 from galore_torch.engine.refresh import gap_is_over
 from galore_torch.ops.outer import OuterProduct
 from galore_torch.optim.base import LowRankOptimizer, without_autocast
-from galore_torch.optim.direct_backward import Finish, Pass, at_end, changed_basis, differentiable_once, end_pass, in_graph, is_named, runs
+from galore_torch.optim.direct_backward import Finish
+from galore_torch.optim.direct_pass import Pass, at_end, changed_basis, differentiable_once, end_pass, in_graph, is_named, runs
 from galore_torch.optim.swapped_class import SwappedClass, restore_class, swap_class
 
 Segments = Sequence[tuple[int, slice]]  # expert, and which of the tokens are its
