@@ -134,7 +134,7 @@ def test_bytes_a_parameter_are_those_of_the_shapes() -> None:
         "**`GaLoreAdamW8bit`**": ("GaLore, r = n/4 8-bit moments, bf16 basis", "GaLore, r = n/8 8-bit moments, bf16 basis"),
         "`QGaLoreAdamW8bit`": [f"Q-GaLore, r = n/{share} 8-bit moments, 4-bit basis; int8 weights" for share in (4, 8)],
         "`GaLoreAdamW`": ("GaLore, r = n/4 fp32 moments", "GaLore, r = n/8 fp32 moments"),
-        "beside: APOLLO": ("APOLLO, r = n/4 moments in bfloat16", "APOLLO, r = n/8 moments in bfloat16"),
+        "beside, as published: APOLLO with bf16 moments": ("APOLLO, r = n/4 moments in bfloat16", "APOLLO, r = n/8 moments in bfloat16"),
         "AdamW fp32, bf16, 8-bit, 4-bit; Adafactor without momentum": [
             *(f"AdamW {how} moments" for how in ("fp32", "bf16", "8-bit", "4-bit")),
             "Adafactor rows and columns, no first moment",
