@@ -55,9 +55,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, results: Path, seeds: int
     parser.add_argument("--results", type=Path, default=results, help="one line for each run")
 
 
-def parsed_runs(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parsed_runs(parser: argparse.ArgumentParser, tuning_seed: int = TUNING_SEED) -> argparse.Namespace:
     """The arguments; an error where the seed that rates are tuned on is to be reported."""
     arguments = parser.parse_args()
-    if TUNING_SEED in arguments.seeds:
-        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
+    if tuning_seed in arguments.seeds:
+        parser.error(f"--seeds: {tuning_seed} is the seed that learning rates are tuned on; report others")
     return arguments

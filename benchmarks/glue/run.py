@@ -22,6 +22,7 @@ import torch
 from report import progress
 from rich.console import Console
 from small_llama import machine
+from tuning import parsed_runs
 
 from galore_torch.train.commands.finetune import finetune
 from galore_torch.train.config.finetune import FinetuneConfig
@@ -73,9 +74,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="start no run after so long")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if TUNING_SEED in arguments.seeds:
-        parser.error(f"--seeds: {TUNING_SEED} is the seed that learning rates are tuned on; report others")
+    arguments = parsed_runs(parser, TUNING_SEED)
     torch.set_num_threads(arguments.threads)
     output, started = arguments.output, time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import galore_torch as g
 from galore_torch.optim.low_rank_grad import LowRankGrad
+from support.failing import Fails
 
 EXPERTS, WIDTH, INNER = 3, 20, 28
 
@@ -235,16 +236,6 @@ def test_a_group_of_rows_for_each_of_some_experts() -> None:
             optimizer.zero_grad()
         results.append(model)
     assert_same(results[1], results[0])
-
-
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise ValueError("as an out-of-memory error would")
 
 
 @pytest.mark.parametrize("due", [False, True])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import galore_torch as g
 from galore_torch.ops.outer import OuterProduct
+from support.failing import Fails
 
 Step = Callable[[nn.Module, Any, Tensor, int], None]
 
@@ -187,16 +188,6 @@ def test_a_weight_with_gradient_hooks_is_warned_of_once_for_neither_they_nor_suc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x).square().mean().backward()  # it was said once
-
-
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise ValueError("as an out-of-memory error would")
 
 
 def test_a_pass_that_failed_leaves_nothing_behind() -> None:
